@@ -1,0 +1,48 @@
+"""Anchor grids: one function from a canvas to all of its anchors, in float32, with explicit strides.
+
+torchvision's ``AnchorGenerator`` derives strides by integer division of the image size, rounds its anchors to whole pixels
+and takes the features' dtype; each of the three moves anchors, so the few lines are written here.
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dtg_core.structures import AnchorGrid
+
+
+def cell_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
+    """[R, 4] anchors of area ``size``^2 centred at (0, 0); a ratio is height / width (mmdetection's AnchorGenerator)."""
+    root = torch.tensor(ratios, dtype=torch.float64).sqrt()
+    half_height, half_width = size * root / 2, size / root / 2
+    return torch.stack((-half_width, -half_height, half_width, half_height), 1).float()
+
+
+@lru_cache(maxsize=64)  # a run sees few canvases, and building a grid copies it to the device
+def anchor_grid(
+    canvas: tuple[int, int], strides: tuple[int, ...], scale: float, ratios: tuple[float, ...], device: torch.device
+) -> AnchorGrid:
+    """The anchors of one canvas.
+
+    Args:
+        canvas: padded (height, width); a level has ceil(height / stride) rows.
+        strides: of the levels, finest first, each twice the one before (the level rule of Sec. 3.2 counts octaves).
+        scale: side of a level's square anchor in units of its stride.
+        ratios: height / width of the anchors at each location.
+        device: where the tensors go.
+
+    Returns:
+        AnchorGrid whose anchor of ratio r at row y, column x of a level has its centre at (x, y) * stride.
+    """
+    height, width = canvas
+    shapes = tuple((-(-height // stride), -(-width // stride)) for stride in strides)
+    cells = tuple(cell_anchors(scale * stride, ratios) for stride in strides)
+    levels = []
+    for (rows, columns), stride, cell in zip(shapes, strides, cells):
+        y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
+        shifts = torch.stack((x, y, x, y), -1).reshape(-1, 1, 4)
+        levels.append((shifts + cell).reshape(-1, 4))
+    cells = tuple(cell.to(device) for cell in cells)
+    return AnchorGrid(torch.cat(levels).to(device), cells, shapes, strides, float(scale * strides[0]))

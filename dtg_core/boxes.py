@@ -1,0 +1,105 @@
+"""Boxes: moving them between views, clipping, overlap and NMS over groups.
+
+Convention: ``(x1, y1, x2, y2)`` in continuous pixels, width is ``x2 - x1`` and pixel 0 spans 0 to 1. All functions keep
+float32 under autocast, because they multiply and add instead of calling matmul.
+"""
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+Hull = Literal["ellipse", "corners"]
+
+
+def project(boxes: Tensor, matrix: Tensor, hull: Hull = "ellipse") -> Tensor:
+    """Move boxes by a 3x3 matrix and take an axis-aligned box around the result.
+
+    Args:
+        boxes: [..., 4] in the matrix' source frame.
+        matrix: [..., 3, 3], broadcast against the boxes' leading dimensions.
+        hull: what is enclosed after the move. ``"corners"`` encloses the four moved corners, as Soft Teacher does;
+            ``"ellipse"`` encloses the moved inscribed ellipse, which fits objects in rotated and sheared views better
+            (Kalra et al., "Towards Rotation Invariance in Object Detection", ICCV 2021) and asks for an affine matrix.
+            Both agree for shifts, scales and flips.
+
+    Returns:
+        [..., 4] in the matrix' target frame, not clipped.
+    """
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in matrix.unbind(-2))
+    if hull == "ellipse":
+        x, y, half_width, half_height = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) / 2, (y2 - y1) / 2
+        center_x, center_y = a * x + b * y + c, d * x + e * y + f
+        reach_x = torch.hypot(a * half_width, b * half_height)
+        reach_y = torch.hypot(d * half_width, e * half_height)
+        return torch.stack((center_x - reach_x, center_y - reach_y, center_x + reach_x, center_y + reach_y), -1)
+    x = torch.stack((x1, x2, x2, x1), -1)
+    y = torch.stack((y1, y1, y2, y2), -1)
+    a, b, c, d, e, f, g, h, i = (entry.unsqueeze(-1) for entry in (a, b, c, d, e, f, g, h, i))
+    depth = g * x + h * y + i
+    moved_x, moved_y = (a * x + b * y + c) / depth, (d * x + e * y + f) / depth
+    return torch.stack((moved_x.amin(-1), moved_y.amin(-1), moved_x.amax(-1), moved_y.amax(-1)), -1)
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes [..., 4] cut to 0..width and 0..height; ``sizes`` [..., 2] are (height, width), broadcast."""
+    height, width = sizes.unbind(-1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    zero = torch.zeros_like(width)
+    x1, x2 = (torch.minimum(torch.maximum(x, zero), width) for x in (x1, x2))
+    y1, y2 = (torch.minimum(torch.maximum(y, zero), height) for y in (y1, y2))
+    return torch.stack((x1, y1, x2, y2), -1)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """[...] area of boxes [..., 4]."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def shortest_side(boxes: Tensor) -> Tensor:
+    """[...] the smaller of width and height of boxes [..., 4]."""
+    return torch.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
+
+
+def paired_iou(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
+    """IoU of boxes [..., 4] with boxes [..., 4], broadcast against each other; the union is at least ``eps`` px^2."""
+    top_left = torch.maximum(first[..., :2], second[..., :2])
+    bottom_right = torch.minimum(first[..., 2:], second[..., 2:])
+    sides = (bottom_right - top_left).clamp(min=0)
+    overlap = sides[..., 0] * sides[..., 1]
+    return overlap / (area(first) + area(second) - overlap).clamp(min=eps)
+
+
+def spread_groups(boxes: Tensor, groups: Tensor) -> Tensor:
+    """Boxes [M, 4] moved so far apart by group [M] that no two groups touch, in float64 so that no overlap changes."""
+    boxes = boxes.double()
+    span = boxes.amax() - boxes.amin() + 1
+    return boxes + (groups * span).unsqueeze(1)
+
+
+def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """NMS within each group, in one kernel for all groups (torchvision's ``batched_nms`` loops over them or shifts boxes
+    in float32, which moves an IoU by up to 1e-2 with many groups).
+
+    Args:
+        boxes: [M, 4]. scores: [M]. groups: [M] int64.
+        iou_threshold: a box is suppressed by a better one of its group when their IoU is greater.
+
+    Returns:
+        [J] int64 indices of the boxes that are kept, best score first; equal scores: lower index first.
+    """
+    if boxes.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    # sync: NMS gives as many indices as boxes survive.
+    return nms(spread_groups(boxes, groups), scores.double(), iou_threshold)
+
+
+def rank_in_group(group: Tensor, num_groups: int) -> Tensor:
+    """[M] int64: how many earlier rows have the same group; ``group`` [M] int64 must be ascending."""
+    ones = torch.ones_like(group)
+    counts = torch.zeros(num_groups, dtype=torch.int64, device=group.device).index_add(0, group, ones)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(group.shape[0], device=group.device) - starts[group]

@@ -1,0 +1,226 @@
+"""Configuration: dataclasses whose defaults are the paper's values, and the ranges that they have to keep.
+
+YAML files may set existing fields only (``dtg_core.settings`` reads them). ``configs/*.yaml`` scale the paper's values down
+or fill in a setting.
+The letters A1 to A30 mark choices that the paper leaves open; docs/method.md argues each default.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dtg_core.settings import refuse
+
+Paradigm = Literal["dense", "sparse", "none"]
+
+
+@dataclass(frozen=True)
+class StageRule:
+    """How the teacher guides one stage on unlabelled images."""
+
+    paradigm: Paradigm = "dense"
+    # Inverse NMS Clustering (Sec. 3.2)
+    tau: float = 0.45  # a teacher sample is a candidate when its score is over tau
+    nms_iou: float = 0.5  # IoU of the teacher's NMS, which makes the clusters (A14)
+    classification: bool = True  # INC class labels, Eq. 2
+    box: bool = True  # INC box targets, Eq. 3
+    max_candidates: int = 1000  # best samples of an image that may be candidates; a safety limit (A16)
+    min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
+    background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
+    background_samples: int | None = None  # assigned and random background samples of an image; None: all (A8)
+    # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 read literally, means over clusters of the means within them.
+    # "stage": the stage's own reduction of labelled images, whose scale alpha was chosen for.
+    normalization: Literal["cluster", "stage"] = "cluster"
+    quality: Literal["stage", "one", "teacher"] = "stage"  # class target: the stage's own (GFL: IoU), 1, teacher score (A27)
+    # Rank Matching (Eqs. 4 to 6)
+    rank: bool = True
+    rank_weight: float = 3.0  # beta
+    temperature: float = 1.0  # T
+    # the sparse-to-dense baseline (Sec. 3.1)
+    pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is over this
+    proposals: Literal["teacher", "student"] = "teacher"  # whose proposals the R-CNN is trained on (A30)
+
+
+def paper_stages() -> dict[str, StageRule]:
+    """The paper's thresholds (Sec. 4.2) with the detectors' own NMS."""
+    return {
+        "head": StageRule(tau=0.4, nms_iou=0.6),  # GFL; the paper gives no tau (A26)
+        # The RPN's cross-entropy is a mean over its 256 samples; divided by the few clusters instead it outgrows all other losses,
+        # and a batch without a candidate destroys the detector (measured).
+        "rpn": StageRule(tau=0.9, nms_iou=0.7, background_samples=256, normalization="stage"),
+        "rcnn": StageRule(tau=0.45, nms_iou=0.5),
+    }
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Guidance on unlabelled images."""
+
+    alpha: float = 4.0  # weight of all unlabelled losses (Eq. 1)
+    start_step: int = 2000  # no unlabelled loss before this step (A28)
+    ramp_steps: int = 2000  # then its weight grows linearly from 0 to alpha over these steps
+    stages: dict[str, StageRule] = field(default_factory=paper_stages)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm model and how it is trained."""
+
+    name: str = "resnet50"
+    pretrained: bool = True
+    weights: str | None = None  # file (.safetensors, or .pt without pickled code) instead of an installed package or the hub
+    freeze_to_stride: int = 4  # layers up to and including the feature map of this stride are frozen; 0: none
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    options: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model as they are
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images. No ``labeled`` means the embedded shapes data set."""
+
+    labeled: str | None = None  # COCO JSON
+    unlabeled: str | None = None  # folder, or COCO JSON whose annotations are ignored
+    val: str | None = None  # COCO JSON
+    images: str | None = None  # folder that the JSONs' file names are relative to
+    labeled_per_device: int = 1
+    unlabeled_per_device: int = 4
+    workers: int = 2  # loader processes per training process
+    shapes_labeled: int = 80  # size of the embedded data set
+    shapes_unlabeled: int = 1000
+    shapes_val: int = 300
+    shapes_seed: int = 0
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """Weak and strong views, Soft Teacher's recipe (Sec. 3.1)."""
+
+    short_edge: tuple[int, int] = (400, 1200)  # limits of the shorter side, drawn uniformly for each view
+    long_edge: int = 1333
+    test_short_edge: int = 800
+    flip: float = 0.5  # probability of a horizontal flip
+    color: bool = True  # one of nine colour operations, on labelled and strong views
+    geometric: float = 1.0  # probability of one of shift, rotation and shear, on strong views
+    rotate: float = 30.0  # limits in degrees
+    shear: float = 30.0
+    translate: float = 0.1  # limit as a share of the side
+    erase_patches: tuple[int, int] = (1, 4)  # how many squares are cut out of a strong view; (0, 0): none
+    erase_size: float = 0.2  # largest side of a patch as a share of the view's
+    box_hull: Literal["ellipse", "corners"] = "ellipse"  # box around a rotated object; Soft Teacher: corners
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD as in Sec. 4.2, or AdamW for short runs."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup_steps: int = 500  # linear, from lr / 1000
+    milestones: tuple[int, ...] = (120_000, 160_000)  # steps at which lr is multiplied by gamma
+    gamma: float = 0.1
+    clip_norm: float | None = None
+    ema: float = 0.999  # the teacher keeps min(ema, 1 - 1 / (step + 1)) of itself (A29)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    steps: int = 180_000
+    seed: int = 0
+    output: str | None = None  # run folder; None: runs/<detector>-<paradigm>-<data>-seed<seed>
+    log_every: int = 50
+    evaluate_every: int = 0  # 0: only at the end
+    checkpoint_every: int = 0
+    score_threshold: float = 0.05  # of evaluated detections (A29)
+    evaluate_batch: int = 8
+    channels_last: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything but the detectors' own sections, which the command line adds."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+#: The interval of each number; a round bracket leaves its end out. A pattern's * stands for any stage.
+RANGES = {
+    "guidance.alpha": "[0, inf)",
+    "guidance.start_step": "[0, inf)",
+    "guidance.ramp_steps": "[0, inf)",
+    "guidance.stages.*.tau": "(0, 1)",
+    "guidance.stages.*.nms_iou": "(0, 1]",
+    "guidance.stages.*.max_candidates": "[1, inf)",
+    "guidance.stages.*.min_iou": "[0, 1)",
+    "guidance.stages.*.background_tau": "[0, 1)",
+    "guidance.stages.*.background_samples": "[0, inf)",
+    "guidance.stages.*.rank_weight": "[0, inf)",
+    "guidance.stages.*.temperature": "(0, inf)",
+    "guidance.stages.*.pseudo_score": "[0, 1)",
+    "backbone.freeze_to_stride": "[0, inf)",
+    "data.labeled_per_device": "[1, inf)",
+    "data.unlabeled_per_device": "[1, inf)",
+    "data.workers": "[0, 256]",
+    "data.shapes_labeled": "[1, inf)",
+    "data.shapes_unlabeled": "[1, inf)",
+    "data.shapes_val": "[1, inf)",
+    "data.shapes_seed": "[0, 4294967296)",
+    "views.short_edge": "[16, 16384]",
+    "views.long_edge": "[16, 16384]",
+    "views.test_short_edge": "[16, 16384]",
+    "views.flip": "[0, 1]",
+    "views.geometric": "[0, 1]",
+    "views.rotate": "[0, 180]",
+    "views.shear": "[0, 80]",
+    "views.translate": "[0, 1)",
+    "views.erase_patches": "[0, 100]",
+    "views.erase_size": "[0, 1]",
+    "optim.lr": "(0, inf)",
+    "optim.momentum": "[0, 1)",
+    "optim.weight_decay": "[0, inf)",
+    "optim.warmup_steps": "[0, inf)",
+    "optim.milestones": "[1, inf)",
+    "optim.gamma": "(0, 1]",
+    "optim.clip_norm": "(0, inf)",
+    "optim.ema": "[0, 1)",
+    "run.steps": "[1, inf)",
+    "run.seed": "[0, 4294967296)",
+    "run.log_every": "[1, inf)",
+    "run.evaluate_every": "[0, inf)",
+    "run.checkpoint_every": "[0, inf)",
+    "run.score_threshold": "[0, 1)",
+    "run.evaluate_batch": "[1, inf)",
+}
+
+
+def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
+    """Rules between values: UserError for what cannot run, and a list of warnings for what was hardly meant."""
+    optim, views, guidance, run = config.optim, config.views, config.guidance, config.run
+    if list(optim.milestones) != sorted(set(optim.milestones)):
+        refuse("optim.milestones", f"has to ascend (found {list(optim.milestones)})", origins)
+    for key, (low, high) in (("views.short_edge", views.short_edge), ("views.erase_patches", views.erase_patches)):
+        if low > high:
+            refuse(key, f"the lower limit is over the upper one (found [{low}, {high}])", origins)
+    for name, rule in guidance.stages.items():
+        if rule.background_tau is not None and rule.background_tau > rule.tau:
+            key = f"guidance.stages.{name}.background_tau"
+            refuse(key, f"is over tau (found {rule.background_tau} and {rule.tau})", origins)
+    warnings = []
+    beyond = [step for step in optim.milestones if step >= run.steps]
+    if beyond:
+        warnings.append(f"optim.milestones: {beyond} are never reached in {run.steps} steps")
+    if optim.warmup_steps >= run.steps:
+        warnings.append(f"optim.warmup_steps: {optim.warmup_steps} of {run.steps} steps, so lr never reaches its full value")
+    guided = any(rule.paradigm != "none" for rule in guidance.stages.values())
+    if guided and guidance.start_step >= run.steps:
+        warnings.append(f"guidance.start_step: {guidance.start_step} of {run.steps} steps, so no unlabelled image is used")
+    return warnings

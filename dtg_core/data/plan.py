@@ -1,0 +1,168 @@
+"""Which image, which view and which random numbers at which step: all a pure function of (seed, step, slot).
+
+A stream is the labeled or the unlabeled images. Slot i of step t takes position t * slots + i of the stream's endless
+sequence, which is one seeded permutation of the pool after another. So there is no state to save: a run that resumes, or
+that has another number of loader workers or of processes (with the same global batch), sees the same batches.
+"""
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from dtg_core.config import ViewsConfig
+from dtg_core.data.coco import CocoIndex
+from dtg_core.data.views import View, collate, collate_pair, labeled_view, strong_view, test_view, weak_view
+from dtg_core.errors import UserError
+from dtg_core.structures import PairBatch, StepBatch, ViewBatch
+
+log = logging.getLogger(__name__)
+
+LABELED, UNLABELED = 0, 1  # streams
+# What is drawn for a slot. Each has its own generator, so a change to one recipe leaves the others' draws alone.
+SEED, WEAK, STRONG, SUBSTITUTE = 0, 1, 2, 3
+TRIES = 10  # images of a slot that may be unreadable
+
+NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+
+
+@lru_cache(maxsize=8)  # two streams, each at the turn of an epoch
+def permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
+    """[size] int64, the order in which an epoch visits the pool."""
+    return np.random.default_rng((seed, stream, epoch)).permutation(size)
+
+
+def planned_row(seed: int, stream: int, position: int, size: int) -> int:
+    """Row of the pool at a position of the stream's endless sequence."""
+    epoch, place = divmod(position, size)
+    return int(permutation(seed, stream, epoch, size)[place])
+
+
+class StepData(Dataset[StepBatch]):
+    """The batches of one process; item t is its share of step t's batch.
+
+    Args:
+        labeled: images with boxes; those without any stay, as pure background.
+        unlabeled: images whose boxes are never read; None for supervised training.
+        views: how views are made.
+        seed: of the whole run, at least 0.
+        labeled_per_device: labeled images of each process' batch, at least 1.
+        unlabeled_per_device: unlabeled ones; 0 as for ``unlabeled=None``.
+        rank: of this process. A rank takes a contiguous share of the step's slots.
+        world_size: number of processes.
+        unlabeled_from: first step that has an unlabeled batch.
+    """
+
+    def __init__(
+        self,
+        labeled: CocoIndex,
+        unlabeled: CocoIndex | None,
+        views: ViewsConfig,
+        seed: int,
+        labeled_per_device: int,
+        unlabeled_per_device: int,
+        rank: int = 0,
+        world_size: int = 1,
+        unlabeled_from: int = 0,
+    ) -> None:
+        self.labeled, self.unlabeled, self.views, self.seed = labeled, unlabeled, views, seed
+        self.labeled_per_device, self.unlabeled_per_device = labeled_per_device, unlabeled_per_device
+        self.rank, self.world_size, self.unlabeled_from = rank, world_size, unlabeled_from
+        self.substituted = 0  # unreadable images that were replaced in this loader process
+
+    def __getitem__(self, step: int) -> StepBatch:
+        return StepBatch(step, self._labeled_batch(step), self._unlabeled_batch(step))
+
+    def _labeled_batch(self, step: int) -> ViewBatch:
+        views, seeds, ids = [], [], []
+        for slot in self._slots(self.labeled_per_device):
+            row, image = self._image(self.labeled, LABELED, step, slot, self.labeled_per_device)
+            boxes, labels = self.labeled.objects(row)
+            views.append(labeled_view(image, boxes, labels, self.views, self._generator(LABELED, step, slot, WEAK)))
+            seeds.append(self._seed(LABELED, step, slot))
+            ids.append(self.labeled.image_ids[row])
+        return collate(views, seeds, ids)
+
+    def _unlabeled_batch(self, step: int) -> PairBatch | None:
+        if self.unlabeled is None or self.unlabeled_per_device == 0 or step < self.unlabeled_from:
+            return None
+        weak: list[View] = []
+        strong: list[View] = []
+        seeds, ids = [], []
+        nothing = NO_BOXES, NO_LABELS
+        for slot in self._slots(self.unlabeled_per_device):
+            row, image = self._image(self.unlabeled, UNLABELED, step, slot, self.unlabeled_per_device)
+            weak.append(weak_view(image, *nothing, self.views, self._generator(UNLABELED, step, slot, WEAK)))
+            strong.append(strong_view(image, *nothing, self.views, self._generator(UNLABELED, step, slot, STRONG)))
+            seeds.append(self._seed(UNLABELED, step, slot))
+            ids.append(self.unlabeled.image_ids[row])
+        return collate_pair(weak, strong, seeds, ids)
+
+    def _slots(self, per_device: int) -> range:
+        return range(self.rank * per_device, (self.rank + 1) * per_device)
+
+    def _generator(self, stream: int, step: int, slot: int, use: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, stream, step, slot, use))
+
+    def _seed(self, stream: int, step: int, slot: int) -> int:
+        return int(self._generator(stream, step, slot, SEED).integers(2**63))
+
+    def _image(self, pool: CocoIndex, stream: int, step: int, slot: int, per_device: int) -> tuple[int, Image.Image]:
+        """The slot's row and image; an unreadable one is replaced by another of the pool, the same one in every run."""
+        row = planned_row(self.seed, stream, step * per_device * self.world_size + slot, len(pool))
+        for attempt in range(TRIES):
+            try:
+                return row, pool.image(row)
+            except UserError as error:
+                self.substituted += 1
+                log.warning("%s; another image takes its place (number %d in this process)", error, self.substituted)
+                row = int(self._generator(stream, step, slot, SUBSTITUTE + attempt).integers(len(pool)))
+        raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}) - check the data and the disk")
+
+
+class EvalData(Dataset[ViewBatch]):
+    """Batches of test views; over all processes each image comes once. ``ViewBatch.image_ids`` says which they are.
+
+    Upright and wide images go to different batches where sizes are known, since a common canvas would be mostly padding.
+    """
+
+    def __init__(self, index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1) -> None:
+        self.index, self.views = index, views
+        upright = index.sizes[:, 0] > index.sizes[:, 1]
+        share = np.array_split(np.argsort(upright, kind="stable"), world_size)[rank]
+        self.batches = [share[start : start + batch] for start in range(0, len(share), batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, item: int) -> ViewBatch:
+        rows = self.batches[item].tolist()
+        views = [test_view(self.index.image(row), *self.index.objects(row), self.views) for row in rows]
+        return collate(views, [0] * len(rows), [self.index.image_ids[row] for row in rows])
+
+
+def steps_loader(dataset: StepData, start: int, stop: int, workers: int) -> DataLoader[StepBatch]:
+    """Batches of steps ``start`` to ``stop - 1``, made ahead by ``workers`` processes (0: made when asked for).
+
+    A worker runs on one thread, which is PyTorch's own setting for workers.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def eval_batches(
+    index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> DataLoader[ViewBatch]:
+    """Test views of this process' share of the images; over all processes each image comes once."""
+    data = EvalData(index, views, batch, rank, world_size)
+    return DataLoader(data, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,370 @@
+"""Checkpoints that survive a kill at any moment, and self-contained weights files. No pickle in either.
+
+A checkpoint is a folder ``step_00000100`` of
+
+    student.safetensors    teacher.safetensors    weights and buffers
+    optimizer.safetensors                         its tensors as "<parameter>/<name>", e.g. "head.weight/exp_avg"
+    state.json                                    the step, the caller's state, the optimizer's settings
+    manifest.json                                 size and SHA-256 of the files above, and of itself
+
+It is written beside its place as ``step_00000100.tmp``, flushed to the disk and renamed once, so a folder without ``.tmp``
+is whole. Older ones are deleted only after that. One process writes; the folder belongs to one run.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dtg_core.errors import UserError
+
+STUDENT, TEACHER, OPTIMIZER = "student.safetensors", "teacher.safetensors", "optimizer.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
+_FILES = (STUDENT, TEACHER, OPTIMIZER, STATE)
+_NAME = re.compile(r"step_(\d{8,})")
+_METADATA = "dtg_ssod"  # key of our JSON among a weights file's metadata
+
+
+def _say(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# Checkpoints -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path, step: int, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, state: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and delete all but the newest ``keep`` up to this step.
+
+    Args:
+        folder: holds the run's checkpoints; made when missing.
+        step: number of finished steps.
+        student: the plain module (not a wrapper), whose parameters ``optimizer`` holds.
+        teacher: the plain module.
+        optimizer: any torch optimizer whose state is tensors and plain values.
+        state: JSON values to be handed back by ``load_checkpoint``.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The checkpoint. A whole one of the same step is left as it is.
+
+    Raises:
+        OSError: disk full or not writable; every older checkpoint is untouched, and nothing half-written is left behind
+            unless the disk refuses that too.
+    """
+    final = folder / checkpoint_name(step)
+    if final.exists():
+        try:
+            _verified(final)
+            return final
+        except UserError:
+            _remove(final)
+    temporary = final.with_name(f"{final.name}.tmp")
+    tensors, settings = _pack_optimizer(optimizer, student)
+    full_state = {"step": step, "torch": torch.__version__, "optimizer": settings, "state": dict(state)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("step_*.tmp"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+        entries = {}
+        for name, content in (
+            (STUDENT, lambda: safetensors.save(_plain(student.state_dict()))),
+            (TEACHER, lambda: safetensors.save(_plain(teacher.state_dict()))),
+            (OPTIMIZER, lambda: safetensors.save(_plain(tensors))),
+            (STATE, lambda: json.dumps(full_state, indent=1).encode()),
+        ):
+            data = content()
+            _write(temporary / name, data)
+            entries[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _write(temporary / MANIFEST, _manifest(entries))
+        _sync_folder(temporary)
+        os.rename(temporary, final)
+        _sync_folder(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in [path for number, path in _checkpoints(folder) if number <= step][keep:]:
+        _remove(old)
+    return final
+
+
+def load_checkpoint(path: Path, student: nn.Module, teacher: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore all three exactly, on the devices they are on.
+
+    Returns:
+        The ``state`` that was saved, and its step under "step".
+
+    Raises:
+        UserError: naming the file that is missing, damaged or made for other modules; nothing has been changed then.
+    """
+    contents, stored = _verified(path)
+    weights = {module: safetensors.load(contents[name]) for module, name in ((student, STUDENT), (teacher, TEACHER))}
+    _check_fit(student, weights[student], path / STUDENT)
+    _check_fit(teacher, weights[teacher], path / TEACHER)
+    restored = _unpack_optimizer(
+        optimizer, student, safetensors.load(contents[OPTIMIZER]), stored["optimizer"], path / OPTIMIZER
+    )
+    student.load_state_dict(weights[student])
+    teacher.load_state_dict(weights[teacher])
+    optimizer.load_state_dict(restored)
+    return {**stored["state"], "step": stored["step"]}
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None] = _say) -> Path | None:
+    """The newest whole checkpoint of a folder, None when there is none at all.
+
+    Damaged ones are passed over with a warning that names the file. Raises UserError when all of them are damaged.
+    """
+    damaged = []
+    for _, path in _checkpoints(folder):
+        try:
+            _verified(path)
+            return path
+        except UserError as error:
+            warn(f"{error}; the checkpoint before it is tried")
+            damaged.append(path.name)
+    if damaged:
+        found = f"{', '.join(damaged)} damaged"
+        raise UserError(f"{folder}: no whole checkpoint ({found}) - restore one, or start with --overwrite")
+    return None
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """The ``state`` of a whole checkpoint and its step, without its tensors being used. Raises UserError."""
+    stored = _verified(path)[1]
+    return {**stored["state"], "step": stored["step"]}
+
+
+def discard_newer(folder: Path, step: int) -> None:
+    """Delete checkpoints after ``step``: they belong to a course that a resume from ``step`` gives up."""
+    for number, path in _checkpoints(folder):
+        if number > step:
+            _remove(path)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each checkpoint, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that half of it is never taken for one. What cannot be deleted stays."""
+    try:
+        doomed = path.with_name(f"{path.name}.tmp")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError:
+        pass
+
+
+def _manifest(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The manifest's one spelling; it carries its own digest, so that a changed bit in it shows as well."""
+    text = json.dumps(entries, indent=1, sort_keys=True)
+    return f'{{"files": {text},\n"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}\n'.encode()
+
+
+def _verified(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The bytes of a whole checkpoint's files and its parsed state.json. Raises UserError naming the damaged file."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint - give a folder step_NNNNNNNN, or auto")
+
+    def damaged(name: str, found: str) -> UserError:
+        return UserError(f"{path / name}: damaged checkpoint ({found}) - use an older one")
+
+    def read(name: str) -> bytes:
+        try:
+            return (path / name).read_bytes()
+        except OSError as error:
+            raise damaged(name, error.strerror or "not readable") from error
+
+    raw = read(MANIFEST)
+    try:
+        entries = json.loads(raw)["files"]
+        whole = raw == _manifest(entries) and all(name in entries for name in _FILES)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise damaged(MANIFEST, "its digest does not match")
+    contents = {}
+    for name in _FILES:
+        contents[name] = read(name)
+        if len(contents[name]) != entries[name]["size"]:
+            raise damaged(name, f"{len(contents[name])} of {entries[name]['size']} bytes")
+        if hashlib.sha256(contents[name]).hexdigest() != entries[name]["sha256"]:
+            raise damaged(name, "its SHA-256 does not match")
+    stored = json.loads(contents[STATE])
+    match = _NAME.fullmatch(path.name)
+    if match and int(match[1]) != stored["step"]:
+        raise damaged(STATE, f"it is of step {stored['step']}")
+    return contents, stored
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Tensors ---------------------------------------------------------------------------------------------------------------
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that are contiguous and share no memory, as safetensors asks for."""
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _check_fit(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError unless names, shapes and dtypes are the module's own."""
+    own = module.state_dict()
+    wrong = [f"{name} missing" for name in own.keys() - tensors.keys()]
+    wrong += [f"{name} unknown" for name in tensors.keys() - own.keys()]
+    for name in own.keys() & tensors.keys():
+        if own[name].shape != tensors[name].shape:
+            wrong.append(f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}")
+        elif own[name].dtype != tensors[name].dtype:
+            wrong.append(f"{name} {tensors[name].dtype} for {own[name].dtype}")
+    if wrong:
+        found = ", ".join(sorted(wrong)[:5])
+        raise UserError(f"{path}: does not fit the detector ({len(wrong)} of {len(own)} tensors: {found}) - "
+                        "use the settings it was made with")
+
+
+def _parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
+    """Names of each group's parameters, in the optimizer's order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _pack_optimizer(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors by "<parameter>/<name>"; its groups and plain values as JSON values."""
+    names = _parameter_names(optimizer, module)
+    packed = optimizer.state_dict()
+    order = [name for group in names for name in group]
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, entries in packed["state"].items():
+        for key, value in entries.items():
+            target: dict[str, Any] = tensors if isinstance(value, Tensor) else values
+            target[f"{order[index]}/{key}"] = value
+    groups = [{**group, "params": own} for group, own in zip(packed["param_groups"], names)]
+    return tensors, {"groups": groups, "values": values}
+
+
+def _unpack_optimizer(
+    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """The optimizer's state dictionary from what ``_pack_optimizer`` made."""
+    names = _parameter_names(optimizer, module)
+    if names != [group["params"] for group in settings["groups"]]:
+        raise UserError(f"{path}: made for other trained parameters or groups - use the settings it was made with")
+    order = [name for group in names for name in group]
+    index = {name: number for number, name in enumerate(order)}
+    parameters = dict(module.named_parameters())
+    state: dict[int, dict[str, Any]] = {}
+    for full_name, value in [*tensors.items(), *settings["values"].items()]:
+        name, _, key = full_name.rpartition("/")
+        if isinstance(value, Tensor) and value.shape == parameters[name].shape:
+            # the parameter's memory layout: another order of elements may round differently in vectorised kernels
+            value = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False).copy_(value)
+        state.setdefault(index[name], {})[key] = value
+    groups, start = [], 0
+    for current, group in zip(optimizer.param_groups, settings["groups"]):
+        numbers = list(range(start, start + len(group["params"])))
+        start += len(numbers)
+        plain = {key: tuple(value) if isinstance(current.get(key), tuple) else value for key, value in group.items()}
+        groups.append({**plain, "params": numbers})
+    return {"state": state, "param_groups": groups}
+
+
+# Weights files ---------------------------------------------------------------------------------------------------------
+
+
+def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Write a module's weights and JSON ``metadata`` as one safetensors file, replacing an older one at once.
+
+    Raises OSError when the disk refuses; the older file is then untouched.
+    """
+    data = safetensors.save(_plain(module.state_dict()), {_METADATA: json.dumps(dict(metadata))})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        _write(temporary, data)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a weights file on the CPU, and its metadata ({} where it has none of ours).
+
+    Args:
+        path: ``.safetensors``, or ``.pt`` / ``.pth`` that holds nothing but tensors, flat or under "state_dict" or "model".
+
+    Raises:
+        UserError: missing, damaged, or with pickled code, which is never run.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file - give a .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dictionary)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"{path}: not a whole safetensors file ({found}) - copy or make it anew") from error
+    if path.suffix not in (".pt", ".pth"):
+        raise UserError(f"{path}: unknown kind of weights file - give a .safetensors file")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):  # GHSA-63cw-57p8-fm3p
+        found = torch.__version__
+        raise UserError(f"{path}: .pt files are read from torch 2.10 on (found {found}) - convert it to safetensors")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile or damaged file ends in errors of many kinds
+        raise UserError(f"{path}: holds more than tensors, or is damaged ({type(error).__name__}) - convert it to "
+                        "safetensors where it was made") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path}: no dictionary of tensors (found {type(loaded).__name__}) - save module.state_dict()")
+    return loaded, {}
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load all of a module's weights. Raises UserError, listing what does not fit, before anything has been changed."""
+    _check_fit(module, tensors, path)
+    module.load_state_dict(dict(tensors))

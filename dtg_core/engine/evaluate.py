@@ -1,0 +1,256 @@
+"""COCO's detection metric, and running a detector over a data set for it.
+
+No file of a user reaches the evaluator: the ground truth is rebuilt from a checked ``CocoIndex`` with ids 1, 2, 3, ... and
+areas of its boxes, because evaluators answer odd ids, missing areas and NaN with wrong numbers instead of errors. Results
+that are given out carry the data set's own ids.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dtg_core.errors import UserError
+from dtg_core.structures import Detections, ViewBatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dtg_core.data.coco import CocoIndex
+
+Backend = Literal["pycocotools", "faster_coco_eval"]
+
+#: COCO's twelve figures, in the evaluator's order.
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@dataclass
+class Found:
+    """Detections of the images seen so far, in the pixels of the stored images. K images, D detections."""
+
+    seen: list[NDArray[np.int64]] = field(default_factory=list)  # parts of [K], rows of the index
+    rows: list[NDArray[np.float64]] = field(default_factory=list)  # parts of [D, 7]: x1, y1, x2, y2, score, label, image
+
+    def add(self, detections: Detections, views: ViewBatch, image: Sequence[int], index: CocoIndex) -> None:
+        """Take a batch's detections.
+
+        Args:
+            detections: in the pixels of ``views``, on any device; fetched in one transfer.
+            views: on the CPU; only ``view_from_image`` is used.
+            image: [N] row of each view's image in ``index``.
+            index: gives the images' sizes, to which the boxes are clipped.
+        """
+        columns = (*detections.boxes.unbind(1), detections.scores, detections.labels, detections.image)
+        # sync: the batch's detections; float32, because not every device has float64.
+        table = torch.stack([column.float() for column in columns], 1).cpu().double().numpy()
+        rows, batch_image = table.copy(), table[:, 6].astype(np.int64)
+        image_from_view = np.linalg.inv(views.view_from_image.double().numpy())
+        rows[:, :4] = _moved(table[:, :4], image_from_view[batch_image])
+        rows[:, 6] = np.asarray(image, np.int64)[batch_image]
+        size = np.asarray(index.sizes, np.float64)[rows[:, 6].astype(np.int64)]
+        limit = np.where(size > 0, size, np.inf)[:, [1, 0, 1, 0]]  # 0: the data set does not say
+        rows[:, :4] = np.clip(rows[:, :4], 0, limit)
+        self.seen.append(np.asarray(image, np.int64))
+        self.rows.append(rows)
+
+    def merged(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Images [K] and rows [D, 7] in the images' order, whichever process saw them first."""
+        rows = np.concatenate([*self.rows, np.zeros((0, 7))])
+        return np.sort(np.concatenate([*self.seen, np.zeros(0, np.int64)])), rows[np.argsort(rows[:, 6], kind="stable")]
+
+
+def _moved(boxes: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Boxes [D, 4] moved by matrices [D, 3, 3]: the box around their corners."""
+    x, y = boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]
+    corners = matrix @ np.stack((x, y, np.ones_like(x)), 1)
+    flat = corners[:, :2] / corners[:, 2:]
+    return np.concatenate((flat.min(2), flat.max(2)), 1)
+
+
+def coco_metrics(index: CocoIndex, found: Found, backend: Backend = "pycocotools") -> dict[str, Any]:
+    """COCO's metric of detections.
+
+    Args:
+        index: the ground truth; crowd boxes count as COCO counts them.
+        found: detections of images of ``index``, each image once; an image without an entry has no detection.
+        backend: ``faster_coco_eval`` gives the same figures sooner, when it is installed.
+
+    Returns:
+        {"AP": .., ... the twelve FIGURES in 0..100, None where there is no object to find, "classes": {name: AP or None}}.
+
+    Raises:
+        ValueError: an image given twice, an unknown image or class, a value that is not finite.
+    """
+    seen, rows = found.merged()
+    _check(index, seen, rows)
+    coco, coco_eval = _evaluator(backend)
+    with contextlib.redirect_stdout(io.StringIO()):  # the evaluators print
+        truth, results = coco(), coco()
+        truth.dataset, results.dataset = _truth(index), _results(index, rows)
+        truth.createIndex()
+        results.createIndex()
+        evaluation = coco_eval(truth, results, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = {name: _percent(value) for name, value in zip(FIGURES, evaluation.stats)}
+    precision = evaluation.eval["precision"]  # [IoU thresholds, recalls, classes, areas, detection limits], -1: no object
+    classes = {}
+    for row, name in enumerate(index.class_names):
+        values = precision[:, :, row, 0, -1]
+        classes[name] = _percent(values[values > -1].mean()) if (values > -1).any() else None
+    return {**figures, "classes": classes}
+
+
+def coco_results(index: CocoIndex, found: Found) -> list[dict[str, Any]]:
+    """Detections in COCO's results format, with the data set's own image and category ids; JSON values."""
+    image_ids, category_ids = list(index.image_ids), list(index.category_ids)
+    return [
+        {"image_id": _plain(image_ids[int(row[6])]), "category_id": _plain(category_ids[int(row[5])]),
+         "bbox": [round(float(value), 3) for value in (row[0], row[1], row[2] - row[0], row[3] - row[1])],
+         "score": round(float(row[4]), 6)}
+        for row in found.merged()[1]
+    ]
+
+
+@torch.no_grad()  # not inference mode: anchors are cached, and training could not use those made in it
+def find(
+    detector: nn.Module, index: CocoIndex, batches: Iterable[ViewBatch], device: torch.device, score_threshold: float,
+    accelerator: Accelerator | None = None,
+) -> Found:
+    """Run a detector over views of the images of ``index`` and gather what all processes found.
+
+    Args:
+        detector: satisfies ``dtg_core.protocol.Detector``; in evaluation mode meanwhile.
+        index: whose ``image_ids`` the views name.
+        batches: this process' share of the images, on the CPU.
+        device: where the detector is.
+        score_threshold: of kept detections.
+        accelerator: gives autocast for the network, and the other processes.
+
+    Raises:
+        Whatever fails, on every process, so that none waits for the others.
+    """
+    row = {image_id: number for number, image_id in enumerate(index.image_ids)}
+    training, found, failure = detector.training, Found(), None
+    detector.eval()
+    try:
+        for views in batches:
+            moved = views.to(device, non_blocking=True)
+            with accelerator.autocast() if accelerator is not None else contextlib.nullcontext():
+                outputs = detector.run(moved)  # type: ignore[operator]
+            detections = detector.detect(outputs, moved, score_threshold)  # type: ignore[operator]
+            found.add(detections, views, [row[image_id] for image_id in views.image_ids], index)
+    except Exception as error:
+        if accelerator is None or accelerator.num_processes == 1:
+            raise
+        failure = error
+    finally:
+        detector.train(training)
+    if accelerator is None or accelerator.num_processes == 1:
+        return found
+    return _gathered(found, failure, accelerator)
+
+
+def _gathered(found: Found, failure: Exception | None, accelerator: Accelerator) -> Found:
+    """Join all processes' parts; a failure of one becomes an error of all."""
+    from accelerate.utils import gather_object
+
+    parts = gather_object([(*found.merged(), repr(failure) if failure else None)])
+    if failure is not None:
+        raise failure
+    for process, (_, _, problem) in enumerate(parts):
+        if problem is not None:
+            raise RuntimeError(f"evaluation failed on process {process}: {problem}")
+    return Found([seen for seen, _, _ in parts], [rows for _, rows, _ in parts])
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The twelve figures and each class' AP as a text table."""
+    def shown(value: float | None) -> str:
+        return "   -" if value is None else f"{value:5.1f}"
+
+    lines = [
+        "  ".join(f"{name} {shown(metrics[name])}" for name in FIGURES[start : start + 6]) for start in (0, 6)
+    ]
+    width = max((len(name) for name in metrics["classes"]), default=0)
+    return "\n".join([*lines, *(f"  {name:<{width}}  AP {shown(value)}" for name, value in metrics["classes"].items())])
+
+
+def _evaluator(backend: Backend) -> tuple[Any, Any]:
+    """The (COCO, COCOeval) classes of a package."""
+    if backend == "pycocotools":
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        return COCO, COCOeval
+    try:
+        from faster_coco_eval import COCO as FasterCOCO
+        from faster_coco_eval import COCOeval_faster
+    except ImportError as error:
+        raise UserError("faster-coco-eval: not installed - install the extra 'fast', or use pycocotools") from error
+    return FasterCOCO, COCOeval_faster
+
+
+def _check(index: CocoIndex, seen: NDArray[np.int64], rows: NDArray[np.float64]) -> None:
+    images, classes = len(index.image_ids), len(index.class_names)
+    if len(np.unique(seen)) != len(seen):
+        raise ValueError("an image was evaluated twice")
+    if not np.isfinite(rows).all():
+        raise ValueError("a detection is not finite")
+    if not np.isin(rows[:, 6], seen).all() or not np.isin(seen, np.arange(images)).all():
+        raise ValueError("a detection is of an unknown image")
+    if not np.isin(rows[:, 5], np.arange(classes)).all():
+        raise ValueError("a detection is of an unknown class")
+    if (rows[:, 2:4] < rows[:, :2]).any():
+        raise ValueError("a detection has a negative side")
+
+
+def _header(index: CocoIndex) -> dict[str, Any]:
+    return {
+        "info": {},
+        "images": [{"id": number} for number in range(1, len(index.image_ids) + 1)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(index.class_names, 1)],
+    }
+
+
+def _entries(boxes: NDArray[Any], image: NDArray[Any], label: NDArray[Any], crowd: NDArray[Any]) -> list[dict[str, Any]]:
+    """Annotations numbered from 1, of boxes [B, 4] with image and label [B] counted from 0."""
+    corners = boxes.astype(np.float64)
+    sides = corners[:, 2:] - corners[:, :2]
+    bboxes, areas = np.concatenate((corners[:, :2], sides), 1).tolist(), sides.prod(1).tolist()
+    numbers = (image.astype(np.int64) + 1).tolist(), (label.astype(np.int64) + 1).tolist(), crowd.astype(np.int64).tolist()
+    return [
+        {"id": number, "image_id": image_id, "category_id": category, "bbox": bbox, "area": area, "iscrowd": is_crowd}
+        for number, (bbox, area, image_id, category, is_crowd) in enumerate(zip(bboxes, areas, *numbers), 1)
+    ]
+
+
+def _truth(index: CocoIndex) -> dict[str, Any]:
+    starts = np.asarray(index.box_start, np.int64)
+    image = np.repeat(np.arange(len(index.image_ids)), np.diff(starts))
+    boxes, labels, crowd = (np.asarray(part) for part in (index.boxes, index.labels, index.crowd))
+    return {**_header(index), "annotations": _entries(boxes.reshape(-1, 4), image, labels, crowd)}
+
+
+def _results(index: CocoIndex, rows: NDArray[np.float64]) -> dict[str, Any]:
+    annotations = _entries(rows[:, :4], rows[:, 6], rows[:, 5], np.zeros(len(rows)))
+    for annotation, score in zip(annotations, rows[:, 4].tolist()):
+        annotation["score"] = score
+    return {**_header(index), "annotations": annotations}
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100 * float(value)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's own."""
+    return value.item() if hasattr(value, "item") else value

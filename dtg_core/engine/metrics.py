@@ -1,0 +1,147 @@
+"""What a run tells: one JSON object a line in ``metrics.jsonl``, and a progress bar or plain lines on the terminal.
+
+Neither ever stops training: what cannot be written is given up with one warning. Only one process of a run makes them.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class MetricsWriter:
+    """Appends lines to ``metrics.jsonl``.
+
+    Args:
+        path: the file; its folder is made when missing.
+        resume_step: lines of later steps and torn lines are dropped from a file that is there. None: it starts empty.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        self.path = path
+        self._torn = self._warned = False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = []
+            if resume_step is not None and path.exists():
+                kept = [line for line in read_metrics(path) if line.get("step", 0) <= resume_step]
+            temporary = path.with_name(f"{path.name}.tmp")
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append {"step": step, ...values in the order of their names}; numbers that are not finite become null."""
+        line = _line({"step": step, **{key: values[key] for key in sorted(values) if key != "step"}})
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"\n{line}" if self._torn else line)
+            self._torn = False
+        except OSError as error:
+            self._torn = True
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            _print(f"warning: {self.path}: cannot be written ({error.strerror}) - training goes on, its lines are lost")
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, without torn ones."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict):
+            yield values
+
+
+class Progress:
+    """A bar with the time left on a terminal, elsewhere a plain line for each report; on stderr.
+
+    Args:
+        total: steps of the run.
+        start: steps that an earlier part of the run has done.
+        stream: stderr, or another text stream.
+    """
+
+    def __init__(self, total: int, start: int = 0, stream: TextIO | None = None) -> None:
+        self.total, self.start, self.done = total, start, start
+        self.stream = stream or sys.stderr
+        self.began = time.monotonic()
+        self.bar: tqdm[Any] | None = None
+        try:
+            if self.stream.isatty():
+                self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=self.stream)
+        except (OSError, ValueError):
+            self.bar = None
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.done += 1
+        if self.bar is not None:
+            _never_fail(self.bar.update)
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """Show figures of the step that was done last."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            _never_fail(lambda: self.bar.set_postfix_str(shown) if self.bar is not None else None)
+            return
+        pace = (time.monotonic() - self.began) / max(self.done - self.start, 1)
+        left = tqdm.format_interval(int(pace * (self.total - self.done)))
+        _print(f"step {self.done}/{self.total}  {shown}  {pace:.2f} s/step  {left} left", self.stream)
+
+    def say(self, message: str) -> None:
+        """Show one line without breaking the bar."""
+        if self.bar is not None:
+            _never_fail(lambda: tqdm.write(message, file=self.stream))
+        else:
+            _print(message, self.stream)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            _never_fail(self.bar.close)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps({key: _plain(value) for key, value in values.items()}, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; scalars of torch and numpy as numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _never_fail(action: Any) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a closed pipe or a vanished terminal
+        action()
+
+
+def _print(message: str, stream: TextIO | None = None) -> None:
+    _never_fail(lambda: print(message, file=stream or sys.stderr, flush=True))

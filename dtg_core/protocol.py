@@ -1,0 +1,70 @@
+"""What a detector package owes the core: stages, and a detector that runs them in order.
+
+A stage turns samples (anchors or proposals) into predictions, assigns objects to its samples by its own rule, and says how
+wrong its predictions are under an assignment. It knows nothing of teachers, paradigms or loss weights.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dtg_core.structures import (
+    AnchorGrid,
+    Assignment,
+    Detections,
+    Predictions,
+    Samples,
+    Supervision,
+    Targets,
+    Unreduced,
+    ViewBatch,
+)
+
+#: What ``Detector.run`` gives for each stage, by its name.
+Outputs = Mapping[str, tuple[Samples, Predictions]]
+
+
+class Stage(Protocol):
+    """One classifying and box-refining head: GFL's head, the RPN, the R-CNN."""
+
+    num_classes: int
+
+    def groups(self, samples: Samples, sample: Tensor, label: Tensor) -> Tensor:
+        """[M] int64 NMS group within an image, in 0..``num_groups`` - 1: the class, or the pyramid level in an RPN."""
+
+    def num_groups(self, samples: Samples) -> int:
+        """How many groups an image has."""
+
+    def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+        """[M, 4] float32 boxes, not clipped, that the stage predicts for rows given by image, sample and label [M]."""
+
+    def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
+        """The stage's ordinary label assignment, for ground truth and for sparse pseudo boxes.
+
+        ``sizes`` [N, 2] are the (height, width) of the unpadded views, ``seeds`` [N] decide random sampling.
+        """
+
+    def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
+        """Losses per assigned sample and per background sample, in float32, with the stage's own loss weights."""
+
+
+class Detector(Protocol):
+    """A backbone and its stages, also a ``torch.nn.Module``."""
+
+    stages: Mapping[str, Stage]
+
+    def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:
+        """The anchors of a canvas (padded height, width)."""
+
+    def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
+        """Samples and predictions of every stage, or with ``supervision`` of the stages that it names.
+
+        Supervision matters to a stage that chooses its samples: ``Supervision.proposals`` are used as they are, and
+        ``Supervision.targets`` decide which of the detector's own proposals are sampled for training.
+        """
+
+    def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
+        """Final boxes in the views' pixels: scores over the threshold, after the detector's NMS and limit per image."""

@@ -1,0 +1,414 @@
+"""Strict reading and complete writing of configuration dataclasses.
+
+    load_config    defaults, then a YAML file, then ``a.b=value`` overrides; every value is parsed by its declared type
+    check_ranges   values that no run can mean; see ``dtg_core.config.RANGES``
+    flatten        {"optim.lr": 0.01, ...}
+    to_yaml        every value, in a form that ``load_config`` reads back equal
+
+A dotted *key* names a value ("guidance.stages.rpn.tau"); its *origin* is "default", "FILE:LINE" or "command line". Files
+can only set what the dataclasses declare: no anchors, tags, duplicate or unknown keys.
+"""
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from dtg_core.errors import UserError, nearest
+
+T = TypeVar("T")
+
+DEFAULT, COMMAND_LINE = "default", "command line"
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?(0|[1-9]\d*(_\d+)*)")
+_FLOAT = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
+_MAX_DIGITS = 18  # fits 64 bits
+
+
+def load_config(kind: type[T], file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[T, dict[str, str]]:
+    """Build ``kind`` from its defaults, a YAML file and overrides, the later winning.
+
+    Args:
+        kind: a dataclass all of whose fields have defaults.
+        file: YAML that may set any field at any depth; None: defaults only.
+        overrides: "dotted.key=value" with the value in YAML's syntax; an empty value is null.
+
+    Returns:
+        The configuration, and the origin of each key of ``flatten``.
+
+    Raises:
+        UserError: naming the file and line (or the override), the key, what was found and the nearest valid key.
+    """
+    config = kind()
+    origins = dict.fromkeys(flatten(config), DEFAULT)
+    if file is not None:
+        node = _compose(_read(file), str(file))
+        if node is not None:
+            config = _Reader(kind, str(file), None, origins).read(config, node)
+    for text in overrides:
+        config = _Reader(kind, f"--set {text}", COMMAND_LINE, origins).read(config, _override(text))
+    return config, {key: origins[key] for key in flatten(config)}
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{dotted key: value} of every value, in declaration order; free-form dictionaries and tuples are values."""
+    return dict(_leaves(config, ""))
+
+
+def to_yaml(config: Any, origins: Mapping[str, str] | None = None) -> str:
+    """The complete configuration as YAML; with ``origins`` each line ends with a comment that names its value's origin."""
+    lines = list(_lines(config, "", 0))
+    width = min(max((len(line) for line, _ in lines), default=0), 60)
+    if origins is not None:
+        lines = [(f"{line:<{width}}  # {_printable(origins[key])}" if key in origins else line, key) for line, key in lines]
+    return "".join(f"{line}\n" for line, _ in lines)
+
+
+def yaml_scalar(value: object) -> str:
+    """None, a bool, number, text, list or dictionary in YAML's flow syntax, on one line, as ``load_config`` reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        text = repr(value)
+        return text if "." in text or "e" not in text else text.replace("e", ".0e")  # 1e-05 is text to other readers
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(yaml_scalar, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{yaml_scalar(str(key))}: {yaml_scalar(item)}' for key, item in value.items())}}}"
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.lower() not in {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}:
+        return text
+    return f'"{_printable(text, quote=True)}"'
+
+
+def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
+    """Refuse values outside their interval.
+
+    Args:
+        config: a configuration dataclass.
+        ranges: {key pattern: interval}, e.g. ``{"guidance.stages.*.tau": "(0, 1)"}``; a round bracket leaves its end out.
+            Every number of a tuple has to lie in it, None passes.
+        origins: of the keys, for the message.
+
+    Raises:
+        UserError: naming the key, its origin, the interval and the value; also for a value that is not finite.
+    """
+    flat = flatten(config)
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(key, f"is not a finite number (found {value})", origins)
+    for pattern, interval in ranges.items():
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        for key in fnmatch.filter(flat, pattern):
+            values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+            for value in values:
+                if value is None:
+                    continue
+                above = value > low if interval[0] == "(" else value >= low
+                below = value < high if interval[-1] == ")" else value <= high
+                if not (above and below):
+                    refuse(key, f"is out of range (found {value}) - use {_interval_words(interval, low, high)}", origins)
+
+
+def refuse(key: str, problem: str, origins: Mapping[str, str] | None = None) -> NoReturn:
+    """Raise the UserError of a key whose value cannot be used, naming where the value came from."""
+    origin = (origins or {}).get(key)
+    place = {None: "", DEFAULT: "default: ", COMMAND_LINE: "command line: "}.get(origin, f"{origin}: ")
+    raise UserError(f"{place}{key}: {problem}")
+
+
+# Reading ---------------------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Nodes only: nothing is constructed, and anchors, aliases and tags are refused."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "anchors (&) and aliases (*) are not read", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _read(file: Path) -> str:
+    if not file.is_file():
+        found = "it is a folder" if file.is_dir() else f"no such file as {file.absolute()}"
+        others = [other.name for other in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise UserError(f"{file}: cannot read the configuration ({found}){nearest(file.name, others) if others else ''}")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the configuration ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        found = f"byte {error.object[error.start]:#04x}"
+        raise UserError(f"{file}:{line}: not UTF-8 text ({found}) - save it as UTF-8") from error
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    """The node tree of a YAML text; ``name`` is its file, or the override it comes from."""
+    place = name
+    try:
+        return yaml.compose(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = (error.problem or error.context or "not YAML").replace("\n", " ")
+        if mark is not None and not name.startswith("--set"):
+            place = f"{name}:{mark.line + 1}:{mark.column + 1}"
+        advice = " - indent with spaces, not with a tab" if "\\t" in problem else ""
+        raise UserError(f"{place}: not plain YAML ({_printable(problem)}){advice}") from error
+    except yaml.reader.ReaderError as error:
+        if not name.startswith("--set"):
+            place = f"{name}:{text[: error.position].count(chr(10)) + 1}"
+        raise UserError(f"{place}: not text (character {error.character:#x})") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{place}: not plain YAML (nested too deeply, or a malformed number)") from error
+
+
+def _override(text: str) -> yaml.Node:
+    """"a.b=value" as the node of {a: {b: value}}."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {_printable(text)}: not of the form dotted.key=value")
+    node = _compose(value, f"--set {_printable(text)}") or yaml.ScalarNode("null", "")
+    for name in reversed(key.strip().split(".")):
+        node = yaml.MappingNode("map", [(yaml.ScalarNode("str", name), node)])
+    return node
+
+
+class _Reader:
+    """Applies a node tree to a configuration, by the declared types.
+
+    ``source`` is a file, whose lines become origins, or the override that ``origin`` stands for.
+    """
+
+    def __init__(self, kind: type, source: str, origin: str | None, origins: dict[str, str]) -> None:
+        self.kind, self.source, self.origin, self.origins = kind, source, origin, origins
+
+    def place(self, node: yaml.Node) -> str:
+        return self.source if self.origin else f"{self.source}:{node.start_mark.line + 1}"
+
+    def read(self, config: T, node: yaml.Node) -> T:
+        try:
+            return cast(T, self.value(self.kind, config, node, ""))
+        except RecursionError as error:
+            raise UserError(f"{self.place(node)}: nested too deeply") from error
+
+    def fail(self, node: yaml.Node, key: str, problem: str) -> NoReturn:
+        raise UserError(f"{_printable(self.place(node))}: {_printable(f'{key}: ' if key else '')}{problem}")
+
+    def wrong(self, node: yaml.Node, key: str, wanted: str) -> NoReturn:
+        self.fail(node, key, f"wanted {wanted} (found {_shown(node)})")
+
+    def value(self, hint: Any, current: Any, node: yaml.Node, key: str) -> Any:
+        """``node`` as the declared type ``hint``, or ``current`` with what the node sets."""
+        if get_origin(hint) in (Union, types.UnionType):
+            return self.optional(hint, current, node, key)
+        if is_dataclass(hint):
+            items = {field.name: getattr(current, field.name) for field in fields(current)}
+            hints = get_type_hints(type(current))
+            changed = {name: self.value(hints[name], items[name], child, _join(key, name))
+                       for name, child in self.pairs(node, key, list(items))}
+            return replace(current, **changed)
+        if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+            changed = {name: self.value(get_args(hint)[1], current[name], child, _join(key, name))
+                       for name, child in self.pairs(node, key, list(current))}
+            return {**current, **changed}
+        self.origins[key] = self.origin or self.place(node)
+        if get_origin(hint) is dict:
+            return {**current, **{name: self.free(child, _join(key, name)) for name, child in self.pairs(node, key, None)}}
+        if get_origin(hint) is tuple:
+            return self.items(hint, node, key)
+        return self.scalar(hint, node, key)
+
+    def optional(self, hint: Any, current: Any, node: yaml.Node, key: str) -> Any:
+        (inner,) = (option for option in get_args(hint) if option is not types.NoneType)
+        if _is_null(node):
+            self.origins[key] = self.origin or self.place(node)
+            return None
+        return self.value(inner, current, node, key)
+
+    def pairs(self, node: yaml.Node, key: str, names: list[str] | None) -> Iterator[tuple[str, yaml.Node]]:
+        """The entries of a mapping; ``names`` are the keys that may be set, None: any."""
+        if _is_null(node):  # a section whose lines are all comments
+            return
+        if not isinstance(node, yaml.MappingNode):
+            self.wrong(node, key or "the configuration", f"keys and values{f': {_listed(names)}' if names else ''}")
+        seen: dict[str, yaml.Node] = {}
+        for name_node, child in node.value:
+            if not isinstance(name_node, yaml.ScalarNode):
+                self.wrong(name_node, key, "a plain key")
+            name = name_node.value
+            if name in seen:
+                first = _printable(self.place(seen[name]))
+                self.fail(name_node, _join(key, name), f"set twice (first at {first}) - remove one")
+            if names is not None and name not in names:
+                self.fail(name_node, _join(key, name), f"unknown key{self.suggestion(key, name, names)}")
+            seen[name] = name_node
+            yield name, child
+
+    def suggestion(self, key: str, name: str, names: list[str]) -> str:
+        """The nearest key: a sibling, or else a key of that name elsewhere."""
+        folded = {other.lower().replace("-", "_"): other for other in names}
+        # short names: one wrong letter of two is already half of them
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.6 if len(name) > 3 else 0.4)
+        elsewhere = [other for other in flatten(self.kind()) if other.rpartition(".")[2] == name]
+        if elsewhere:
+            return f" - did you mean {elsewhere[0]!r}?"
+        if close:
+            return f" - did you mean {_join(key, folded[close[0]])!r}?"
+        return f" - choose from {_listed(names)}"
+
+    def items(self, hint: Any, node: yaml.Node, key: str) -> tuple[Any, ...]:
+        kinds = get_args(hint)
+        endless = kinds[-1] is Ellipsis
+        wanted = f"a list such as [1, 2]{'' if endless else f' with {len(kinds)} items'}"
+        if not isinstance(node, yaml.SequenceNode) or not (endless or len(node.value) == len(kinds)):
+            self.wrong(node, key, wanted)
+        return tuple(self.scalar(kinds[0] if endless else kinds[index], child, f"{key}[{index}]")
+                     for index, child in enumerate(node.value))
+
+    def scalar(self, hint: Any, node: yaml.Node, key: str) -> Any:
+        choices = get_args(hint) if get_origin(hint) is Literal else None
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, "a choice")
+        if not isinstance(node, yaml.ScalarNode):
+            self.wrong(node, key, f"one of {_listed(choices)}" if choices else wanted)
+        text, plain = node.value, _is_plain(node)
+        if choices is not None:
+            if text not in choices:
+                self.fail(node, key, f"unknown value (found {_shown(node)}){nearest(text, choices)}")
+            return text
+        if hint is str and not _is_null(node):
+            return text
+        if hint is bool and plain and text in _BOOL:
+            return _BOOL[text]
+        if hint is float and plain and _NOT_FINITE.fullmatch(text):
+            self.wrong(node, key, "a finite number")
+        pattern = {int: _INT, float: _FLOAT}.get(hint)
+        if pattern is not None and plain and pattern.fullmatch(text):
+            return self.number(hint, node, key)
+        self.wrong(node, key, wanted)
+
+    def number(self, hint: type, node: yaml.Node, key: str) -> float:
+        if hint is int and sum(map(str.isdigit, node.value)) > _MAX_DIGITS:
+            self.wrong(node, key, "a smaller number")
+        number = hint(node.value)
+        if not math.isfinite(number):
+            self.wrong(node, key, "a finite number")
+        return number
+
+    def free(self, node: yaml.Node, key: str) -> Any:
+        """A value without a declared type, by its looks."""
+        if isinstance(node, yaml.MappingNode):
+            return {name: self.free(child, _join(key, name)) for name, child in self.pairs(node, key, None)}
+        if isinstance(node, yaml.SequenceNode):
+            return [self.free(child, f"{key}[{index}]") for index, child in enumerate(node.value)]
+        if _is_null(node):
+            return None
+        if not _is_plain(node):
+            return node.value
+        if node.value in _BOOL:
+            return _BOOL[node.value]
+        if _INT.fullmatch(node.value):
+            return self.number(int, node, key)
+        if _FLOAT.fullmatch(node.value):
+            return self.number(float, node, key)
+        if _NOT_FINITE.fullmatch(node.value) and node.value[-1].isalpha() and "." in node.value:
+            self.wrong(node, key, "a finite number")
+        return node.value
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    """A scalar without quotes."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return _is_plain(node) and node.value in _NULL
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _listed(names: Sequence[Any] | None) -> str:
+    return ", ".join(str(name) for name in names or ())
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "keys and values"
+    if isinstance(node, yaml.SequenceNode):
+        return f"a list of {len(node.value)}"
+    text = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
+    if not _is_plain(node):
+        return f'the text "{_printable(text)}"'
+    return f"'{_printable(text)}'" if text else "nothing"
+
+
+def _printable(text: str, quote: bool = False) -> str:
+    """``text`` with control and other unprintable characters escaped, so that it stays on one line of a terminal."""
+    def escaped(character: str) -> str:
+        if quote and character in '"\\':
+            return f"\\{character}"
+        if character.isprintable():
+            return character
+        code = ord(character)
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return "".join(map(escaped, text))
+
+
+# Writing ---------------------------------------------------------------------------------------------------------------
+
+
+def _children(value: Any) -> dict[str, Any] | None:
+    """The named parts of a section, None for a value."""
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, dict) and value and all(is_dataclass(item) for item in value.values()):
+        return value
+    return None
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    children = _children(value)
+    if children is None:
+        yield key, value
+        return
+    for name, child in children.items():
+        yield from _leaves(child, _join(key, name))
+
+
+def _lines(value: Any, key: str, depth: int) -> Iterator[tuple[str, str]]:
+    """(line, key) of each entry of a section."""
+    for name, child in (_children(value) or {}).items():
+        head = f"{'  ' * depth}{yaml_scalar(name)}:"
+        if _children(child) is None:
+            yield f"{head} {yaml_scalar(child)}", _join(key, name)
+        else:
+            yield head, _join(key, name)
+            yield from _lines(child, _join(key, name), depth + 1)
+
+
+def _interval_words(interval: str, low: float, high: float) -> str:
+    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
+    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:g}"
+    return " and ".join(part for part in (lower, upper) if part)

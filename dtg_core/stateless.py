@@ -1,0 +1,45 @@
+"""Random numbers without state: a pure function of a seed and a position, equal on every device.
+
+Whatever a step draws depends on (seed, step, slot) alone, so a resumed run, another number of processes or another device
+sees the same draws, and nothing has to be saved.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """One round of a 32-bit integer hash (Mueller's), on int64 tensors whose values are below 2^32."""
+    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
+    x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
+    return (x >> 16) ^ x
+
+
+def random_keys(seeds: Tensor, count: int) -> Tensor:
+    """[N, count] int64 in 0..2^32-1, uniform, from ``seeds`` [N] int64 and the column's index."""
+    column = torch.arange(count, device=seeds.device)
+    seeds = _mixed((seeds & _MASK) ^ _mixed((seeds >> 32) & _MASK))
+    return _mixed(_mixed(column + 1).unsqueeze(0) ^ seeds.unsqueeze(1))
+
+
+def sample_mask(mask: Tensor, limit: Tensor | int, seeds: Tensor, most: int) -> Tensor:
+    """At most ``limit`` random True entries of each row of a mask.
+
+    Args:
+        mask: [N, A] bool.
+        limit: [N] int64 or int, how many to keep per row.
+        seeds: [N] int64.
+        most: an upper bound of ``limit`` that the host knows.
+
+    Returns:
+        [N, A] bool, a subset of ``mask``.
+    """
+    most = min(most, mask.shape[1])
+    keys = random_keys(seeds, mask.shape[1]) + 1
+    best, index = (keys * mask).topk(most, dim=1)
+    limit = torch.as_tensor(limit, device=mask.device).reshape(-1, 1)
+    chosen = (best > 0) & (torch.arange(most, device=mask.device) < limit)
+    return torch.zeros_like(mask).scatter(1, index, chosen)

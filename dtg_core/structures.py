@@ -1,0 +1,245 @@
+"""The values that flow through a training step.
+
+Legend, used by every module of the project:
+
+    N images of a batch        A samples (anchors or proposals) per image    C classes of a stage (1 in the RPN)
+    M teacher candidates       J clusters                                     P samples assigned to an object
+    G objects of a batch       L pyramid levels                               R anchors per grid cell
+
+Boxes are ``(x1, y1, x2, y2)`` in float32 pixels of the view they were made for, with the edge convention: pixel 0 spans
+0 to 1, so a horizontal flip maps x to width - x. Labels are 0 to C - 1. *Logits* are before the sigmoid, *scores* after.
+Everything is flat over the batch: a row carries the index of its image instead of sitting in a per-image list, so that no
+step needs a Python loop over images.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T", bound="Movable")
+
+
+class Movable:
+    """Gives a frozen dataclass of tensors a ``to``; nested dataclasses are moved with it, other values are kept."""
+
+    def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
+        def moved(value: Any) -> Any:
+            if isinstance(value, (Tensor, Movable)):
+                return value.to(device, non_blocking=non_blocking)
+            return value
+
+        assert is_dataclass(self)
+        return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Targets(Movable):
+    """Objects of a batch: the ground truth of labelled images or sparse pseudo boxes of unlabelled ones."""
+
+    boxes: Tensor  # [G, 4]
+    labels: Tensor  # [G] int64
+    image: Tensor  # [G] int64, ascending
+
+
+@dataclass(frozen=True)
+class ViewBatch(Movable):
+    """One augmented view of each image of a batch, padded at the right and the bottom to a common canvas."""
+
+    pixels: Tensor  # [N, 3, H, W] uint8, RGB; H and W are multiples of 32
+    sizes: Tensor  # [N, 2] float32, (height, width) of the view without the padding
+    targets: Targets  # empty for unlabelled images
+    seeds: Tensor  # [N] int64, seed of whatever is drawn for the image in this step (see dtg_core/stateless.py)
+    view_from_image: Tensor  # [N, 3, 3] float32, pixels of the stored image -> pixels of the view
+    image_ids: tuple[Any, ...] = ()
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Padded (height, width)."""
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+
+@dataclass(frozen=True)
+class PairBatch(Movable):
+    """The same unlabelled images twice: the teacher's weak and the student's strong view."""
+
+    teacher: ViewBatch
+    student: ViewBatch
+    student_from_teacher: Tensor  # [N, 3, 3] float32, inverted on the CPU while collating
+
+
+@dataclass(frozen=True)
+class StepBatch(Movable):
+    """All that one process needs for one step. ``unlabeled`` is None for supervised training."""
+
+    step: int
+    labeled: ViewBatch
+    unlabeled: PairBatch | None
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """The anchors of one canvas, equal for all images: level by level, row by row, R cell anchors at each location."""
+
+    anchors: Tensor  # [A, 4]
+    cells: tuple[Tensor, ...]  # L x [R, 4], the anchors of the location at (0, 0)
+    shapes: tuple[tuple[int, int], ...]  # L x (rows, columns)
+    strides: tuple[int, ...]  # L
+    base_size: float  # side of the smallest level's square anchor; S of the paper (Sec. 3.2)
+
+    @property
+    def num_samples(self) -> int:
+        return self.anchors.shape[0]
+
+    @cached_property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Number of anchors of each level."""
+        return tuple(rows * columns * cell.shape[0] for (rows, columns), cell in zip(self.shapes, self.cells))
+
+    @cached_property
+    def level(self) -> Tensor:
+        """[A] int64, level of each anchor."""
+        parts = [torch.full((size,), index) for index, size in enumerate(self.level_sizes)]
+        return torch.cat(parts).to(self.anchors.device)
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Per level, on the anchors' device: cells [L, R, 4]; (rows, columns, stride) [L, 3]; first anchor's row [L]."""
+        starts = [sum(self.level_sizes[:index]) for index in range(len(self.shapes))]
+        layout = torch.tensor([(rows, columns, stride) for (rows, columns), stride in zip(self.shapes, self.strides)])
+        device = self.anchors.device
+        return torch.stack(self.cells), layout.to(device), torch.tensor(starts).to(device)
+
+    def take(self, image: Tensor, sample: Tensor) -> Tensor:
+        """Boxes [M, 4] of samples given by their image [M] and sample [M]."""
+        return self.anchors[sample]
+
+    def usable(self, sizes: Tensor) -> Tensor:
+        """[N, A] bool: the anchor's centre lies in the unpadded view; ``sizes`` [N, 2] are (height, width)."""
+        x = (self.anchors[:, 0] + self.anchors[:, 2]) / 2
+        y = (self.anchors[:, 1] + self.anchors[:, 3]) / 2
+        return (x >= 0) & (y >= 0) & (y < sizes[:, :1]) & (x < sizes[:, 1:])
+
+
+@dataclass(frozen=True)
+class Proposals(Movable):
+    """Boxes proposed for each image, padded to a common number."""
+
+    boxes: Tensor  # [N, A, 4]
+    valid: Tensor  # [N, A] bool, False for padding and for boxes that left the view
+
+    @property
+    def num_samples(self) -> int:
+        return self.boxes.shape[1]
+
+    def take(self, image: Tensor, sample: Tensor) -> Tensor:
+        """Boxes [M, 4] of samples given by their image [M] and sample [M]."""
+        return self.boxes[image, sample]
+
+    def usable(self, sizes: Tensor) -> Tensor:
+        """[N, A] bool: the proposal is not padding."""
+        return self.valid
+
+
+Samples = AnchorGrid | Proposals
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a stage says of each of its samples. Boxes are decoded on demand, for the rows that are asked for."""
+
+    logits: Tensor  # [N, A, C] class logits of sigmoids
+    raw: Tensor  # [N, A, D] the box branch's output as the stage's ``decode`` reads it
+
+
+@dataclass(frozen=True)
+class Detections(Movable):
+    """Final boxes of a batch after NMS, best score first within an image."""
+
+    boxes: Tensor  # [G, 4]
+    scores: Tensor  # [G]
+    labels: Tensor  # [G] int64
+    image: Tensor  # [G] int64, ascending
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Teacher predictions that pass the score threshold tau (Sec. 3.2), flat over the batch, in the teacher's view."""
+
+    image: Tensor  # [M] int64
+    sample: Tensor  # [M] int64
+    label: Tensor  # [M] int64
+    logit: Tensor  # [M]
+    box: Tensor  # [M, 4] decoded by the teacher, clipped to its view
+    foreground: Tensor  # [N, A] bool, the sample has a score over tau
+    background: Tensor  # [N, A] bool, "clear background": no score over tau
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """How NMS grouped M candidates into J clusters."""
+
+    cluster: Tensor  # [M] int64 in 0..J-1
+    keep: Tensor  # [J] int64, the candidate that survives in each cluster, best score first
+
+    @property
+    def num_clusters(self) -> int:
+        return self.keep.shape[0]
+
+
+@dataclass(frozen=True)
+class DenseGuidance:
+    """What only dense guidance knows of the P samples that it assigned, beside their labels and boxes."""
+
+    cluster: Tensor  # [P] int64 in 0..J-1
+    num_clusters: int  # J as NMS gave it; clusters may have lost all their members on the way to the student
+    teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4)
+    weight: Tensor  # [P] 1 / N_j with the N_j members that reached the student: the mean of Eqs. 2 and 3
+    live_clusters: Tensor  # [] number of clusters with a member
+    num_candidates: Tensor  # [] number of assigned samples, the divisor of the background loss
+    quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which samples a stage trains toward what. Samples that are neither in [P] nor background are ignored."""
+
+    image: Tensor  # [P] int64
+    sample: Tensor  # [P] int64
+    label: Tensor  # [P] int64
+    box: Tensor  # [P, 4] target in the frame of the stage's own view
+    background: Tensor  # [N, A] bool
+    dense: DenseGuidance | None = None
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What one stage learns from on one batch: objects to assign by its own rule, or a finished assignment."""
+
+    targets: Targets | None = None
+    assignment: Assignment | None = None
+    proposals: Proposals | None = None  # samples that a proposal-based stage has to use, in the student's view
+    add_truth: bool = True  # whether target boxes join the detector's own proposals; False for pseudo boxes (A29)
+
+
+@dataclass(frozen=True)
+class Unreduced:
+    """A stage's losses before any weighting, and the divisors of its ordinary (labelled) reduction."""
+
+    classification: Tensor  # [P]
+    box: Tensor  # [P]
+    background: Tensor  # [N, A], 0 where ``Assignment.background`` is False
+    box_weight: Tensor  # [P] weight of the box loss in the ordinary reduction, detached
+    classification_count: Tensor  # [] divisor of the classification and background losses
+    box_count: Tensor  # [] divisor of the weighted box loss
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss as a sum and its divisor, kept apart so that the divisor can be summed over processes first."""
+
+    total: Tensor  # []
+    count: Tensor  # [] at least 1 is used

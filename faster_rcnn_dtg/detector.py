@@ -1,0 +1,87 @@
+"""Faster R-CNN (Ren et al. 2015) on a feature pyramid: pyramid -> RPN -> proposals -> R-CNN."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from dtg_core.anchors import anchor_grid
+from dtg_core.boxes import clip, grouped_nms, rank_in_group
+from dtg_core.config import BackboneConfig
+from dtg_core.models.backbone import build_pyramid
+from dtg_core.protocol import Outputs, Stage
+from dtg_core.structures import AnchorGrid, Detections, Predictions, Samples, Supervision, ViewBatch
+from faster_rcnn_dtg.config import FasterRCNNConfig
+from faster_rcnn_dtg.rcnn import RCNN, RCNNStage, sample_proposals
+from faster_rcnn_dtg.rpn import RPN, RPNStage, propose
+
+
+class FasterRCNN(nn.Module):
+    """The detector (see ``dtg_core.protocol.Detector``). Stages: ``rpn`` on anchors, ``rcnn`` on proposals.
+
+    Args:
+        config: the detector's configuration.
+        pyramid: module from a ViewBatch to maps L x [N, ``config.channels``, h, w], one for each of ``config.strides``.
+        num_classes: C.
+    """
+
+    def __init__(self, config: FasterRCNNConfig, pyramid: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.pyramid = pyramid
+        self.rpn = RPN(config.channels, len(config.ratios))
+        self.rcnn = RCNN(config.rcnn, config.channels, config.strides, num_classes)
+        self.stages: Mapping[str, Stage] = {"rpn": RPNStage(config.rpn), "rcnn": RCNNStage(config.rcnn, num_classes)}
+
+    def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:
+        """The RPN's anchors on a canvas (padded height, width)."""
+        return anchor_grid(canvas, self.config.strides, self.config.anchor_scale, self.config.ratios, device)
+
+    def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
+        """Samples and predictions of both stages, or with ``supervision`` of the stages that it names.
+
+        The R-CNN's samples are the given proposals, else the detector's own. With targets a training subset of them
+        is drawn; true boxes join own proposals only.
+        """
+        wanted = self.stages if supervision is None else supervision
+        guide = supervision.get("rcnn", Supervision()) if supervision else Supervision()
+        grid = self.grid(views.canvas, views.pixels.device)
+        pyramid = self.pyramid(views)
+        outputs: dict[str, tuple[Samples, Predictions]] = {}
+        proposals = guide.proposals
+        if "rpn" in wanted or proposals is None:
+            outputs["rpn"] = grid, self.rpn(pyramid)
+        if "rcnn" in wanted:
+            if proposals is None:
+                proposals = propose(grid, outputs["rpn"][1], views.sizes, self.config.rpn)
+            if guide.targets is not None:
+                add_truth = guide.proposals is None and guide.add_truth and self.config.rcnn.add_truth
+                proposals = sample_proposals(proposals, guide.targets, self.config.rcnn, views.seeds, add_truth)
+            outputs["rcnn"] = proposals, self.rcnn(pyramid, proposals)
+        return {name: output for name, output in outputs.items() if name in wanted}
+
+    def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
+        """Final boxes in the views' pixels: R-CNN scores over the threshold, class-wise NMS, the best of each image."""
+        config, stage = self.config.rcnn, self.stages["rcnn"]
+        proposals, predictions = outputs["rcnn"]
+        usable = proposals.usable(views.sizes).unsqueeze(-1)
+        scores = (predictions.logits.sigmoid() * usable).flatten(1)  # [N, A * C]
+        images, pairs = scores.shape
+        best, index = scores.topk(min(config.max_candidates, pairs), dim=1)
+        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores over the threshold
+        score, pair = best[image, column], index[image, column]
+        sample, label = pair.div(stage.num_classes, rounding_mode="floor"), pair % stage.num_classes
+
+        boxes = clip(stage.decode(proposals, predictions, image, sample, label), views.sizes[image])
+        groups = image * stage.num_groups(proposals) + stage.groups(proposals, sample, label)
+        keep = grouped_nms(boxes, score, groups, config.nms_iou)
+        keep = keep[image[keep].argsort(stable=True)]  # image by image, best first
+        fits = rank_in_group(image[keep], images) < config.detections_per_image
+        keep = keep[fits.nonzero().squeeze(1)]  # sync: the number of boxes within the limit
+        return Detections(boxes[keep], score[keep], label[keep], image[keep])
+
+
+def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:
+    """The detector on a timm backbone. Raises UserError when the backbone does not fit or its weights are missing."""
+    return FasterRCNN(config, build_pyramid(backbone, config.channels, config.strides, extra="pool"), num_classes)

@@ -1,0 +1,86 @@
+"""Matching objects to samples by IoU and drawing a balanced subset, for a whole batch at once.
+
+torchvision's ``Matcher`` and ``BalancedPositiveNegativeSampler`` take one image at a time, and the first raises without
+objects. The rule here is mmdetection's ``MaxIoUAssigner`` and ``RandomSampler``.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtg_core.boxes import paired_iou
+from dtg_core.stateless import sample_mask
+from dtg_core.structures import AnchorGrid, Assignment, Samples, Targets
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The object of each sample. A sample that is neither positive nor negative is ignored."""
+
+    row: Tensor  # [N, A] int64 row of the targets, where positive
+    positive: Tensor  # [N, A] bool
+    negative: Tensor  # [N, A] bool
+
+
+@torch.no_grad()
+def match(
+    samples: Samples,
+    targets: Targets,
+    usable: Tensor,
+    positive_iou: float,
+    negative_iou: float,
+    low_quality_iou: float | None = None,
+) -> Matches:
+    """Match each usable sample with the object of its image that overlaps it most.
+
+    Args:
+        samples: A samples per image.
+        targets: G objects of N images, in the samples' frame.
+        usable: [N, A] bool, samples that may be matched at all.
+        positive_iou: a sample is positive when its best IoU is at least this.
+        negative_iou: a sample is negative when its best IoU is less than this.
+        low_quality_iou: when given, the samples that overlap an object most are its positives from this IoU on, also when
+            another object overlaps them more. Of several such objects the last one wins, as in mmdetection.
+
+    Returns:
+        Matches. On equal IoU the first object wins. Memory: a few [G, A] matrices.
+    """
+    num_objects, image = targets.boxes.shape[0], targets.image
+    boxes = samples.anchors if isinstance(samples, AnchorGrid) else samples.boxes[image]  # [A, 4] or [G, A, 4]
+    iou = paired_iou(targets.boxes.unsqueeze(1), boxes).masked_fill(~usable[image], -1)  # [G, A]
+    index = image.unsqueeze(1).expand_as(iou)
+    row = torch.arange(num_objects, device=image.device).unsqueeze(1)  # [G, 1]
+
+    best = iou.new_zeros(usable.shape).scatter_reduce(0, index, iou, "amax")  # [N, A]
+    first = torch.where(iou == best[image], row, num_objects)
+    matched = torch.full_like(usable, num_objects, dtype=torch.int64).scatter_reduce(0, index, first, "amin")
+    positive = usable & (best >= positive_iou)
+    negative = usable & (best < negative_iou)
+    if low_quality_iou is not None:
+        reach = iou.amax(1, keepdim=True)
+        last = torch.where((iou == reach) & (reach >= low_quality_iou), row, -1)
+        lifted = torch.full_like(matched, -1).scatter_reduce(0, index, last, "amax")
+        matched = torch.where(lifted >= 0, lifted, matched)
+        positive = positive | (lifted >= 0)
+        negative = negative & (lifted < 0)
+    return Matches(matched, positive, negative)
+
+
+def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tensor) -> Matches:
+    """At most ``samples`` random matches of each image, at most ``positive_share`` of them positive.
+
+    Positives that are missing are made up for by negatives. The draw is a pure function of ``seeds`` [N].
+    """
+    most = int(samples * positive_share)
+    positive = sample_mask(matches.positive, most, seeds, most)
+    negative = sample_mask(matches.negative, samples - positive.sum(1), seeds, samples)
+    return Matches(matches.row, positive, negative)
+
+
+def assignment(matches: Matches, targets: Targets) -> Assignment:
+    """The matches as an Assignment with the objects' own labels and boxes."""
+    image, sample = matches.positive.nonzero().unbind(1)  # sync: the number of positives
+    row = matches.row[image, sample]
+    return Assignment(image, sample, targets.labels[row], targets.boxes[row], matches.negative)

@@ -1,0 +1,250 @@
+"""What the scripts share: the detectors by name, the command line, the run's settings, weights files, and error reports.
+
+Heavy imports stand inside functions, so that ``--help`` and a mistyped flag are answered at once.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from dtg_core.errors import UserError, nearest
+from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse, yaml_scalar
+
+if TYPE_CHECKING:
+    from run_settings import RunSettings
+    from torch import nn
+
+    from dtg_core.config import Paradigm
+
+QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+PARADIGMS = ("dense", "sparse", "supervised")
+
+
+# Detectors -------------------------------------------------------------------------------------------------------------
+
+
+def _gfl(settings: RunSettings, num_classes: int) -> nn.Module:
+    import gfl_dtg
+
+    return gfl_dtg.build(settings.gfl, settings.backbone, num_classes)
+
+
+def _faster_rcnn(settings: RunSettings, num_classes: int) -> nn.Module:
+    import faster_rcnn_dtg
+
+    return faster_rcnn_dtg.build(settings.faster_rcnn, settings.backbone, num_classes)
+
+
+#: The one lookup of a detector by its name: ``DETECTORS[settings.detector](settings, num_classes)``.
+DETECTORS: dict[str, Callable[[RunSettings, int], nn.Module]] = {"gfl": _gfl, "faster_rcnn": _faster_rcnn}
+
+#: The stages of each detector, the keys of ``guidance.stages`` that matter to it.
+STAGES = {"gfl": ("head",), "faster_rcnn": ("rpn", "rcnn")}
+
+
+# Command line ----------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as a UserError, with the nearest flag, and takes no abbreviations."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of ``argv``, or name the first argument that is not known."""
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            advice = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else ""
+            raise UserError(f"{unknown[0]}: unknown argument{advice}")
+        return arguments
+
+
+def one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type: one of ``choices``, with the nearest one in the error."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"unknown value {text!r}{nearest(text, choices)}")
+        return text
+
+    return parse
+
+
+def train_parser() -> Parser:
+    """The command line of ``train.py``."""
+    parser = Parser("Train a detector on few labelled and many unlabelled images.")
+    add = parser.add_argument
+    add("--detector", type=one_of(tuple(DETECTORS)), metavar="{gfl,faster_rcnn}", help="needed unless the config names it")
+    add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
+    add("--paradigm", type=one_of(PARADIGMS), metavar="dense|sparse|supervised", help="guidance of every stage")
+    add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
+    add("--steps", type=int, metavar="N", help="training steps (run.steps)")
+    add("--seed", type=int, metavar="N", help="of everything that is drawn (run.seed)")
+    add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
+    add("--unlabeled", metavar="DIR|ANNOTATIONS.json", help="unlabelled images (data.unlabeled)")
+    add("--val", metavar="ANNOTATIONS.json", help="images to evaluate on (data.val)")
+    add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to (data.images)")
+    add("--output", metavar="DIR", help="run folder (run.output)")
+    add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or from the given checkpoint")
+    add("--overwrite", action="store_true", help="delete an existing run folder first")
+    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
+    add("--print-config", action="store_true", help="print every setting and where it comes from, and stop")
+    add("--dry-run", action="store_true", help="check data, detector and folder, and stop before the first step")
+    return parser
+
+
+#: Flags that are another spelling of a key.
+_FLAG_KEYS = {
+    "detector": "detector", "backbone": "backbone.name", "steps": "run.steps", "seed": "run.seed", "labeled": "data.labeled",
+    "unlabeled": "data.unlabeled", "val": "data.val", "images": "data.images", "output": "run.output",
+}
+
+
+def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str, str], list[str]]:
+    """The settings of a ``train_parser`` command line: defaults, ``--config``, the flags, ``--set``; the later wins.
+
+    Returns:
+        The settings, the origin of each key, and warnings to show.
+
+    Raises:
+        UserError: for contradictory flags, and whatever ``load_config`` and the range checks find.
+    """
+    from run_settings import DETECTOR_RANGES, RunSettings
+
+    from dtg_core.config import RANGES, cross_check, paper_stages
+
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
+    overrides = [f"{key}={yaml_scalar(getattr(arguments, flag))}" for flag, key in _FLAG_KEYS.items()
+                 if getattr(arguments, flag) is not None]
+    if arguments.paradigm:
+        overrides.append(f"paradigm={arguments.paradigm}")
+        overrides += [f"guidance.stages.{stage}.paradigm={_stage_paradigm(arguments.paradigm)}" for stage in paper_stages()]
+    file = _shortest(arguments.config or QUICKSTART)
+    settings, origins = load_config(RunSettings, file, [*overrides, *arguments.set])
+    if origins["detector"] == DEFAULT:
+        raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
+    settings = _fill_paradigms(settings, origins)
+    check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
+    if settings.paradigm == "supervised" and arguments.unlabeled:
+        refuse("paradigm", "supervised uses no unlabelled images (found --unlabeled) - leave one of the two out", origins)
+    for stage, rule in settings.guidance.stages.items():
+        if settings.paradigm == "supervised" and rule.paradigm != "none":
+            key = f"guidance.stages.{stage}.paradigm"
+            refuse(key, f"the paradigm is supervised (found {rule.paradigm}) - use none, or another paradigm", origins)
+    return settings, origins, cross_check(settings, origins)
+
+
+def is_supervised(settings: RunSettings) -> bool:
+    """No stage of the chosen detector learns from unlabelled images, so none are loaded."""
+    return all(settings.guidance.stages[stage].paradigm == "none" for stage in STAGES[settings.detector])
+
+
+def _stage_paradigm(paradigm: str) -> Paradigm:
+    return "none" if paradigm == "supervised" else cast("Paradigm", paradigm)
+
+
+def _fill_paradigms(settings: RunSettings, origins: dict[str, str]) -> RunSettings:
+    """Give the run's paradigm to the stages that neither the file nor the command line decides, noting its origin."""
+    stages = dict(settings.guidance.stages)
+    for stage, rule in stages.items():
+        key = f"guidance.stages.{stage}.paradigm"
+        if origins[key] == DEFAULT:
+            stages[stage] = replace(rule, paradigm=_stage_paradigm(settings.paradigm))
+            origins[key] = origins["paradigm"]
+    return replace(settings, guidance=replace(settings.guidance, stages=stages))
+
+
+def _shortest(path: Path) -> Path:
+    """Relative to the working folder where that is shorter: it is shown in messages."""
+    try:
+        relative = Path(os.path.relpath(path))
+    except ValueError:  # another drive
+        return path
+    return relative if len(str(relative)) < len(str(path)) else path
+
+
+# Weights files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A detector rebuilt from a weights file alone, in evaluation mode on the CPU."""
+
+    detector: nn.Module
+    settings: RunSettings
+    class_names: tuple[str, ...]
+    category_ids: list[Any]  # of the data set it was trained on, in the order of the labels
+
+
+def load_weights_detector(path: Path) -> Loaded:
+    """Rebuild a detector from a file of ``weights/`` in a run folder; nothing else of the run is needed.
+
+    Raises:
+        UserError: not a weights file of this project, damaged, or it does not fit what it says of itself.
+    """
+    import tempfile
+
+    from run_settings import RunSettings
+
+    from dtg_core.engine.checkpoint import load_into, load_weights
+
+    tensors, metadata = load_weights(path)
+    missing = [key for key in ("detector", "class_names", "category_ids", "config") if key not in metadata]
+    if missing or metadata["detector"] not in DETECTORS:
+        raise UserError(f"{path}: does not say which detector it belongs to - give weights/*.safetensors of a run folder")
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(metadata["config"], encoding="utf-8")
+        try:
+            settings, _ = load_config(RunSettings, config)
+        except UserError as error:
+            found = str(error).removeprefix(str(config))
+            raise UserError(f"{path}: its settings are of another version ({found})") from error
+    bare = replace(settings.backbone, pretrained=False, weights=None)
+    detector = DETECTORS[metadata["detector"]](replace(settings, backbone=bare), len(metadata["class_names"]))
+    load_into(detector, tensors, path)
+    return Loaded(detector.eval(), settings, tuple(metadata["class_names"]), list(metadata["category_ids"]))
+
+
+def find_weights(path: Path, which: str = "teacher") -> Path:
+    """The weights file meant by a run folder (its teacher or student) or by a file."""
+    if not path.is_dir():
+        return path
+    weights = path / "weights" / f"{which}.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{path}: no weights/{which}.safetensors in it - give a finished run, or a weights file")
+    return weights
+
+
+# Errors ----------------------------------------------------------------------------------------------------------------
+
+
+def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run ``main(sys.argv[1:])`` and exit with its status.
+
+    A UserError becomes one line on stderr and status 2, Ctrl-C status 130; with ``--debug`` the traceback is shown.
+    """
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,108 @@
+"""COCO figures of a trained detector, over all classes and for each.
+
+    python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student] [--annotations JSON --images DIR] [--output DIR]
+
+Without ``--annotations`` it is evaluated on the validation set of its own run. ``results.json`` and ``detections.json``
+(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` beside the weights.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import Parser, find_weights, load_weights_detector, main_guard, one_of
+
+from dtg_core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from common import Loaded
+
+    from dtg_core.data.coco import CocoIndex
+
+
+def parser() -> Parser:
+    result = Parser("Evaluate a trained detector with COCO's metric.")
+    add = result.add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
+        help="of a run folder (default: teacher)")
+    add("--annotations", type=Path, metavar="JSON", help="data set in COCO format (default: the run's validation set)")
+    add("--images", type=Path, metavar="DIR", help="folder that its file names are relative to")
+    add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
+    add("--batch", type=int, metavar="N", help="images at once (default: the run's)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    if arguments.images and not arguments.annotations:
+        raise UserError("--images: belongs to --annotations - give both, or neither for the run's own validation set")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
+    weights = find_weights(arguments.weights, arguments.which)
+    loaded = load_weights_detector(weights)
+
+    from dtg_core.data.plan import eval_batches
+    from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
+
+    index = _data_set(loaded, arguments.annotations, arguments.images)
+    device = _device(arguments.device)
+    output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / "evaluation"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}) - give another --output") from error
+
+    run = loaded.settings.run
+    batches = eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, 0, 1)
+    found = find(loaded.detector.to(device), index, batches, device, run.score_threshold)
+    metrics = coco_metrics(index, found)
+    print(format_metrics(metrics))
+    results = {"weights": weights.name, "images": len(index), **metrics}
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (output / "detections.json").write_text(json.dumps(coco_results(index, found)) + "\n", encoding="utf-8")
+    print(f"written to {output}")
+    return 0
+
+
+def _data_set(loaded: Loaded, annotations: Path | None, images: Path | None) -> CocoIndex:
+    """The images to evaluate on, with the classes that the detector knows."""
+    from dtg_core.data.coco import load_coco
+    from dtg_core.data.sources import open_sources
+
+    if annotations is not None:
+        index = load_coco(annotations, images)
+    else:
+        found = open_sources(replace(loaded.settings.data, unlabeled=None), True).val
+        if found is None:
+            raise UserError("--annotations: missing, and the run had no validation set - give a COCO JSON")
+        index = found
+    if index.class_names != loaded.class_names:
+        odd = sorted(set(index.class_names) ^ set(loaded.class_names))
+        differ = f"only one of them has {', '.join(map(repr, odd[:5]))}" if odd else "their order differs"
+        where = annotations or "validation set"
+        raise UserError(f"{where}: its classes are not the detector's ({differ}) - use the same categories")
+    return index
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--device {name}: cannot be used ({reason}) - use cpu") from error
+    return device
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,69 @@
+"""Shared fixtures: paths, and batches of plain views."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from dtg_core.structures import PairBatch, Targets, ViewBatch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Folder of parity fixtures and real data beside the checkout; tests that need it are skipped without it."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the parity fixtures beside the checkout")
+    return folder
+
+
+def make_views(
+    images: int, height: int, width: int, boxes: list[list[list[float]]] | None = None,
+    labels: list[list[int]] | None = None, seed: int = 0,
+) -> ViewBatch:
+    """Random pixels with given objects (per image); no objects by default."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (images, 3, height, width), dtype=torch.uint8, generator=generator)
+    boxes = boxes or [[] for _ in range(images)]
+    labels = labels or [[0] * len(of_image) for of_image in boxes]
+    targets = Targets(
+        torch.tensor([box for of_image in boxes for box in of_image], dtype=torch.float32).reshape(-1, 4),
+        torch.tensor([label for of_image in labels for label in of_image], dtype=torch.int64),
+        torch.tensor([index for index, of_image in enumerate(boxes) for _ in of_image], dtype=torch.int64),
+    )
+    sizes = torch.tensor([[float(height), float(width)]]).repeat(images, 1)
+    seeds = torch.arange(images) + 1000 * seed
+    return ViewBatch(pixels, sizes, targets, seeds, torch.eye(3).repeat(images, 1, 1), tuple(range(images)))
+
+
+def make_pair(images: int, height: int, width: int, matrix: torch.Tensor | None = None, seed: int = 0) -> PairBatch:
+    """Unlabelled pairs whose student view shows the same canvas, moved by ``matrix`` (default: the same view)."""
+    view = make_views(images, height, width, seed=seed)
+    matrix = torch.eye(3) if matrix is None else matrix
+    return PairBatch(view, view, matrix.float().repeat(images, 1, 1))
+
+
+def tiny_detector(name: str, num_classes: int = 3, batch_norm: str = "frozen") -> torch.nn.Module:
+    """A small detector of each kind on a small untrained backbone: GFL with two levels, Faster R-CNN with two."""
+    import faster_rcnn_dtg
+    import gfl_dtg
+    from dtg_core.config import BackboneConfig
+    from faster_rcnn_dtg.config import FasterRCNNConfig, RCNNConfig, RPNConfig
+    from gfl_dtg.config import GFLConfig
+
+    torch.manual_seed(0)
+    backbone = BackboneConfig("test_resnet", pretrained=False, freeze_to_stride=0, batch_norm=batch_norm)
+    if name == "gfl":
+        config = GFLConfig(channels=16, tower_depth=1, strides=(8, 16), anchor_scale=4.0)
+        return gfl_dtg.build(config, backbone, num_classes)
+    rpn, rcnn = RPNConfig(pre_nms=100, post_nms=40, samples=32), RCNNConfig(samples=24, hidden=32)
+    return faster_rcnn_dtg.build(
+        FasterRCNNConfig(channels=16, strides=(8, 16), anchor_scale=4.0, rpn=rpn, rcnn=rcnn), backbone, num_classes
+    )

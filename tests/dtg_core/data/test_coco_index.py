@@ -1,0 +1,224 @@
+"""Reading COCO files, folders and odd images."""
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dtg_core.data.coco import EXIF_ORIENTATION, list_folder, load_coco, read_image, subset, without
+from dtg_core.errors import UserError
+
+
+def content() -> dict[str, Any]:
+    """Three images of 20 x 10 px; ids, categories and annotations are out of order on purpose."""
+    images = [{"id": name, "file_name": f"{name}.png", "width": 20, "height": 10} for name in ("b", "a", "c")]
+    boxes = [("a", 9, [1, 2, 3, 4], 0), ("b", 3, [0, 0, 5, 5], 0), ("a", 3, [15, 5, 10, 10], 0), ("b", 9, [2, 2, 8, 3], 1)]
+    return {
+        "images": images,
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "iscrowd": crowd, "segmentation": []}
+            for number, (image, category, bbox, crowd) in enumerate(boxes)
+        ],
+        "categories": [{"id": 9, "name": "nine"}, {"id": 3, "name": "three"}],
+    }
+
+
+def write(folder: Path, value: Any, images: str = "images") -> Path:
+    (folder / images).mkdir(parents=True, exist_ok=True)
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (20, 10), (10, 20, 30)).save(folder / images / f"{name}.png")
+    path = folder / "data.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def test_load(tmp_path: Path) -> None:
+    index = load_coco(write(tmp_path, content()))
+    assert index.image_ids == ["b", "a", "c"]
+    assert index.class_names == ("three", "nine")
+    assert index.category_ids == [3, 9]
+    np.testing.assert_array_equal(index.box_start, [0, 2, 4, 4])
+    np.testing.assert_array_equal(index.boxes, [[0, 0, 5, 5], [2, 2, 10, 5], [1, 2, 4, 6], [15, 5, 20, 10]])
+    np.testing.assert_array_equal(index.labels, [0, 1, 1, 0])
+    np.testing.assert_array_equal(index.crowd, [False, True, False, False])
+    np.testing.assert_array_equal(index.sizes, [[10, 20]] * 3)
+    boxes, labels = index.objects(0)
+    np.testing.assert_array_equal(boxes, [[0, 0, 5, 5]])  # the crowd is no target
+    np.testing.assert_array_equal(labels, [0])
+    assert index.objects(2)[0].shape == (0, 4)
+    assert index.image(1).size == (20, 10)
+
+
+@pytest.mark.parametrize("images", ["images", "."])
+def test_finds_the_images(tmp_path: Path, images: str) -> None:
+    path = write(tmp_path, content(), images)
+    assert load_coco(path).path(0).is_file()
+    assert load_coco(path, tmp_path / images).path(0).is_file()
+
+
+def test_boxes_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    value = content()
+    nan = float("nan")
+    bad = ([0, 0, 0.9, 5], [30, 0, 5, 5], [19.5, 0, 9, 9], [1, 2, 3], None, [0, 0, -5, 5], [nan, 0, 5, 5], [0, 0, "5", 5])
+    value["annotations"] += [{"image_id": "c", "category_id": 3, "bbox": bbox} for bbox in bad]
+    value["annotations"] += [{"image_id": "elsewhere", "category_id": 3, "bbox": [0, 0, 5, 5]}]
+    with caplog.at_level(logging.WARNING):
+        index = load_coco(write(tmp_path, value))
+    np.testing.assert_array_equal(index.box_start, [0, 2, 4, 4])
+    assert f" {len(bad)} boxes" in caplog.text
+    assert " 1 annotations of images" in caplog.text
+
+
+def test_no_annotations(tmp_path: Path) -> None:
+    index = load_coco(write(tmp_path, content() | {"annotations": []}))
+    assert index.boxes.shape == (0, 4)
+    np.testing.assert_array_equal(index.box_start, [0, 0, 0, 0])
+
+
+def test_list_of_images_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, {"images": [{"id": 1, "file_name": "a.png"}]})
+    assert load_coco(path, need_labels=False).file_names == ["a.png"]
+    with pytest.raises(UserError, match="'annotations' is missing"):
+        load_coco(path)
+
+
+def broken(change: str) -> Any:
+    value = content()
+    if change == "not json":
+        return '{"images": [\n  1,,]}'
+    if change == "list":
+        return [value]
+    if change == "no images":
+        value["images"] = []
+    if change == "no key":
+        del value["annotations"]
+    if change == "no categories":
+        value["categories"] = []
+    if change == "image id twice":
+        value["images"][1]["id"] = "b"
+    if change == "category id twice":
+        value["categories"][1]["id"] = 9
+    if change == "no file name":
+        del value["images"][2]["file_name"]
+    if change == "size":
+        value["images"][2]["width"] = 0
+    if change == "no file":
+        value["images"][2]["file_name"] = "d.png"
+    if change == "category":
+        value["annotations"][2]["category_id"] = 77
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("not json", "line 2, column 5"), ("list", "found a list"), ("no images", "lists no images"),
+        ("no key", "'annotations' is missing"), ("no categories", "no categories"), ("image id twice", "'b' twice"),
+        ("category id twice", "9 twice"), ("no file name", r"images\[2\] has no 'file_name'"), ("size", "width 0"),
+        ("no file", "'d.png' is not in"), ("category", "category_id 77"),
+    ],
+)  # fmt: skip
+def test_faults(tmp_path: Path, change: str, message: str) -> None:
+    path = write(tmp_path, broken(change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_coco(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_coco(tmp_path / "none.json")
+
+
+def test_image_of_another_size(tmp_path: Path) -> None:
+    index = load_coco(write(tmp_path, content()))
+    Image.new("RGB", (40, 20)).save(index.path(0))
+    with pytest.raises(UserError, match="40 x 20 px but its JSON says 20 x 10"):
+        index.image(0)
+
+
+def test_subset_and_without(tmp_path: Path) -> None:
+    index = load_coco(write(tmp_path, content()))
+    part = subset(index, [2, 1])
+    assert part.image_ids == ["c", "a"]
+    assert part.class_names == index.class_names
+    for row, whole in enumerate([2, 1]):
+        for found, expected in zip(part.objects(row), index.objects(whole)):
+            np.testing.assert_array_equal(found, expected)
+    assert len(subset(index, [])) == 0
+    rest = without(index, part)
+    assert rest.image_ids == ["b"]
+    np.testing.assert_array_equal(rest.boxes, index.boxes[:2])
+    assert without(list_folder(tmp_path), part).file_names == ["images/b.png"]  # the same files under another root
+
+
+def test_list_folder(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", "sub/c.webp", ".hidden.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    index = list_folder(tmp_path)
+    assert index.file_names == ["a.jpg", "b.PNG", "sub/c.webp"]
+    assert index.objects(1)[0].shape == (0, 4)
+    with pytest.raises(UserError, match="no such folder"):
+        list_folder(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        list_folder(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif(tmp_path: Path, orientation: int) -> None:
+    """Pixels of the upright image are stored by hand as each of the eight orientations."""
+    upright = np.zeros((4, 6, 3), np.uint8)
+    upright[0, 0], upright[0, 5], upright[3, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    path = tmp_path / "image.png"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    np.testing.assert_array_equal(np.asarray(read_image(path)), upright)
+    np.testing.assert_array_equal(np.asarray(read_image(path, (4, 6))), upright)
+    if orientation >= 5:  # boxes drawn on the stored pixels: their size tells
+        np.testing.assert_array_equal(np.asarray(read_image(path, (6, 4))), stored)
+
+
+def test_pixel_formats(tmp_path: Path) -> None:
+    def pixel(image: Image.Image, name: str = "image.png") -> tuple[int, ...]:
+        image.save(tmp_path / name)
+        found = read_image(tmp_path / name)
+        assert found.mode == "RGB"
+        return tuple(np.asarray(found)[0, 0].tolist())
+
+    assert pixel(Image.new("L", (2, 2), 77)) == (77, 77, 77)
+    assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
+    assert pixel(Image.fromarray(np.full((2, 2), 200 * 257, np.uint16))) == (200, 200, 200)
+    assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 255))) == (255, 0, 0)
+    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("RGB", (2, 2), (10, 200, 30)).quantize(4)) == (10, 200, 30)
+    assert pixel(Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "image.tif") == (255, 255, 255)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    palette.info["transparency"] = bytes([255, 0])
+    assert pixel(palette) == (255, 255, 255)
+
+
+def test_unreadable_images(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)).save(whole)
+    cut, text = tmp_path / "cut.png", tmp_path / "text.jpg"
+    cut.write_bytes(whole.read_bytes()[:2000])
+    text.write_text("no image")
+    for path in (cut, text, tmp_path / "none.jpg"):
+        with pytest.raises(UserError, match=path.name):
+            read_image(path)

@@ -1,0 +1,154 @@
+"""The data plan: pure in (seed, step, slot), whatever the number of workers and processes."""
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dtg_core.config import ViewsConfig
+from dtg_core.data.coco import CocoIndex, list_folder
+from dtg_core.data.plan import LABELED, StepData, eval_batches, permutation, planned_row, steps_loader
+from dtg_core.errors import UserError
+
+VIEWS = ViewsConfig(short_edge=(40, 64), test_short_edge=64, long_edge=96)
+
+
+@pytest.fixture
+def unlabeled(tmp_path: Path) -> CocoIndex:
+    generator = np.random.default_rng(0)
+    for number in range(7):
+        size = (48, 64, 3) if number % 2 else (64, 48, 3)
+        Image.fromarray(generator.integers(0, 256, size, np.uint8)).save(tmp_path / f"{number}.png")
+    return list_folder(tmp_path)
+
+
+@pytest.fixture
+def labeled(unlabeled: CocoIndex) -> CocoIndex:
+    """Image k has k boxes, so the first has none; the last box of each is a crowd."""
+    count = len(unlabeled)
+    start = np.concatenate(([0], np.cumsum(np.arange(count))))
+    boxes = np.tile(np.array((5, 6, 30, 40), np.float32), (start[-1], 1))
+    crowd = np.zeros(start[-1], bool)
+    crowd[start[2:] - 1] = True
+    sizes = np.array([(48, 64) if number % 2 else (64, 48) for number in range(count)], np.int32)
+    return replace(
+        unlabeled, boxes=boxes, labels=np.arange(start[-1]) % 3, box_start=start, crowd=crowd, sizes=sizes,
+        class_names=("a", "b", "c"), category_ids=[1, 2, 3],
+    )  # fmt: skip
+
+
+def assert_same(first: Any, second: Any) -> None:
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif is_dataclass(first):
+        for field in fields(first):
+            assert_same(getattr(first, field.name), getattr(second, field.name))
+    else:
+        assert first == second
+
+
+def test_every_image_once_an_epoch() -> None:
+    rows = [planned_row(3, LABELED, position, 10) for position in range(40)]
+    epochs = [rows[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert not np.array_equal(permutation(3, 0, 0, 10), permutation(3, 1, 0, 10))
+    assert not np.array_equal(permutation(3, 0, 0, 10), permutation(4, 0, 0, 10))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_and_resuming_change_nothing(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    data = StepData(labeled, unlabeled, VIEWS, 5, 2, 3)
+    alone = list(steps_loader(data, 0, 6, 0))
+    for batch, other in zip(alone, steps_loader(data, 0, 6, 2), strict=True):
+        assert_same(batch, other)
+    fresh = StepData(labeled, unlabeled, VIEWS, 5, 2, 3)
+    for batch, other in zip(alone[4:], steps_loader(fresh, 4, 6, 0), strict=True):
+        assert_same(batch, other)
+    assert [batch.step for batch in alone] == list(range(6))
+
+
+def test_seeds_steps_and_slots_differ(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    first, other = StepData(labeled, unlabeled, VIEWS, 0, 2, 3), StepData(labeled, unlabeled, VIEWS, 1, 2, 3)
+    seeds = []
+    for batch in (first[0], first[1], other[0]):
+        assert batch.unlabeled is not None
+        seeds += batch.labeled.seeds.tolist() + batch.unlabeled.student.seeds.tolist()
+        assert torch.equal(batch.unlabeled.teacher.seeds, batch.unlabeled.student.seeds)
+    assert len(set(seeds)) == 15
+    assert min(seeds) >= 0
+
+
+def test_shares_of_the_ranks_are_the_whole_batch(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    whole = StepData(labeled, unlabeled, VIEWS, 5, 4, 6)
+    ranks = [StepData(labeled, unlabeled, VIEWS, 5, 2, 3, rank, 2) for rank in range(2)]
+    for step in (0, 1, 9):
+        batch, parts = whole[step], [data[step] for data in ranks]
+        assert batch.unlabeled is not None
+        for branch in ("labeled", "teacher", "student"):
+            one = batch.labeled if branch == "labeled" else getattr(batch.unlabeled, branch)
+            pieces = [part.labeled if branch == "labeled" else getattr(part.unlabeled, branch) for part in parts]
+            assert one.image_ids == pieces[0].image_ids + pieces[1].image_ids
+            assert_same(one.seeds, torch.cat([piece.seeds for piece in pieces]))
+            assert_same(one.view_from_image, torch.cat([piece.view_from_image for piece in pieces]))
+            assert_same(one.targets.boxes, torch.cat([piece.targets.boxes for piece in pieces]))
+            sums = [piece.pixels.long().sum((1, 2, 3)) for piece in pieces]  # the canvases may differ
+            assert_same(one.pixels.long().sum((1, 2, 3)), torch.cat(sums))
+
+
+def test_targets(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    """Crowds are never targets, images without boxes stay, unlabeled images have no targets."""
+    data = StepData(labeled, labeled, VIEWS, 0, 7, 7)
+    batch = data[0]
+    counts = dict(zip(batch.labeled.image_ids, torch.bincount(batch.labeled.targets.image, minlength=7).tolist()))
+    assert counts == {f"{number}.png": max(number - 1, 0) for number in range(7)}
+    assert batch.unlabeled is not None
+    assert batch.unlabeled.student.targets.boxes.shape == (0, 4)
+    assert batch.unlabeled.teacher.targets.boxes.shape == (0, 4)
+
+
+def test_supervised(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    assert StepData(labeled, None, VIEWS, 0, 2, 3)[0].unlabeled is None
+    assert StepData(labeled, unlabeled, VIEWS, 0, 2, 0)[0].unlabeled is None
+    early = StepData(labeled, unlabeled, VIEWS, 0, 2, 3)
+    late = StepData(labeled, unlabeled, VIEWS, 0, 2, 3, unlabeled_from=4)
+    assert late[3].unlabeled is None
+    assert_same(late[4], early[4])
+
+
+def test_unreadable_images_are_replaced(labeled: CocoIndex, unlabeled: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
+    unlabeled.path(2).write_bytes(b"broken")
+    data = StepData(labeled, unlabeled, VIEWS, 0, 1, 7)
+    with caplog.at_level(logging.WARNING):
+        batch = data[0]
+    assert batch.unlabeled is not None
+    assert "2.png" not in batch.unlabeled.student.image_ids
+    assert data.substituted >= 1
+    assert "2.png: it cannot be read" in caplog.text
+    assert_same(batch, StepData(labeled, unlabeled, VIEWS, 0, 1, 7)[0])
+    for row in range(7):
+        unlabeled.path(row).write_bytes(b"broken")
+    with pytest.raises(UserError, match="10 images in a row"):
+        data[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_image_once(labeled: CocoIndex, world_size: int) -> None:
+    seen: list[Any] = []
+    for rank in range(world_size):
+        for batch in eval_batches(labeled, VIEWS, 2, rank, world_size):
+            assert batch.sizes.min(1).values.tolist() == [64] * len(batch.image_ids)
+            seen += batch.image_ids
+    assert sorted(seen) == labeled.image_ids
+
+
+def test_evaluation_refuses_unreadable_images(labeled: CocoIndex) -> None:
+    labeled.path(3).write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"3\.png"):
+        list(eval_batches(labeled, VIEWS, 2))

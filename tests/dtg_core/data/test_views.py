@@ -1,0 +1,190 @@
+"""The recipes of the views, and collating them."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dtg_core.boxes import Hull, project
+from dtg_core.config import ViewsConfig
+from dtg_core.data import photometric, views
+from dtg_core.data.geometry import FILL
+from dtg_core.data.views import View, collate, collate_pair, labeled_view, strong_view, weak_view
+
+PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
+NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+BOXES = np.array(((40, 50, 80, 110), (100, 20, 150, 60)), np.float32)
+LABELS = np.array((2, 5))
+
+
+def noise(height: int = 160, width: int = 160) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def test_identity() -> None:
+    image = noise()
+    for make in (labeled_view, weak_view, strong_view):
+        view = make(image, BOXES, LABELS, PLAIN, np.random.default_rng(0))
+        assert torch.equal(view.pixels, pixels_of(image))
+        assert view.pixels.is_contiguous()
+        assert view.size == (160, 160)
+        np.testing.assert_array_equal(view.view_from_image, np.eye(3))
+        np.testing.assert_array_equal(view.boxes.numpy(), BOXES)
+        assert view.boxes.dtype == torch.float32
+        np.testing.assert_array_equal(view.labels.numpy(), LABELS)
+
+
+def test_flip_twice_is_identity() -> None:
+    image, config = noise(), replace(PLAIN, flip=1.0)
+    once = weak_view(image, BOXES, LABELS, config, np.random.default_rng(0))
+    np.testing.assert_array_equal(once.boxes.numpy()[0], (80, 50, 120, 110))
+    mirrored = Image.fromarray(once.pixels.permute(1, 2, 0).numpy())
+    twice = weak_view(mirrored, once.boxes.numpy(), once.labels.numpy(), config, np.random.default_rng(0))
+    assert torch.equal(twice.pixels, pixels_of(image))
+    np.testing.assert_array_equal(twice.boxes.numpy(), BOXES)
+    np.testing.assert_allclose(twice.view_from_image @ once.view_from_image, np.eye(3))
+
+
+@pytest.mark.parametrize("hull", ["ellipse", "corners"])
+def test_resize_moves_boxes_by_what_was_achieved(hull: Hull) -> None:
+    config = replace(PLAIN, short_edge=(333, 333), test_short_edge=333, box_hull=hull)
+    view = views.test_view(noise(150, 190), BOXES, LABELS, config)
+    assert view.size == (333, round(190 * 333 / 150))
+    ratio = np.array((view.size[1] / 190, view.size[0] / 150) * 2)
+    expected = np.minimum(BOXES, (190, 150, 190, 150)) * ratio
+    np.testing.assert_allclose(view.boxes.numpy(), expected, rtol=1e-6)
+
+
+def test_short_edge_range() -> None:
+    config = replace(PLAIN, short_edge=(100, 103))
+    generator = np.random.default_rng(0)
+    seen = {weak_view(noise(), NO_BOXES, NO_LABELS, config, generator).size[0] for _ in range(60)}
+    assert seen == {100, 101, 102, 103}
+
+
+def test_colors_never_move_a_pixel() -> None:
+    image = noise()
+    before = image.tobytes()
+    for seed in range(30):
+        config = replace(PLAIN, color=True)
+        for make in (labeled_view, strong_view):
+            view = make(image, BOXES, LABELS, config, np.random.default_rng(seed))
+            np.testing.assert_array_equal(view.view_from_image, np.eye(3))
+            np.testing.assert_array_equal(view.boxes.numpy(), BOXES)
+    assert image.tobytes() == before
+
+
+def test_color_operations() -> None:
+    ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3))
+
+    def values(operation: object, magnitude: int) -> np.ndarray:
+        assert callable(operation)
+        return np.asarray(operation(ramp, magnitude))[0, :, 0].astype(int)
+
+    assert len(photometric.OPERATIONS) == 9
+    every = np.arange(256)
+    for magnitude in range(1, 10):
+        inverted = np.where(every < min(int(25.6 * magnitude), 255), every, 255 - every)
+        np.testing.assert_array_equal(values(photometric.solarize, magnitude), inverted)
+        step = 2 ** (4 + int(0.4 * magnitude))
+        np.testing.assert_array_equal(values(photometric.posterize, magnitude), every // step * step)
+        bright = np.clip(every * (0.18 * magnitude + 0.1), 0, 255)
+        np.testing.assert_allclose(values(photometric.brightness, magnitude), bright, atol=1)
+    np.testing.assert_array_equal(values(photometric.identity, 3), np.arange(256))
+
+
+def test_views_do_not_touch_the_image_they_share() -> None:
+    image = noise()
+    before = image.tobytes()
+    for seed in range(20):
+        strong_view(image, BOXES, LABELS, replace(PLAIN, erase_patches=(1, 4), flip=0.5), np.random.default_rng(seed))
+    assert image.tobytes() == before
+
+
+def test_erase() -> None:
+    config = replace(PLAIN, erase_patches=(1, 4))
+    black = Image.new("RGB", (160, 160))
+    shares = []
+    for seed in range(50):
+        view = strong_view(black, BOXES, LABELS, config, np.random.default_rng(seed))
+        assert set(view.pixels.unique().tolist()) <= {0, FILL[0]}
+        assert view.boxes.shape == (2, 4)
+        shares.append((view.pixels[0] > 0).float().mean().item())
+    assert 0 < np.mean(shares) < 4 * 0.2**2
+    assert max(shares) <= 4 * 0.2**2
+
+
+def test_box_of_a_painted_object() -> None:
+    """The object of a strong view is where its box says: an inscribed ellipse is enclosed exactly."""
+    y, x = np.mgrid[0:160, 0:160] + 0.5
+    inside = ((x - 70) / 25) ** 2 + ((y - 90) / 15) ** 2 <= 1
+    image = Image.fromarray(np.repeat((inside * 255).astype(np.uint8)[..., None], 3, 2))
+    box, label = np.array(((45, 75, 95, 105),), np.float32), np.array((0,))
+    config = replace(PLAIN, short_edge=(140, 200), flip=0.5, geometric=1.0, rotate=30.0, shear=15.0)
+    for seed in range(40):
+        view = strong_view(image, box, label, config, np.random.default_rng(seed))
+        bright = view.pixels[0].numpy() > 190
+        rows, columns = np.nonzero(bright.any(1))[0], np.nonzero(bright.any(0))[0]
+        found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        np.testing.assert_allclose(view.boxes.numpy()[0], found, atol=1.5)
+        matrix = torch.from_numpy(view.view_from_image)
+        hull = project(torch.from_numpy(box).double(), matrix, "ellipse").numpy()
+        np.testing.assert_allclose(view.boxes.numpy(), np.clip(hull, 0, max(view.size)), atol=1e-3)
+
+
+def test_small_objects_are_left_out() -> None:
+    config = replace(PLAIN, short_edge=(80, 80))
+    boxes = np.array(((10, 10, 11.9, 60), (10, 10, 12.1, 60)), np.float32)
+    view = weak_view(noise(), boxes, np.array((3, 4)), config, np.random.default_rng(0))
+    assert view.labels.tolist() == [4]
+
+
+def simple_view(height: int, width: int, boxes: int, value: int = 9) -> View:
+    pixels = torch.full((3, height, width), value, dtype=torch.uint8)
+    return View(pixels, torch.arange(4.0).repeat(boxes, 1), torch.arange(boxes), np.diag((2.0, 2.0, 1.0)))
+
+
+def test_collate() -> None:
+    batch = collate([simple_view(33, 60, 2), simple_view(64, 20, 0), simple_view(5, 65, 1)], [7, 8, 2**62], ["a", "b", "c"])
+    assert batch.pixels.shape == (3, 3, 64, 96)
+    assert batch.pixels.dtype == torch.uint8
+    for row, (height, width) in enumerate([(33, 60), (64, 20), (5, 65)]):
+        assert (batch.pixels[row, :, :height, :width] == 9).all()
+        assert batch.pixels[row].sum() == 3 * 9 * height * width
+    assert batch.sizes.tolist() == [[33, 60], [64, 20], [5, 65]]
+    assert batch.targets.image.tolist() == [0, 0, 2]
+    assert batch.targets.labels.tolist() == [0, 1, 0]
+    assert batch.targets.boxes.shape == (3, 4)
+    assert batch.seeds.tolist() == [7, 8, 2**62]
+    assert batch.image_ids == ("a", "b", "c")
+    assert batch.view_from_image.dtype == torch.float32
+
+
+def test_collate_without_objects() -> None:
+    batch = collate([simple_view(32, 32, 0)], [0], [1])
+    assert batch.targets.boxes.shape == (0, 4)
+    assert batch.targets.labels.dtype == batch.targets.image.dtype == torch.int64
+
+
+def test_pair() -> None:
+    """A point moved from the weak to the strong view is the image's point moved to the strong view."""
+    config = ViewsConfig(short_edge=(120, 240))
+    generator = np.random.default_rng(0)
+    image = noise(150, 190)
+    weak = [weak_view(image, NO_BOXES, NO_LABELS, config, generator) for _ in range(6)]
+    strong = [strong_view(image, NO_BOXES, NO_LABELS, config, generator) for _ in range(6)]
+    pair = collate_pair(weak, strong, list(range(6)), list("abcdef"))
+    assert pair.student_from_teacher.dtype == torch.float32
+    point = np.array((31.0, 77.0, 1.0))
+    for row in range(6):
+        through = pair.student_from_teacher[row].double().numpy() @ (weak[row].view_from_image @ point)
+        np.testing.assert_allclose(through, strong[row].view_from_image @ point, atol=1e-3)
+    assert pair.teacher.canvas[0] % 32 == pair.student.canvas[1] % 32 == 0
+    assert torch.equal(pair.teacher.seeds, pair.student.seeds)

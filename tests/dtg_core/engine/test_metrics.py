@@ -1,0 +1,102 @@
+"""Metrics lines and the console: stable, resumable, and never a reason to stop."""
+from __future__ import annotations
+
+import errno
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dtg_core.engine import metrics
+from dtg_core.engine.metrics import MetricsWriter, Progress, read_metrics
+
+
+def test_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write(1, {"b": 0.1 + 0.2, "a": torch.tensor(2.5), "n": np.int64(3), "bad": float("nan"), "worse": torch.tensor(-torch.inf)})
+    assert path.read_text() == '{"step": 1, "a": 2.5, "b": 0.30000000000000004, "bad": null, "n": 3, "worse": null}\n'
+    writer.write(2, {"classes": {"x": [1.0, np.float64("inf")]}, "name": "é"})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    MetricsWriter(path)
+    assert path.read_text() == ""
+
+
+def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": step / 7})
+    before = path.read_text().splitlines()
+    path.write_text(path.read_text() + '{"step": 35, "lo')
+    MetricsWriter(path, 20).write(30, {"loss": 30 / 7})
+    assert path.read_text().splitlines() == before
+    assert [line["step"] for line in read_metrics(path)] == [10, 20, 30]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_told_once_and_lines_stay_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write(1, {"a": 1})
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        with open(path, "a") as file:
+            file.write('{"step": 2, "a')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "open", full, raising=False)
+        writer.write(2, {"a": 2})
+        writer.write(3, {"a": 2})
+    writer.write(4, {"a": 4})
+    assert [line["step"] for line in read_metrics(path)] == [1, 4]
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1
+    assert "No space left" in error
+    MetricsWriter(tmp_path / "metrics.jsonl" / "below").write(1, {})
+
+
+def test_plain_lines_without_a_terminal() -> None:
+    stream = io.StringIO()
+    with Progress(100, 40, stream) as progress:
+        progress.advance()
+        progress.report({"loss": 1.23456, "AP": 40.0})
+        progress.say("checkpoint")
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("step 41/100  loss 1.235  AP 40  ")
+    assert first.endswith(" left")
+    assert second == "checkpoint"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal() -> None:
+    stream = Terminal()
+    with Progress(10, 4, stream) as progress:
+        for _ in range(6):
+            progress.advance()
+        progress.report({"loss": 2.0})
+        progress.say("saved")
+    assert "10/10" in stream.getvalue()
+    assert "loss 2" in stream.getvalue()
+    assert "saved\n" in stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_closed_stream_stops_nothing(kind: type[io.StringIO]) -> None:
+    stream = kind()
+    with Progress(10, 0, stream) as progress:
+        stream.close()
+        progress.advance()
+        progress.report({"loss": 2.0})
+        progress.say("saved")

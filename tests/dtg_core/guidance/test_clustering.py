@@ -1,0 +1,70 @@
+"""Clusters: NMS as a grouping, against the textbook loop."""
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from oracles import greedy_nms
+from torchvision.ops import batched_nms
+
+from dtg_core.guidance import cluster_nms
+
+
+def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    generator = torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
+    count = rng.randint(1, 30)
+    corner = torch.rand(count, 2, generator=generator) * 60
+    boxes = torch.cat((corner, corner + torch.rand(count, 2, generator=generator) * 40), 1)
+    scores = torch.rand(count, generator=generator)
+    if seed % 2:  # ties
+        scores = (scores * 4).round() / 4
+    if seed % 3 == 0:  # duplicates
+        boxes[count // 2 :] = boxes[: count - count // 2].clone()
+    if seed % 5 == 0:  # empty boxes
+        boxes[0, 2:] = boxes[0, :2]
+    groups = torch.randint(0, rng.randint(1, 4), (count,), generator=generator)
+    return boxes, scores, groups, rng.choice([0.3, 0.5, 0.6, 0.7])
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_equals_the_greedy_loop_and_torchvision(block):
+    for seed in range(100 * block, 100 * block + 100):
+        boxes, scores, groups, threshold = random_case(seed)
+        clusters = cluster_nms(boxes, scores, groups, threshold)
+        cluster, keep = greedy_nms(boxes, scores, groups, threshold)
+        assert clusters.keep.tolist() == keep
+        assert clusters.cluster.tolist() == cluster
+        assert set(batched_nms(boxes, scores, groups, threshold).tolist()) == set(keep)
+
+
+def test_pencil_case():
+    # b overlaps a by 0.6 and joins it; c overlaps b by 0.6 but a by only 1/3, and b is gone, so c stays.
+    boxes = torch.tensor([[0.0, 0, 100, 10], [25, 0, 125, 10], [50, 0, 150, 10]])
+    clusters = cluster_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
+    assert clusters.cluster.tolist() == [0, 0, 1]
+    assert clusters.keep.tolist() == [0, 2]
+
+
+def test_many_groups_far_from_the_origin_do_not_change_overlaps():
+    boxes = torch.tensor([[1000.0, 1000, 1010, 1010], [1000, 1004.9, 1010, 1010]])  # IoU 0.51
+    groups = torch.arange(400).repeat_interleave(2)
+    clusters = cluster_nms(boxes.repeat(400, 1), torch.tensor([0.9, 0.8]).repeat(400), groups, 0.505)
+    assert clusters.num_clusters == 400
+    assert torch.equal(clusters.keep[clusters.cluster], torch.arange(400).repeat_interleave(2) * 2)
+
+
+def test_order_of_the_candidates_does_not_matter():
+    boxes, scores, groups, threshold = random_case(4)
+    scores = torch.rand(len(scores), generator=torch.Generator().manual_seed(9))
+    shuffle = torch.randperm(len(boxes), generator=torch.Generator().manual_seed(1))
+    clusters = cluster_nms(boxes, scores, groups, threshold)
+    shuffled = cluster_nms(boxes[shuffle], scores[shuffle], groups[shuffle], threshold)
+    assert torch.equal(shuffled.cluster, clusters.cluster[shuffle])
+
+
+def test_nothing():
+    clusters = cluster_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5)
+    assert clusters.num_clusters == 0
+    assert clusters.cluster.shape == (0,)

@@ -1,0 +1,157 @@
+"""Inverse NMS Clustering: labels, targets and background on pencil cases, and Eqs. 2 to 6 against a loop."""
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_pair
+from oracles import cluster_losses, greedy_nms
+
+from dtg_core.config import StageRule
+from dtg_core.guidance import cluster_nms, inverse_nms
+from dtg_core.losses import dense_terms, weigh
+from dtg_core.structures import Assignment, Candidates, Predictions, Unreduced
+
+
+def make_candidates(
+    rows: list[tuple[int, int, int, float, list[float]]], images: int, samples: int
+) -> Candidates:
+    """Candidates from (image, sample, label, logit, box); every other sample is background."""
+    image = torch.tensor([row[0] for row in rows], dtype=torch.int64)
+    sample = torch.tensor([row[1] for row in rows], dtype=torch.int64)
+    foreground = torch.zeros(images, samples, dtype=torch.bool)
+    foreground[image, sample] = True
+    return Candidates(
+        image, sample, torch.tensor([row[2] for row in rows], dtype=torch.int64), torch.tensor([row[3] for row in rows]),
+        torch.tensor([row[4] for row in rows]).reshape(-1, 4), foreground, ~foreground,
+    )
+
+
+def clustered(candidates: Candidates, threshold: float = 0.5):
+    return cluster_nms(candidates.box, candidates.logit, candidates.image * 10 + candidates.label, threshold)
+
+
+def assign(candidates: Candidates, row: torch.Tensor, samples: int, matrix: torch.Tensor | None = None) -> Assignment:
+    pair = make_pair(row.shape[0], 100, 100, matrix)
+    return inverse_nms(candidates, clustered(candidates), row, samples, pair)
+
+
+THREE = [(0, 1, 2, 2.0, [10.0, 10, 30, 30]), (0, 2, 2, 1.0, [10.0, 10, 30, 28]), (0, 4, 5, 0.5, [60.0, 60, 90, 90])]
+
+
+def test_members_get_the_class_and_the_kept_box_of_their_cluster():
+    result = assign(make_candidates(THREE, 1, 6), torch.arange(6)[None], 6)
+    assert result.sample.tolist() == [1, 2, 4]
+    assert result.label.tolist() == [2, 2, 5]
+    assert result.box.tolist() == [[10, 10, 30, 30], [10, 10, 30, 30], [60, 60, 90, 90]]
+    assert result.background.tolist() == [[True, False, False, True, False, True]]
+    assert result.dense is not None
+    assert result.dense.cluster.tolist() == [0, 0, 1]
+    assert result.dense.weight.tolist() == [0.5, 0.5, 1.0]
+    assert (result.dense.live_clusters, result.dense.num_candidates) == (2, 3)
+
+
+def test_targets_are_moved_into_the_students_view_and_clipped():
+    matrix = torch.tensor([[-2.0, 0, 100], [0, 2, 0], [0, 0, 1]])  # mirrored, twice as large
+    result = assign(make_candidates(THREE[:2], 1, 6), torch.arange(6)[None], 6, matrix)
+    assert result.box[0].tolist() == [40, 20, 80, 60]
+    gone = assign(make_candidates(THREE[2:], 1, 6), torch.arange(6)[None], 6, matrix)
+    assert gone.sample.tolist() == []  # x 60 to 90 goes to -80 to -20
+    assert not gone.background[0, 4]  # a candidate is never background
+
+
+def test_a_lost_partner_leaves_the_rest_of_the_cluster_with_its_weight():
+    row = torch.tensor([[0, -1, 2, 3, 4, 5]])
+    result = assign(make_candidates(THREE, 1, 6), row, 6)
+    assert result.sample.tolist() == [2, 4]
+    assert result.box[0].tolist() == [10, 10, 30, 30]  # the kept box teaches although its own sample is lost
+    assert result.dense.weight.tolist() == [1.0, 1.0]
+
+
+def test_collisions_go_to_the_higher_score_and_candidates_beat_background():
+    row = torch.tensor([[3, 3, 3, 3, 4, 5]])  # four teacher samples meet in student sample 3
+    result = assign(make_candidates(THREE, 1, 6), row, 6)
+    assert result.sample.tolist() == [3, 4]
+    assert result.dense.teacher_logit.tolist() == [2.0, 0.5]
+    assert result.background.tolist() == [[False, False, False, False, False, True]]  # 0 to 2 are hit by no one: ignored
+
+
+def test_images_do_not_mix():
+    rows = [(0, 0, 1, 1.0, [0.0, 0, 10, 10]), (1, 0, 1, 2.0, [0.0, 0, 10, 10])]
+    result = assign(make_candidates(rows, 2, 2), torch.arange(2).repeat(2, 1), 2)
+    assert result.dense.live_clusters == 2
+    assert result.image.tolist() == [0, 1]
+
+
+def test_no_candidates():
+    result = assign(make_candidates([], 2, 3), torch.arange(3).repeat(2, 1), 3)
+    assert result.box.shape == (0, 4)
+    assert result.background.all()
+    assert result.dense.live_clusters == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equations_2_to_6_against_a_loop(seed):
+    generator = torch.Generator().manual_seed(seed)
+    count, samples, images = 25, 40, 2
+    corner = torch.rand(count, 2, generator=generator) * 40
+    box = torch.cat((corner, corner + 20 + torch.rand(count, 2, generator=generator) * 20), 1)
+    place = torch.randperm(images * samples, generator=generator)[:count]
+    logit = torch.randn(count, generator=generator)
+    rows = [
+        (int(place[i]) // samples, int(place[i]) % samples, i % 3, float(logit[i]), box[i].tolist()) for i in range(count)
+    ]
+    candidates = make_candidates(rows, images, samples)
+    row = torch.stack([torch.randperm(samples, generator=generator) for _ in range(images)])
+    row[torch.rand(row.shape, generator=generator) < 0.2] = -1
+    result = assign(candidates, row, samples)
+
+    logits = torch.randn(images, samples, 3, generator=generator, requires_grad=True)
+    assigned = len(result.sample)
+    classification, regression = torch.rand(2, assigned, generator=generator)
+    background = torch.rand(images, samples, generator=generator) * result.background
+    unreduced = Unreduced(
+        classification, regression, background, torch.ones(assigned), torch.tensor(1.0), torch.tensor(1.0)
+    )
+    rule = StageRule(temperature=0.7, rank_weight=3.0)
+    terms = dense_terms(unreduced, Predictions(logits, logits), result, rule)
+    losses = {f"unlabeled/head/{name}": term.total / term.count.clamp(min=1) for name, term in terms.items()}
+
+    # The loop: group the living candidates by the textbook NMS, then sum the equations one by one.
+    cluster, keep = greedy_nms(candidates.box, candidates.logit, candidates.image * 10 + candidates.label, 0.5)
+    members: dict[int, list[int]] = {}
+    partner_logits, teacher_logits, targets = [], [], []
+    for i, (image, sample, label, score, _) in enumerate(rows):
+        partner = int(row[image, sample])
+        if partner < 0:
+            continue
+        place = next(p for p in range(assigned) if (result.image[p], result.sample[p]) == (image, partner))
+        members.setdefault(cluster[i], []).append(place)
+        assert result.label[place] == label
+        targets.append((place, box[keep[cluster[i]]]))
+    for p in range(assigned):
+        partner_logits.append(float(logits.detach()[result.image[p], result.sample[p], result.label[p]]))
+        teacher_logits.append(float(result.dense.teacher_logit[p]))
+    for place, target in targets:
+        torch.testing.assert_close(result.box[place], target)
+    cls, reg, rank = cluster_losses(
+        classification.tolist(), regression.tolist(), partner_logits, teacher_logits, list(members.values()), 0.7
+    )
+    assert losses["unlabeled/head/cls"].item() == pytest.approx(cls, rel=1e-5)
+    assert losses["unlabeled/head/box"].item() == pytest.approx(reg, rel=1e-5)
+    assert losses["unlabeled/head/rank"].item() == pytest.approx(rank, rel=1e-5)
+    below = float(background.sum()) / assigned
+    assert losses["unlabeled/head/background"].item() == pytest.approx(below, rel=1e-5)
+    total = weigh(losses, {"head": rule}, 4.0)
+    assert total.item() == pytest.approx(4 * (cls + reg + 3 * rank + below), rel=1e-5)
+
+
+def test_switches_leave_out_their_terms():
+    candidates = make_candidates(THREE, 1, 6)
+    result = assign(candidates, torch.arange(6)[None], 6)
+    logits = torch.zeros(1, 6, 6)
+    unreduced = Unreduced(torch.ones(3), torch.ones(3), torch.zeros(1, 6), torch.ones(3), torch.ones(()), torch.ones(()))
+    names = {
+        switch: set(dense_terms(unreduced, Predictions(logits, logits), result, StageRule(**{switch: False})))
+        for switch in ("classification", "box", "rank")
+    }
+    assert names == {"classification": {"box", "rank"}, "box": {"cls", "background", "rank"}, "rank": {"cls", "background", "box"}}

@@ -1,0 +1,80 @@
+"""Boxes: projection, clipping, NMS over groups."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import greedy_nms
+
+from dtg_core.boxes import clip, grouped_nms, paired_iou, project, rank_in_group, shortest_side
+
+
+def rotation(degrees: float, x: float = 0, y: float = 0) -> torch.Tensor:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return torch.tensor([[c, -s, x - c * x + s * y], [s, c, y - s * x - c * y], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("hull", ["ellipse", "corners"])
+def test_flip_scale_and_shift(hull):
+    matrix = torch.tensor([[-2.0, 0, 200], [0, 3, 5], [0, 0, 1]])
+    moved = project(torch.tensor([[10.0, 20, 30, 50]]), matrix, hull)
+    assert moved.tolist() == [[140, 65, 180, 155]]
+
+
+def test_rotated_hulls_with_a_pencil():
+    square = torch.tensor([[-1.0, -1, 1, 1]])
+    root = math.sqrt(2)
+    torch.testing.assert_close(project(square, rotation(45), "corners"), torch.tensor([[-root, -root, root, root]]))
+    torch.testing.assert_close(project(square, rotation(45), "ellipse"), square)  # a circle stays a circle
+
+
+def test_ellipse_against_points_on_it():
+    box = torch.tensor([[3.0, 5, 23, 11]])
+    matrix = rotation(25) @ torch.tensor([[1.2, 0.3, 4], [0.1, 0.9, -2], [0, 0, 1]])
+    t = torch.linspace(0, 2 * math.pi, 20_000)
+    points = torch.stack((13 + 10 * t.cos(), 8 + 3 * t.sin(), torch.ones_like(t)))
+    moved = matrix @ points
+    expected = torch.cat((moved[:2].amin(1), moved[:2].amax(1)))
+    torch.testing.assert_close(project(box, matrix, "ellipse")[0], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["identity", "flip_w160", "scale_translate", "rotate_shear"])
+def test_corners_equal_mmdetection(shared, name):
+    with np.load(shared / "fixtures" / "functions.npz") as data:
+        boxes, matrix = torch.tensor(data["project/boxes"]), torch.tensor(data[f"project/{name}/matrix"])
+        moved = project(boxes, matrix.float(), "corners")
+        clipped = clip(moved, torch.tensor([128.0, 160.0]))
+        torch.testing.assert_close(moved, torch.tensor(data[f"project/{name}/out_unclipped"]), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(clipped, torch.tensor(data[f"project/{name}/out_clipped_h128_w160"]), rtol=1e-5, atol=1e-4)
+
+
+def test_clip_takes_height_and_width():
+    clipped = clip(torch.tensor([[-5.0, -5, 500, 500]]), torch.tensor([[40.0, 60.0]]))
+    assert clipped.tolist() == [[0, 0, 60, 40]]
+    assert shortest_side(clipped).tolist() == [40]
+
+
+def test_iou_of_empty_boxes_is_zero():
+    empty = torch.tensor([[5.0, 5, 5, 5]])
+    assert paired_iou(empty, empty).tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_grouped_nms_equals_the_loop(seed):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(60, 2, generator=generator) * 80
+    boxes = torch.cat((corner, corner + torch.rand(60, 2, generator=generator) * 60), 1)
+    scores = torch.rand(60, generator=generator)
+    groups = torch.randint(0, 5, (60,), generator=generator)
+    assert grouped_nms(boxes, scores, groups, 0.4).tolist() == greedy_nms(boxes, scores, groups, 0.4)[1]
+
+
+def test_grouped_nms_of_nothing():
+    assert grouped_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5).shape == (0,)
+
+
+def test_rank_in_group():
+    assert rank_in_group(torch.tensor([0, 0, 2, 2, 2, 5]), 6).tolist() == [0, 1, 0, 1, 2, 0]
+    assert rank_in_group(torch.zeros(0).long(), 3).shape == (0,)

@@ -1,0 +1,162 @@
+"""Losses of the second stage against torchvision and formulas written out."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+from torchvision.ops import sigmoid_focal_loss
+
+from dtg_core.structures import Assignment, DenseGuidance, Predictions, Proposals
+from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
+from faster_rcnn_dtg.deltas import encode
+from faster_rcnn_dtg.losses import log_odds, log_score, sigmoid_focal, softmax_focal
+from faster_rcnn_dtg.rcnn import RCNNStage
+from faster_rcnn_dtg.rpn import RPNStage
+
+STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+def test_sigmoid_focal_equals_torchvisions() -> None:
+    logits = torch.randn(50, 4, requires_grad=True)
+    target = (torch.rand(50, 4) > 0.5).float()
+    torch.testing.assert_close(sigmoid_focal(logits, target), sigmoid_focal_loss(logits, target))
+
+
+def test_sigmoid_focal_is_smallest_at_a_soft_target() -> None:
+    scores = torch.linspace(0.01, 0.99, 99)
+    losses = sigmoid_focal(torch.logit(scores), torch.full((99,), 0.3))
+    assert scores[losses.argmin()] == pytest.approx(0.3, abs=0.011)
+
+
+def test_log_odds() -> None:
+    log_probability = torch.tensor([0.5, 0.01, 1e-12, 0.999]).log()
+    torch.testing.assert_close(log_odds(log_probability).sigmoid(), log_probability.exp(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(log_score(log_odds(log_probability)), log_probability, rtol=1e-4, atol=1e-6)
+    certain = torch.zeros(1, requires_grad=True)
+    log_odds(certain).sum().backward()
+    assert torch.isfinite(log_odds(certain)).all()
+    assert certain.grad is not None
+    assert torch.isfinite(certain.grad).all()
+
+
+def case(config: RCNNConfig, seed: int = 0) -> tuple[Proposals, Tensor, Tensor, Predictions, Assignment]:
+    """2 images, 6 proposals, 3 classes, 2 + 1 positives."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(2, 6, 2, generator=generator) * 40
+    boxes = torch.cat((corner, corner + 10 + torch.rand(2, 6, 2, generator=generator) * 20), -1)
+    outputs = torch.randn(2, 6, 3 + (config.focal == "softmax"), generator=generator).requires_grad_()
+    deltas = torch.randn(2, 6, 4 if config.class_agnostic else 12, generator=generator).requires_grad_()
+    predictions = Predictions(outputs, deltas)
+    if config.focal == "softmax":
+        log_probability = outputs.log_softmax(-1)
+        predictions = Predictions(log_odds(log_probability[..., :-1]), torch.cat((deltas, log_probability[..., -1:]), -1))
+    background = torch.zeros(2, 6, dtype=torch.bool)
+    background[0, 3:], background[1, :2] = True, True
+    image, sample, label = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 5]), torch.tensor([2, 0, 1])
+    assignment = Assignment(image, sample, label, boxes[image, sample] + 1.5, background)
+    return Proposals(boxes, torch.ones(2, 6, dtype=torch.bool)), outputs, deltas, predictions, assignment
+
+
+def test_sigmoid_stage() -> None:
+    config = RCNNConfig()
+    proposals, outputs, _, predictions, assignment = case(config)
+    losses = RCNNStage(config, 3).losses(proposals, predictions, assignment)
+    rows = outputs[assignment.image, assignment.sample]
+    expected = sigmoid_focal_loss(rows, one_hot(assignment.label, 3).float()).sum(1)
+    torch.testing.assert_close(losses.classification, expected)
+    dense = sigmoid_focal_loss(outputs, torch.zeros_like(outputs)).sum(-1)
+    torch.testing.assert_close(losses.background, torch.where(assignment.background, dense, 0.0))
+    assert losses.box_count == 3 + 5
+    # PseCo: 10 * sum / samples
+    assert losses.classification_count == pytest.approx((3 + 5) / 10)
+
+
+def test_softmax_stage_is_unbiased_teachers() -> None:
+    config = RCNNConfig(focal="softmax")
+    proposals, outputs, _, predictions, assignment = case(config)
+    losses = RCNNStage(config, 3).losses(proposals, predictions, assignment)
+    log_loss = cross_entropy(outputs[assignment.image, assignment.sample], assignment.label, reduction="none")
+    torch.testing.assert_close(losses.classification, (1 - (-log_loss).exp()) ** 1.5 * log_loss)
+    log_loss = cross_entropy(outputs.flatten(0, 1), torch.full((12,), 3), reduction="none").view(2, 6)
+    expected = torch.where(assignment.background, (1 - (-log_loss).exp()) ** 1.5 * log_loss, 0.0)
+    torch.testing.assert_close(losses.background, expected)
+    torch.testing.assert_close(predictions.logits.sigmoid(), outputs.softmax(-1)[..., :3])
+    assert losses.classification_count == 8
+
+
+def test_softmax_losses_stay_finite_for_certain_outputs() -> None:
+    log_probability = torch.tensor([[60.0, -60.0, 0.0]]).log_softmax(-1).requires_grad_()
+    loss = softmax_focal(log_score(log_odds(log_probability))).sum() + softmax_focal(log_probability).sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert log_probability.grad is not None
+    assert torch.isfinite(log_probability.grad).all()
+
+
+@pytest.mark.parametrize("focal", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_box_loss_and_decoding_take_the_labels_channel(focal: str, agnostic: bool) -> None:
+    config = RCNNConfig(focal=focal, class_agnostic=agnostic)  # type: ignore[arg-type]
+    proposals, _, deltas, predictions, assignment = case(config)
+    stage = RCNNStage(config, 3)
+    losses = stage.losses(proposals, predictions, assignment)
+    image, sample, label = assignment.image, assignment.sample, assignment.label
+    for row in range(3):
+        first = 0 if agnostic else 4 * int(label[row])
+        own = deltas[image[row], sample[row], first : first + 4]
+        target = encode(proposals.boxes[image[row], sample[row]], assignment.box[row], STDS)
+        torch.testing.assert_close(losses.box[row], (own - target).abs().sum())
+    losses.box.sum().backward()
+    assert deltas.grad is not None
+    assert int((deltas.grad != 0).sum()) == 12
+    # A prediction that equals the encoded target decodes to the target.
+    raw = torch.zeros_like(predictions.raw)
+    index = torch.zeros_like(label) if agnostic else label
+    columns = 4 * index.unsqueeze(1) + torch.arange(4)
+    raw[image.unsqueeze(1), sample.unsqueeze(1), columns] = encode(proposals.take(image, sample), assignment.box, STDS)
+    decoded = stage.decode(proposals, Predictions(predictions.logits, raw), image, sample, label)
+    torch.testing.assert_close(decoded, assignment.box, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("focal", ["sigmoid", "softmax"])
+def test_quality_is_the_class_target(focal: str) -> None:
+    config = RCNNConfig(focal=focal)  # type: ignore[arg-type]
+    proposals, _, _, predictions, assignment = case(config)
+    quality = torch.tensor([1.0, 0.0, 0.4])
+    dense = DenseGuidance(
+        torch.arange(3), 3, torch.zeros(3), torch.ones(3), torch.tensor(3), torch.tensor(3), quality
+    )
+    stage = RCNNStage(config, 3)
+    plain = stage.losses(proposals, predictions, assignment).classification
+    given = Assignment(
+        assignment.image, assignment.sample, assignment.label, assignment.box, torch.ones(2, 6, dtype=torch.bool), dense
+    )
+    losses = stage.losses(proposals, predictions, given)
+    torch.testing.assert_close(losses.classification[0], plain[0])
+    torch.testing.assert_close(losses.classification[1], losses.background[0, 2])
+
+
+def test_degenerate_boxes_stay_finite() -> None:
+    config = RCNNConfig()
+    proposals, _, _, predictions, assignment = case(config)
+    flat = Proposals(proposals.boxes[..., :2].repeat(1, 1, 2), proposals.valid)
+    losses = RCNNStage(config, 3).losses(flat, predictions, assignment)
+    assert torch.isfinite(losses.box).all()
+
+
+def test_rpn_focal_loss() -> None:
+    proposals, _, _, _, assignment = case(RCNNConfig())
+    logits = torch.randn(2, 6, 1)
+    assignment = Assignment(
+        assignment.image, assignment.sample, torch.zeros(3, dtype=torch.int64), assignment.box, assignment.background
+    )
+    predictions = Predictions(logits, torch.zeros(2, 6, 4))
+    losses = RPNStage(RPNConfig(loss="focal")).losses(proposals, predictions, assignment)
+    rows = logits[assignment.image, assignment.sample, 0]
+    torch.testing.assert_close(losses.classification, sigmoid_focal_loss(rows, torch.ones(3)))
+    plain = RPNStage(RPNConfig()).losses(proposals, predictions, assignment)
+    torch.testing.assert_close(plain.classification, torch.log1p((-rows).exp()))
+    assert math.isclose(float(plain.box_count), 8)

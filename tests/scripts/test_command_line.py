@@ -1,0 +1,258 @@
+"""The scripts' command lines: fast help, one line and status 2 for every mistake, and evaluation of a weights file."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import common  # noqa: E402
+import evaluate  # noqa: E402
+from common import (  # noqa: E402
+    DETECTORS,
+    STAGES,
+    find_weights,
+    is_supervised,
+    load_settings,
+    load_weights_detector,
+    main_guard,
+    train_parser,
+)
+from run_settings import DETECTOR_RANGES, RunSettings  # noqa: E402
+
+from dtg_core.config import RANGES, paper_stages  # noqa: E402
+from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
+from dtg_core.errors import UserError  # noqa: E402
+from dtg_core.settings import check_ranges, flatten, load_config, to_yaml  # noqa: E402
+
+TINY = ["run.steps=5", "optim.milestones=[]", "backbone.name=resnet10t", "backbone.pretrained=false", "gfl.channels=16",
+        "gfl.tower_depth=1", "faster_rcnn.channels=16", "faster_rcnn.rcnn.hidden=16"]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def settings_of(*arguments: str) -> tuple[RunSettings, dict[str, str], list[str]]:
+    return load_settings(train_parser().parse(arguments))
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_is_fast(script: str) -> None:
+    began = time.monotonic()
+    shown = run(script, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "--debug" in shown.stdout
+    assert time.monotonic() - began < 3
+    module = script.removesuffix(".py")
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'scripts')!r}]; import {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_mistake_is_one_line_and_status_2() -> None:
+    shown = run("train.py", "--detector", "gfk")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == "error: argument --detector: unknown value 'gfk' - did you mean 'gfl'?\n"
+    shown = run("train.py", "--detector", "gfk", "--debug")
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["--detectr", "gfl"], ["--detectr", "did you mean '--detector'"]), (["--stepz=3"], ["--stepz=3", "did you mean '--steps'"]),
+    (["gfl"], ["gfl: unknown argument"]), ([], ["--detector: missing", "gfl, faster_rcnn"]), (["--steps", "x"], ["--steps", "'x'"]),
+    (["--detector", "gfl", "--steps", "0"], ["command line: run.steps", "at least 1"]), (["--detector"], ["--detector", "one argument"]),
+    (["--detector", "gfl", "--paradigm", "danse"], ["--paradigm", "did you mean 'dense'"]),
+    (["--detector", "gfl", "--set", "optim.lrr=1"], ["--set optim.lrr=1", "did you mean 'optim.lr'"]),
+    (["--detector", "gfl", "--config", "configs/quikstart.yaml"], ["quikstart.yaml", "cannot read"]),
+    (["--detector", "gfl", "--resume", "auto", "--overwrite"], ["--resume and --overwrite"]),
+    (["--detector", "gfl", "--paradigm", "supervised", "--unlabeled", "x"], ["--unlabeled"]),
+    (["--detector", "gfl", "--paradigm", "supervised", "--set", "guidance.stages.head.paradigm=dense"],
+     ["guidance.stages.head.paradigm", "supervised", "dense"]),
+    (["--detector", "faster_rcnn", "--set", "faster_rcnn.rpn.nms_iou=0"], ["faster_rcnn.rpn.nms_iou", "out of range"]),
+])
+def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        settings_of(*arguments)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_every_flag_of_the_contract_is_there(script: str) -> None:
+    wanted = {
+        "train.py": "detector config paradigm backbone steps seed labeled unlabeled val images output resume overwrite set "
+                    "print-config dry-run debug",
+        "evaluate.py": "which annotations images output debug",
+    }[script]
+    parser = train_parser() if script == "train.py" else evaluate.parser()
+    assert {f"--{name}" for name in wanted.split()} <= set(parser._option_string_actions)
+
+
+def test_flags_set_their_keys() -> None:
+    settings, origins, _ = settings_of(
+        "--detector", "faster_rcnn", "--backbone", "resnet18", "--steps", "70", "--seed", "3", "--labeled", "a b: [1].json",
+        "--unlabeled", "u", "--val", "#v", "--images", "null", "--output", "o", "--set", "optim.lr=1", "optim.gamma=1", "--set",
+        "run.log_every=7",
+    )
+    data, config = settings.data, settings
+    assert (config.detector, config.backbone.name, config.run.steps, config.run.seed) == ("faster_rcnn", "resnet18", 70, 3)
+    assert (data.labeled, data.unlabeled, data.val, data.images) == ("a b: [1].json", "u", "#v", "null")
+    assert (config.run.output, config.optim.lr, config.optim.gamma, config.run.log_every) == ("o", 1.0, 1.0, 7)
+    assert origins["run.steps"] == "command line"
+    assert origins["guidance.alpha"].startswith(str(common._shortest(common.QUICKSTART)))
+
+
+@pytest.mark.parametrize(("paradigm", "stage"), [("dense", "dense"), ("sparse", "sparse"), ("supervised", "none")])
+def test_the_paradigm_reaches_every_stage(tmp_path: Path, paradigm: str, stage: str) -> None:
+    file = tmp_path / "c.yaml"
+    for text, flags in ((f"paradigm: {paradigm}\n", []), ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}",
+                                                          ["--paradigm", paradigm])):
+        file.write_text(text)
+        settings, _, _ = settings_of("--config", str(file), "--detector", "faster_rcnn", *flags)
+        assert settings.paradigm == paradigm
+        assert [rule.paradigm for rule in settings.guidance.stages.values()] == [stage] * 3
+        assert is_supervised(settings) == (paradigm == "supervised")
+        saved = tmp_path / "saved.yaml"  # what a run writes down means the same run
+        saved.write_text(to_yaml(settings))
+        assert settings_of("--config", str(saved))[0] == settings
+
+
+def test_stages_may_differ() -> None:
+    settings, origins, _ = settings_of("--detector", "faster_rcnn", "--paradigm", "dense", "--set", "guidance.stages.rpn.paradigm=sparse")
+    assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == ["sparse", "dense"]
+    settings, _, _ = settings_of("--detector", "gfl", "--set", "guidance.stages.head.paradigm=none")
+    assert is_supervised(settings)
+
+
+def test_tables_are_complete() -> None:
+    import fnmatch
+
+    assert {stage for stages in STAGES.values() for stage in stages} == set(paper_stages())
+    assert list(DETECTORS) == list(STAGES)
+    flat = flatten(RunSettings())
+    for key, value in flat.items():
+        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
+            assert any(fnmatch.fnmatch(key, pattern) for pattern in RANGES | DETECTOR_RANGES), key
+    for pattern in DETECTOR_RANGES:
+        assert fnmatch.filter(flat, pattern), pattern
+    check_ranges(RunSettings(), RANGES | DETECTOR_RANGES)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_committed_configs_load(file: Path, detector: str) -> None:
+    _, _, warnings = settings_of("--config", str(file), "--detector", detector)
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("failure", "status", "line"), [
+    (UserError("FILE:\n  wrong"), 2, "error: FILE: wrong\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, ""),
+])
+def test_guard(failure: Any, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: Any) -> None:
+        assert argv == ["a"]
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(sys, "argv", ["script", "a"])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(main)
+    assert caught.value.code == status
+    assert capsys.readouterr().err == line
+
+
+# Evaluation of a weights file ----------------------------------------------------------------------------------------------
+
+
+def run_folder(folder: Path, name: str = "gfl", **metadata: Any) -> Path:
+    settings, _ = load_config(RunSettings, None, [*TINY, f"detector={name}", "views.test_short_edge=64", "views.long_edge=64"])
+    torch.manual_seed(0)
+    detector = DETECTORS[name](settings, 2)
+    told = {"detector": name, "class_names": ["a", "b"], "category_ids": [7, 3], "config": to_yaml(settings)}
+    save_weights(folder / "weights" / "teacher.safetensors", detector, {**told, **metadata})
+    return folder
+
+
+def data_set(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    content = {
+        "images": [{"id": f"n{number}", "file_name": f"{number}.png", "width": 100, "height": 80} for number in range(3)],
+        "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}],
+        "annotations": [{"id": 0, "image_id": "n1", "category_id": 7, "bbox": [10, 10, 40, 40], "area": 1, "iscrowd": 0}],
+    }
+    (folder / "val.json").write_text(json.dumps(content))
+    return folder / "val.json"
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_is_rebuilt_from_its_weights_alone(tmp_path: Path, name: str) -> None:
+    path = find_weights(run_folder(tmp_path, name))
+    loaded = load_weights_detector(path)
+    assert not loaded.detector.training
+    assert (loaded.class_names, loaded.category_ids, loaded.settings.detector) == (("a", "b"), [7, 3], name)
+    tensors = load_weights(path)[0]
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.detector.state_dict().items())
+
+
+def test_wrong_weights_files(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"no weights/student\.safetensors"):
+        find_weights(folder, "student")
+    for metadata, problem in (
+        ({"detector": "yolo"}, "does not say which detector"), ({"config": "optim: {lrr: 1}"}, "another version.*optim.lr"),
+        ({"class_names": ["a"]}, "does not fit the detector"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            load_weights_detector(find_weights(run_folder(tmp_path / "run", **metadata)))
+
+
+def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, annotations = run_folder(tmp_path / "run"), data_set(tmp_path / "data")
+    arguments = [str(folder), "--annotations", str(annotations), "--device", "cpu", "--batch", "2"]
+    assert evaluate.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "AP50" in shown
+    assert "AR100" in shown
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert results["images"] == 3
+    assert results["AP"] is not None
+    assert results["classes"]["a"] is None
+    for row in json.loads((folder / "evaluation" / "detections.json").read_text()):
+        assert row["image_id"] in ("n0", "n1", "n2")
+        assert row["category_id"] in (3, 7)
+
+
+@pytest.mark.parametrize(("extra", "problem"), [
+    (["--images", "x"], "--images"), (["--batch", "0"], "--batch"), (["--which", "techer"], "did you mean 'teacher'"),
+    (["--device", "warp:1"], "--device warp:1"), (["--annotations", "none.json"], r"none\.json"),
+])
+def test_evaluate_mistakes(tmp_path: Path, extra: list[str], problem: str) -> None:
+    arguments = [str(run_folder(tmp_path / "run")), "--annotations", str(data_set(tmp_path / "data"))]
+    if extra[0] in ("--images", "--annotations"):
+        arguments = arguments[:1]
+    with pytest.raises(UserError, match=problem):
+        evaluate.main([*arguments, *extra])
+
+
+def test_evaluate_refuses_other_classes(tmp_path: Path) -> None:
+    annotations = data_set(tmp_path / "data")
+    annotations.write_text(annotations.read_text().replace('"b"', '"c"'))
+    with pytest.raises(UserError, match=r"val\.json: its classes are not the detector's \(only one of them has 'b', 'c'\)"):
+        evaluate.main([str(run_folder(tmp_path / "run")), "--annotations", str(annotations)])
+
+

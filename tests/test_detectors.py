@@ -1,0 +1,160 @@
+"""What both detectors owe the core, and the core to both: one parametrised contract."""
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_pair, make_views, tiny_detector
+
+from dtg_core.config import StageRule, paper_stages
+from dtg_core.guidance import teach
+from dtg_core.losses import weigh
+from dtg_core.models.student import StudentModule
+from dtg_core.models.teacher import make_teacher
+
+DETECTORS = ["gfl", "faster_rcnn"]
+OBJECTS = [[[4.0, 4, 30, 34]], [[20.0, 10, 60, 50], [2, 30, 20, 60]]]
+LABELS = [[0], [1, 2]]
+
+
+def rules(**changes) -> dict[str, StageRule]:
+    return {name: replace(rule, **changes) for name, rule in paper_stages().items()}
+
+
+def eager(detector: torch.nn.Module) -> torch.nn.Module:
+    """Raise the class biases, so that an untrained teacher has candidates."""
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if name.endswith("bias") and parameter.min() < -2:
+                parameter.fill_(0.3)
+    return detector
+
+
+def losses_of(detector: torch.nn.Module, labeled, pair, stage_rules) -> tuple[dict[str, torch.Tensor], dict]:
+    student, teacher = StudentModule(detector, stage_rules).train(), make_teacher(detector)
+    supervision, figures = teach(teacher, pair, stage_rules)
+    terms = student(labeled, pair.student, supervision)
+    return {name: term.total / term.count.clamp(min=1) for name, term in terms.items()}, figures
+
+
+def check_step(detector: torch.nn.Module, losses: dict[str, torch.Tensor], stage_rules) -> None:
+    weigh(losses, stage_rules, 2.0).backward()
+    for name, loss in losses.items():
+        assert loss.isfinite(), name
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_same_view_and_weights_are_their_own_teacher(name):
+    detector = eager(tiny_detector(name)).eval()
+    pair, stage_rules = make_pair(2, 64, 64), rules(tau=0.5, background_samples=None)
+    supervision, figures = teach(make_teacher(detector), pair, stage_rules)
+    outputs = detector.run(pair.student, supervision)
+    student = StudentModule(detector, stage_rules).eval()
+    terms = student(make_views(1, 64, 64), pair.student, supervision)
+    for stage, told in supervision.items():
+        assert figures[f"guidance/{stage}/candidates"] > 0
+        assert figures[f"guidance/{stage}/matched"] == pytest.approx(1.0)
+        assignment, (_, predictions) = told.assignment, outputs[stage]
+        rows = predictions.logits[assignment.image, assignment.sample, assignment.label]
+        torch.testing.assert_close(rows, assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
+        rank = terms[f"unlabeled/{stage}/rank"]
+        assert (rank.total / rank.count).item() == pytest.approx(0, abs=1e-5)
+        assert not assignment.background[assignment.image, assignment.sample].any()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_dense_step_is_finite_and_reaches_every_parameter(name):
+    detector = eager(tiny_detector(name))
+    pair = replace(make_pair(3, 64, 96), student=make_views(3, 64, 96, seed=5))
+    stage_rules = rules()
+    for stage, (_, predictions) in make_teacher(detector).run(pair.teacher).items():
+        median = predictions.logits.amax(2).sigmoid().median().item()  # half of the samples are candidates
+        stage_rules[stage] = replace(stage_rules[stage], tau=median)
+    losses, _ = losses_of(detector, make_views(2, 64, 64, OBJECTS, LABELS), pair, stage_rules)
+    check_step(detector, losses, stage_rules)
+    for stage in detector.stages:
+        for kind in ("cls", "box", "background", "rank"):
+            assert losses[f"unlabeled/{stage}/{kind}"] > 0, kind
+
+
+EMPTY_CASES = {
+    "no object": dict(objects=False, tau=0.5),
+    "no candidate": dict(objects=True, tau=0.999),
+    "neither": dict(objects=False, tau=0.999),
+    "one image": dict(objects=True, tau=0.5, images=1),
+    "one class": dict(objects=False, tau=0.5, classes=1),
+    "view gone": dict(objects=True, tau=0.5, shift=1000.0),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY_CASES)
+@pytest.mark.parametrize("paradigm", ["dense", "sparse"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_empty_batches(name, paradigm, case):
+    options = EMPTY_CASES[case]
+    images, classes = options.get("images", 2), options.get("classes", 3)
+    detector = eager(tiny_detector(name, classes))
+    stage_rules = rules(paradigm=paradigm, tau=options["tau"], pseudo_score=options["tau"])
+    shift = torch.tensor([[1.0, 0, options.get("shift", 0.0)], [0, 1, 0], [0, 0, 1]])
+    labeled = make_views(images, 64, 64, OBJECTS[:images] if options["objects"] else None, LABELS[:images])
+    losses, _ = losses_of(detector, labeled, make_pair(images, 64, 64, shift), stage_rules)
+    check_step(detector, losses, stage_rules)
+
+
+def dense_kinds(rule: StageRule) -> set[str]:
+    return {"dense": {"cls", "box", "background", "rank"}, "sparse": {"cls", "box", "background"}, "none": set()}[rule.paradigm]
+
+
+@pytest.mark.parametrize(("rpn", "rcnn"), list(itertools.product(["dense", "sparse", "none"], repeat=2)))
+def test_all_stage_mixes_have_their_losses_and_no_others(rpn, rcnn):
+    detector = eager(tiny_detector("faster_rcnn"))
+    stage_rules = rules(tau=0.5, pseudo_score=0.5)
+    stage_rules["rpn"], stage_rules["rcnn"] = replace(stage_rules["rpn"], paradigm=rpn), replace(stage_rules["rcnn"], paradigm=rcnn)
+    losses, _ = losses_of(detector, make_views(2, 64, 64, OBJECTS, LABELS), make_pair(2, 64, 64), stage_rules)
+    found = {name for name in losses if name.startswith("unlabeled/")}
+    expected = {f"unlabeled/{stage}/{kind}" for stage in ("rpn", "rcnn") for kind in dense_kinds(stage_rules[stage])}
+    assert found == expected
+    check_step(detector, losses, stage_rules)
+
+
+@pytest.mark.parametrize("proposals", ["teacher", "student"])
+def test_sparse_rcnn_takes_either_proposals(proposals):
+    detector = eager(tiny_detector("faster_rcnn"))
+    stage_rules = rules(paradigm="sparse", pseudo_score=0.5, proposals=proposals)
+    supervision, _ = teach(make_teacher(detector), make_pair(2, 64, 64), stage_rules)
+    assert (supervision["rcnn"].proposals is not None) == (proposals == "teacher")
+    assert supervision["rcnn"].targets.boxes.shape[0] > 0
+    assert not supervision["rcnn"].add_truth
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_images_of_a_batch_do_not_touch_each_other(name):
+    detector = eager(tiny_detector(name)).eval()
+    views = make_views(3, 64, 64)
+    both = detector.detect(detector.run(views), views, 0.3)
+    for image in range(3):
+        one = replace(
+            views, pixels=views.pixels[image : image + 1], sizes=views.sizes[image : image + 1], seeds=views.seeds[image : image + 1]
+        )
+        alone = detector.detect(detector.run(one), one, 0.3)
+        rows = both.image == image
+        assert alone.boxes.shape[0] == rows.sum() > 0
+        torch.testing.assert_close(alone.boxes, both.boxes[rows], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_guidance_under_bfloat16_keeps_coordinates_in_float32(name):
+    detector = eager(tiny_detector(name)).eval()
+    pair, stage_rules = make_pair(2, 64, 64), rules(tau=0.5)
+    teacher = make_teacher(detector)
+    full, _ = teach(teacher, pair, stage_rules)
+    half, _ = teach(teacher, pair, stage_rules, autocast=torch.autocast("cpu", torch.bfloat16))
+    for stage in full:
+        assert half[stage].assignment.box.dtype == torch.float32
+        assert half[stage].assignment.dense.teacher_logit.dtype == torch.float32
+    assert teacher.grid((64, 64), torch.device("cpu")).anchors.dtype == torch.float32
