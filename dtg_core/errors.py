@@ -16,3 +16,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     if close:
         return f" - did you mean {close[0]!r}?"
     return f" - choose from {', '.join(sorted(names)[:12])}"
+
+
+def printable(text: str) -> str:
+    """``text`` as one line without control characters or bytes that are no text, which a file name may hold."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )

@@ -94,7 +94,7 @@ def _device(name: str | None) -> torch.device:
     import torch
 
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # part of the cache folder's name: raise it when a scene changes
+VERSION = 2  # part of the cache folder's name: raise it when a scene changes
 SIDE = 160  # of an image, px
 FINE = 2  # outlines are drawn on a canvas this much finer, then averaged
 SIZES = (16.0, 80.0)  # longer side of an object before rotation, px
@@ -124,7 +124,7 @@ def draw_scene(seed: int, split: str, number: int) -> Scene:
     if generator.random() < 0.5:  # a second ground
         edge = _filled(_halfplane(generator))
         canvas = _mixed(canvas, _texture(SIDE, SIDE, _color(generator), generator), edge)
-    canvas = _clutter(canvas, int(generator.integers(2, 8)), generator)
+    canvas = _clutter(canvas, int(generator.integers(1, 6)), generator)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
     masks: list[np.ndarray] = []  # of the whole objects
@@ -149,7 +149,7 @@ def _place(
 ) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
     """Alpha [SIDE, SIDE] and box of an object at a free enough place, or None; keeps the lists of masks."""
     for _ in range(8):
-        size = math.exp(generator.uniform(math.log(SIZES[0]), math.log(SIZES[1])))
+        size = generator.uniform(*SIZES)
         aspect, angle = generator.uniform(0.6, 1), generator.uniform(0, 2 * math.pi)
         half = size / 2 * np.array((1, aspect))
         margin = 0.2 * size  # the center stays this far inside, so most of an object is in the image

@@ -1,4 +1,5 @@
 """The scripts' command lines: fast help, one line and status 2 for every mistake, and evaluation of a weights file."""
+
 from __future__ import annotations
 
 import json
@@ -35,13 +36,23 @@ from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 from dtg_core.settings import check_ranges, flatten, load_config, to_yaml  # noqa: E402
 
-TINY = ["run.steps=5", "optim.milestones=[]", "backbone.name=resnet10t", "backbone.pretrained=false", "gfl.channels=16",
-        "gfl.tower_depth=1", "faster_rcnn.channels=16", "faster_rcnn.rcnn.hidden=16"]
+TINY = [
+    "run.steps=5",
+    "optim.milestones=[]",
+    "backbone.name=resnet10t",
+    "backbone.pretrained=false",
+    "gfl.channels=16",
+    "gfl.tower_depth=1",
+    "faster_rcnn.channels=16",
+    "faster_rcnn.rcnn.hidden=16",
+]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    )
 
 
 def settings_of(*arguments: str) -> tuple[RunSettings, dict[str, str], list[str]]:
@@ -56,7 +67,8 @@ def test_help_is_fast(script: str) -> None:
     assert "--debug" in shown.stdout
     assert time.monotonic() - began < 3
     module = script.removesuffix(".py")
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'scripts')!r}]; import {module}; assert 'torch' not in sys.modules"
+    folders = [str(ROOT), str(ROOT / "scripts")]
+    code = f"import sys; sys.path[:0] = {folders!r}; import {module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -69,19 +81,28 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
     assert "Traceback" in shown.stderr
 
 
-@pytest.mark.parametrize(("arguments", "parts"), [
-    (["--detectr", "gfl"], ["--detectr", "did you mean '--detector'"]), (["--stepz=3"], ["--stepz=3", "did you mean '--steps'"]),
-    (["gfl"], ["gfl: unknown argument"]), ([], ["--detector: missing", "gfl, faster_rcnn"]), (["--steps", "x"], ["--steps", "'x'"]),
-    (["--detector", "gfl", "--steps", "0"], ["command line: run.steps", "at least 1"]), (["--detector"], ["--detector", "one argument"]),
-    (["--detector", "gfl", "--paradigm", "danse"], ["--paradigm", "did you mean 'dense'"]),
-    (["--detector", "gfl", "--set", "optim.lrr=1"], ["--set optim.lrr=1", "did you mean 'optim.lr'"]),
-    (["--detector", "gfl", "--config", "configs/quikstart.yaml"], ["quikstart.yaml", "cannot read"]),
-    (["--detector", "gfl", "--resume", "auto", "--overwrite"], ["--resume and --overwrite"]),
-    (["--detector", "gfl", "--paradigm", "supervised", "--unlabeled", "x"], ["--unlabeled"]),
-    (["--detector", "gfl", "--paradigm", "supervised", "--set", "guidance.stages.head.paradigm=dense"],
-     ["guidance.stages.head.paradigm", "supervised", "dense"]),
-    (["--detector", "faster_rcnn", "--set", "faster_rcnn.rpn.nms_iou=0"], ["faster_rcnn.rpn.nms_iou", "out of range"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--detectr", "gfl"], ["--detectr", "did you mean '--detector'"]),
+        (["--stepz=3"], ["--stepz=3", "did you mean '--steps'"]),
+        (["gfl"], ["gfl: unknown argument"]),
+        ([], ["--detector: missing", "gfl, faster_rcnn"]),
+        (["--steps", "x"], ["--steps", "'x'"]),
+        (["--detector", "gfl", "--steps", "0"], ["command line: run.steps", "at least 1"]),
+        (["--detector"], ["--detector", "one argument"]),
+        (["--detector", "gfl", "--paradigm", "danse"], ["--paradigm", "did you mean 'dense'"]),
+        (["--detector", "gfl", "--set", "optim.lrr=1"], ["--set optim.lrr=1", "did you mean 'optim.lr'"]),
+        (["--detector", "gfl", "--config", "configs/quikstart.yaml"], ["quikstart.yaml", "cannot read"]),
+        (["--detector", "gfl", "--resume", "auto", "--overwrite"], ["--resume and --overwrite"]),
+        (["--detector", "gfl", "--paradigm", "supervised", "--unlabeled", "x"], ["--unlabeled"]),
+        (
+            ["--detector", "gfl", "--paradigm", "supervised", "--set", "guidance.stages.head.paradigm=dense"],
+            ["guidance.stages.head.paradigm", "supervised", "dense"],
+        ),
+        (["--detector", "faster_rcnn", "--set", "faster_rcnn.rpn.nms_iou=0"], ["faster_rcnn.rpn.nms_iou", "out of range"]),
+    ],
+)
 def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         settings_of(*arguments)
@@ -93,7 +114,7 @@ def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
 def test_every_flag_of_the_contract_is_there(script: str) -> None:
     wanted = {
         "train.py": "detector config paradigm backbone steps seed labeled unlabeled val images output resume overwrite set "
-                    "print-config dry-run debug",
+        "print-config dry-run debug",
         "evaluate.py": "which annotations images output debug",
     }[script]
     parser = train_parser() if script == "train.py" else evaluate.parser()
@@ -102,8 +123,28 @@ def test_every_flag_of_the_contract_is_there(script: str) -> None:
 
 def test_flags_set_their_keys() -> None:
     settings, origins, _ = settings_of(
-        "--detector", "faster_rcnn", "--backbone", "resnet18", "--steps", "70", "--seed", "3", "--labeled", "a b: [1].json",
-        "--unlabeled", "u", "--val", "#v", "--images", "null", "--output", "o", "--set", "optim.lr=1", "optim.gamma=1", "--set",
+        "--detector",
+        "faster_rcnn",
+        "--backbone",
+        "resnet18",
+        "--steps",
+        "70",
+        "--seed",
+        "3",
+        "--labeled",
+        "a b: [1].json",
+        "--unlabeled",
+        "u",
+        "--val",
+        "#v",
+        "--images",
+        "null",
+        "--output",
+        "o",
+        "--set",
+        "optim.lr=1",
+        "optim.gamma=1",
+        "--set",
         "run.log_every=7",
     )
     data, config = settings.data, settings
@@ -117,8 +158,10 @@ def test_flags_set_their_keys() -> None:
 @pytest.mark.parametrize(("paradigm", "stage"), [("dense", "dense"), ("sparse", "sparse"), ("supervised", "none")])
 def test_the_paradigm_reaches_every_stage(tmp_path: Path, paradigm: str, stage: str) -> None:
     file = tmp_path / "c.yaml"
-    for text, flags in ((f"paradigm: {paradigm}\n", []), ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}",
-                                                          ["--paradigm", paradigm])):
+    for text, flags in (
+        (f"paradigm: {paradigm}\n", []),
+        ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}", ["--paradigm", paradigm]),
+    ):
         file.write_text(text)
         settings, _, _ = settings_of("--config", str(file), "--detector", "faster_rcnn", *flags)
         assert settings.paradigm == paradigm
@@ -130,7 +173,9 @@ def test_the_paradigm_reaches_every_stage(tmp_path: Path, paradigm: str, stage: 
 
 
 def test_stages_may_differ() -> None:
-    settings, origins, _ = settings_of("--detector", "faster_rcnn", "--paradigm", "dense", "--set", "guidance.stages.rpn.paradigm=sparse")
+    settings, _, _ = settings_of(
+        "--detector", "faster_rcnn", "--paradigm", "dense", "--set", "guidance.stages.rpn.paradigm=sparse"
+    )
     assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == ["sparse", "dense"]
     settings, _, _ = settings_of("--detector", "gfl", "--set", "guidance.stages.head.paradigm=none")
     assert is_supervised(settings)
@@ -157,10 +202,17 @@ def test_committed_configs_load(file: Path, detector: str) -> None:
     assert warnings == []
 
 
-@pytest.mark.parametrize(("failure", "status", "line"), [
-    (UserError("FILE:\n  wrong"), 2, "error: FILE: wrong\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, ""),
-])
-def test_guard(failure: Any, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("failure", "status", "line"),
+    [
+        (UserError("FILE:\n  wrong"), 2, "error: FILE: wrong\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_guard(
+    failure: Any, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def main(argv: Any) -> None:
         assert argv == ["a"]
         if failure is not None:
@@ -177,7 +229,9 @@ def test_guard(failure: Any, status: int, line: str, monkeypatch: pytest.MonkeyP
 
 
 def run_folder(folder: Path, name: str = "gfl", **metadata: Any) -> Path:
-    settings, _ = load_config(RunSettings, None, [*TINY, f"detector={name}", "views.test_short_edge=64", "views.long_edge=64"])
+    settings, _ = load_config(
+        RunSettings, None, [*TINY, f"detector={name}", "views.test_short_edge=64", "views.long_edge=64"]
+    )
     torch.manual_seed(0)
     detector = DETECTORS[name](settings, 2)
     told = {"detector": name, "class_names": ["a", "b"], "category_ids": [7, 3], "config": to_yaml(settings)}
@@ -214,7 +268,8 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no weights/student\.safetensors"):
         find_weights(folder, "student")
     for metadata, problem in (
-        ({"detector": "yolo"}, "does not say which detector"), ({"config": "optim: {lrr: 1}"}, "another version.*optim.lr"),
+        ({"detector": "yolo"}, "does not say which detector"),
+        ({"config": "optim: {lrr: 1}"}, "another version.*optim.lr"),
         ({"class_names": ["a"]}, "does not fit the detector"),
     ):
         with pytest.raises(UserError, match=problem):
@@ -223,7 +278,7 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
 
 def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, annotations = run_folder(tmp_path / "run"), data_set(tmp_path / "data")
-    arguments = [str(folder), "--annotations", str(annotations), "--device", "cpu", "--batch", "2"]
+    arguments = [str(folder), "--annotations", str(annotations), "--batch", "2"]
     assert evaluate.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "AP50" in shown
@@ -237,10 +292,16 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert row["category_id"] in (3, 7)
 
 
-@pytest.mark.parametrize(("extra", "problem"), [
-    (["--images", "x"], "--images"), (["--batch", "0"], "--batch"), (["--which", "techer"], "did you mean 'teacher'"),
-    (["--device", "warp:1"], "--device warp:1"), (["--annotations", "none.json"], r"none\.json"),
-])
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        (["--images", "x"], "--images"),
+        (["--batch", "0"], "--batch"),
+        (["--which", "techer"], "did you mean 'teacher'"),
+        (["--device", "warp:1"], "--device warp:1"),
+        (["--annotations", "none.json"], r"none\.json"),
+    ],
+)
 def test_evaluate_mistakes(tmp_path: Path, extra: list[str], problem: str) -> None:
     arguments = [str(run_folder(tmp_path / "run")), "--annotations", str(data_set(tmp_path / "data"))]
     if extra[0] in ("--images", "--annotations"):
@@ -254,5 +315,3 @@ def test_evaluate_refuses_other_classes(tmp_path: Path) -> None:
     annotations.write_text(annotations.read_text().replace('"b"', '"c"'))
     with pytest.raises(UserError, match=r"val\.json: its classes are not the detector's \(only one of them has 'b', 'c'\)"):
         evaluate.main([str(run_folder(tmp_path / "run")), "--annotations", str(annotations)])
-
-

@@ -95,6 +95,11 @@ def test_random_compositions() -> None:
             np.testing.assert_allclose(found_box(warp(painted(), matrix)), expected, atol=1.2)
 
 
+def test_shear_is_along_x_first() -> None:
+    factor = np.tanh(np.radians(20))
+    np.testing.assert_allclose(shear(20, 20) @ (0, 10, 1), (10 * factor, 10 + 10 * factor**2, 1))
+
+
 def test_fill() -> None:
     found = np.asarray(warp(Image.new("RGB", (WIDTH, HEIGHT)), shift(10, 0)))
     assert (found[:, :10] == FILL).all()

@@ -1,4 +1,5 @@
 """Checkpoints: exact, atomic, refused by name when damaged. Weights files: self-contained, no pickled code is run."""
+
 from __future__ import annotations
 
 import errno
@@ -212,6 +213,7 @@ def count_and_fail(monkeypatch: pytest.MonkeyPatch, fail_at: int, stop: BaseExce
             if len(calls) == fail_at:
                 raise stop
             return real(*arguments, **options)
+
         return call
 
     class Half:
@@ -236,7 +238,7 @@ def count_and_fail(monkeypatch: pytest.MonkeyPatch, fail_at: int, stop: BaseExce
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    monkeypatch.setattr(checkpoint, "open", counted("open", lambda *arguments: Half(open(*arguments))), raising=False)
+    monkeypatch.setattr(checkpoint, "open", counted("open", lambda *arguments: Half(open(*arguments))), raising=False)  # noqa: SIM115
     monkeypatch.setattr(checkpoint.os, "fsync", counted("fsync", os.fsync))
     monkeypatch.setattr(checkpoint.os, "rename", counted("rename", os.rename))
     return calls
@@ -290,9 +292,11 @@ def test_kill_at_every_call_keeps_a_whole_checkpoint(tmp_path: Path, monkeypatch
 
 
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-            "from pathlib import Path\nimport test_checkpoint as t\nstep = int(sys.argv[2])\nprint('go', flush=True)\n"
-            "while True:\n    step += 1\n    t.saved(Path(sys.argv[1]), step, keep=1)\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
+        "from pathlib import Path\nimport test_checkpoint as t\nstep = int(sys.argv[2])\nprint('go', flush=True)\n"
+        "while True:\n    step += 1\n    t.saved(Path(sys.argv[1]), step, keep=1)\n"
+    )
     rng, step = random.Random(0), 0
     for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(step)], stdout=subprocess.PIPE)
@@ -326,7 +330,9 @@ def test_weights_file(tmp_path: Path) -> None:
     tensors.pop("4.bias")
     tensors["5.bias"] = torch.zeros(1)
     tensors["0.bias"] = tensors["0.bias"].double()
-    with pytest.raises(UserError, match=r"3 of 11 tensors: 0.bias torch.float64 for torch.float32, 4.bias missing, 5.bias unknown"):
+    with pytest.raises(
+        UserError, match=r"3 of 11 tensors: 0.bias torch.float64 for torch.float32, 4.bias missing, 5.bias unknown"
+    ):
         load_into(other, tensors, path)
 
 

@@ -1,4 +1,5 @@
 """Evaluation equals pycocotools on clean data, and is right or refuses where pycocotools is silently wrong."""
+
 from __future__ import annotations
 
 import contextlib
@@ -29,10 +30,16 @@ def index_of(sizes: list[tuple[int, int]], boxes: Any, labels: Any, image: Any, 
     """An index with odd ids: images 100, 107, ..., categories 9, 8, 7, ..."""
     counts = np.bincount(np.asarray(image, np.int64), minlength=len(sizes))
     return CocoIndex(
-        Path(), [100 + 7 * row for row in range(len(sizes))], [f"{row}.png" for row in range(len(sizes))],
-        np.array(sizes, np.int32), np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(labels, np.int64),
-        np.concatenate(([0], counts.cumsum())).astype(np.int64), np.asarray(crowd, bool),
-        tuple("abcdefgh"[:classes]), [9 - label for label in range(classes)],
+        Path(),
+        [100 + 7 * row for row in range(len(sizes))],
+        [f"{row}.png" for row in range(len(sizes))],
+        np.array(sizes, np.int32),
+        np.asarray(boxes, np.float32).reshape(-1, 4),
+        np.asarray(labels, np.int64),
+        np.concatenate(([0], counts.cumsum())).astype(np.int64),
+        np.asarray(crowd, bool),
+        tuple("abcdefgh"[:classes]),
+        [9 - label for label in range(classes)],
     )
 
 
@@ -48,9 +55,14 @@ def random_case(seed: int, images: int = 6, classes: int = 3) -> tuple[CocoIndex
     moved = index.boxes[picked].astype(np.float64) + rng.normal(0, 4, (60, 4)) * (rng.random((60, 1)) < 0.8)
     moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
     wrong = rng.random(60) < 0.2
-    rows = np.column_stack((
-        moved, rng.random(60).round(1 + seed % 2), np.where(wrong, rng.integers(0, classes, 60), labels[picked]), image[picked],
-    ))
+    rows = np.column_stack(
+        (
+            moved,
+            rng.random(60).round(1 + seed % 2),
+            np.where(wrong, rng.integers(0, classes, 60), labels[picked]),
+            image[picked],
+        )
+    )
     return index, Found([np.arange(images)], [rows])
 
 
@@ -61,17 +73,33 @@ def reference(index: CocoIndex, found: Found) -> COCOeval:
     for row, image_id in enumerate(index.image_ids):
         for box in range(starts[row], starts[row + 1]):
             x1, y1, x2, y2 = index.boxes[box].astype(float).tolist()
-            annotations.append({"id": 1000 + box, "image_id": image_id, "category_id": index.category_ids[index.labels[box]],
-                                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": int(index.crowd[box])})
+            annotations.append(
+                {
+                    "id": 1000 + box,
+                    "image_id": image_id,
+                    "category_id": index.category_ids[index.labels[box]],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": int(index.crowd[box]),
+                }
+            )
     results = [
-        {"image_id": index.image_ids[int(image)], "category_id": index.category_ids[int(label)],
-         "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        {
+            "image_id": index.image_ids[int(image)],
+            "category_id": index.category_ids[int(label)],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
         for x1, y1, x2, y2, score, label, image in found.merged()[1].tolist()
     ]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {"info": {}, "images": [{"id": number} for number in index.image_ids], "annotations": annotations,
-                         "categories": [{"id": number, "name": name} for number, name in zip(index.category_ids, index.class_names)]}
+        truth.dataset = {
+            "info": {},
+            "images": [{"id": number} for number in index.image_ids],
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for number, name in zip(index.category_ids, index.class_names)],
+        }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.evaluate()
@@ -138,10 +166,20 @@ def test_results_carry_the_data_sets_ids() -> None:
     assert [row["category_id"] for row in results] == [40, 2, 40]
 
 
-@pytest.mark.parametrize(("column", "value", "problem"), [
-    (4, np.nan, "not finite"), (0, np.nan, "not finite"), (2, np.inf, "not finite"), (5, 3, "unknown class"), (5, -1, "unknown class"),
-    (5, 0.5, "unknown class"), (6, 3, "unknown image"), (6, -1, "unknown image"), (2, 0, "negative side"),
-])
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        (4, np.nan, "not finite"),
+        (0, np.nan, "not finite"),
+        (2, np.inf, "not finite"),
+        (5, 3, "unknown class"),
+        (5, -1, "unknown class"),
+        (5, 0.5, "unknown class"),
+        (6, 3, "unknown image"),
+        (6, -1, "unknown image"),
+        (2, 0, "negative side"),
+    ],
+)
 def test_impossible_detections_are_refused(column: int, value: float, problem: str) -> None:
     index, found = perfect()
     found.rows[0][1, column] = value
@@ -164,8 +202,14 @@ def clean_json() -> dict[str, Any]:
         "images": [{"id": number, "file_name": f"{number}.png", "width": 200, "height": 200} for number in (1, 2, 3)],
         "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
         "annotations": [
-            {"id": number, "image_id": number, "category_id": 1 + number % 2, "bbox": [10, 10, 40 * number, 50],
-             "area": 2000 * number, "iscrowd": 0}
+            {
+                "id": number,
+                "image_id": number,
+                "category_id": 1 + number % 2,
+                "bbox": [10, 10, 40 * number, 50],
+                "area": 2000 * number,
+                "iscrowd": 0,
+            }
             for number in (1, 2, 3)
         ],
     }
@@ -175,7 +219,13 @@ def each(change: Callable[[dict[str, Any]], None], key: str = "annotations") -> 
     def apply(content: dict[str, Any]) -> None:
         for entry in content[key]:
             change(entry)
+
     return apply
+
+
+def spread_category_ids(content: dict[str, Any]) -> None:
+    each(lambda entry: entry.update(id=50 * entry["id"]), "categories")(content)
+    each(lambda entry: entry.update(category_id=50 * entry["category_id"]))(content)
 
 
 FAULTS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -189,16 +239,19 @@ FAULTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "zero area": each(lambda entry: entry.update(area=0)),
     "no iscrowd": each(lambda entry: entry.pop("iscrowd")),
     "unknown image": lambda content: content["annotations"].append({**content["annotations"][0], "image_id": 99, "id": 9}),
-    "unknown category": lambda content: content["annotations"].append({**content["annotations"][0], "category_id": 99, "id": 9}),
-    "negative width": lambda content: content["annotations"].append({**content["annotations"][0], "bbox": [9, 9, -5, 5], "id": 9}),
-    "three numbers": lambda content: content["annotations"].append({**content["annotations"][0], "bbox": [9, 9, 5], "id": 9}),
+    "unknown category": lambda content: content["annotations"].append(
+        {**content["annotations"][0], "category_id": 99, "id": 9}
+    ),
+    "negative width": lambda content: content["annotations"].append(
+        {**content["annotations"][0], "bbox": [9, 9, -5, 5], "id": 9}
+    ),
+    "three numbers": lambda content: content["annotations"].append(
+        {**content["annotations"][0], "bbox": [9, 9, 5], "id": 9}
+    ),
     "no number": lambda content: content["annotations"].append({**content["annotations"][0], "bbox": [], "id": 9}),
     "category id as text": each(lambda entry: entry.update(category_id=str(entry["category_id"]))),
     "duplicate image id": each(lambda entry: entry.update(id=1), "images"),
-    "category ids with gaps": lambda content: [
-        each(lambda entry: entry.update(id=50 * entry["id"]), "categories")(content),
-        each(lambda entry: entry.update(category_id=50 * entry["category_id"]))(content),
-    ] and None,
+    "category ids with gaps": spread_category_ids,
 }
 
 
@@ -215,8 +268,8 @@ def test_faulty_annotations_give_the_clean_figure_or_an_error(tmp_path: Path, fa
         rows = [[10, 10, 10 + 40 * number, 60, 0.5 + number / 10, number % 2, number - 1] for number in (1, 2, 3)]
         metrics = coco_metrics(index, Found([np.arange(3)], [np.array(rows, np.float64)]))
     except UserError as error:
-        assert fault != "clean"
-        assert str(path) in str(error)
+        if fault == "clean" or str(path) not in str(error):
+            raise
         return
     if len(index.labels) == 0:  # "never match": nothing is claimed
         assert metrics["AP"] is None
@@ -246,12 +299,16 @@ class Scripted(nn.Module):
         image = torch.tensor([row for _, row in rows], dtype=torch.int64)
         boxes = torch.stack([box for box, _ in rows]) if rows else torch.zeros(0, 4)
         scale = torch.stack((views.view_from_image[:, 0, 0], views.view_from_image[:, 1, 1]), 1)[image].repeat(1, 2)
-        return Detections(boxes * scale, torch.full((len(rows),), score_threshold), torch.zeros(len(rows), dtype=torch.int64), image)
+        return Detections(
+            boxes * scale, torch.full((len(rows),), score_threshold), torch.zeros(len(rows), dtype=torch.int64), image
+        )
 
 
 def view_of(index: CocoIndex, rows: list[int], matrix: Tensor) -> ViewBatch:
     views = make_views(len(rows), 64, 64)
-    return replace(views, view_from_image=matrix.repeat(len(rows), 1, 1), image_ids=tuple(index.image_ids[row] for row in rows))
+    return replace(
+        views, view_from_image=matrix.repeat(len(rows), 1, 1), image_ids=tuple(index.image_ids[row] for row in rows)
+    )
 
 
 def test_find_moves_boxes_back_and_clips() -> None:

@@ -1,4 +1,5 @@
 """Metrics lines and the console: stable, resumable, and never a reason to stop."""
+
 from __future__ import annotations
 
 import errno
@@ -18,7 +19,9 @@ from dtg_core.engine.metrics import MetricsWriter, Progress, read_metrics
 def test_lines(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     writer = MetricsWriter(path)
-    writer.write(1, {"b": 0.1 + 0.2, "a": torch.tensor(2.5), "n": np.int64(3), "bad": float("nan"), "worse": torch.tensor(-torch.inf)})
+    writer.write(
+        1, {"b": 0.1 + 0.2, "a": torch.tensor(2.5), "n": np.int64(3), "bad": float("nan"), "worse": torch.tensor(-torch.inf)}
+    )
     assert path.read_text() == '{"step": 1, "a": 2.5, "b": 0.30000000000000004, "bad": null, "n": 3, "worse": null}\n'
     writer.write(2, {"classes": {"x": [1.0, np.float64("inf")]}, "name": "é"})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

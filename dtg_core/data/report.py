@@ -1,0 +1,52 @@
+"""What is odd in the user's data but does not stop the work: counted, with the first few items named."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dtg_core.errors import printable
+
+SHOWN = 3  # items named in a line
+KEPT = 10_000  # items kept of a finding, for check.json
+
+
+@dataclass
+class Finding:
+    """One kind of oddity of one file or folder."""
+
+    file: str
+    kind: str  # what it is and what is done about it, as in "boxes partly outside their image are clipped"
+    count: int = 0
+    items: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.items[:SHOWN])
+        more = ", ..." if self.count > SHOWN else ""
+        return printable(f"{self.file}: {self.count} {self.kind}{f' ({shown}{more})' if shown else ''}")
+
+
+class Report:
+    """Findings in the order in which they were first made."""
+
+    def __init__(self) -> None:
+        self.findings: dict[tuple[str, str], Finding] = {}
+
+    def add(self, file: object, kind: str, items: Iterable[object]) -> None:
+        """Count ``items``, each of which names a place, under a file and a kind; no items: nothing to report."""
+        for item in items:
+            finding = self.findings.setdefault((str(file), kind), Finding(str(file), kind))
+            finding.count += 1
+            if len(finding.items) < KEPT:
+                finding.items.append(str(item))
+
+    def lines(self) -> list[str]:
+        """One line for each finding, safe for a terminal."""
+        return [str(finding) for finding in self.findings.values()]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """For check.json."""
+        return [
+            {"file": finding.file, "kind": finding.kind, "count": finding.count, "items": finding.items}
+            for finding in self.findings.values()
+        ]
