@@ -29,7 +29,7 @@ class StageRule:
     min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
     background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
     background_samples: int | None = None  # assigned and random background samples of an image; None: all (A8)
-    # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 read literally, means over clusters of the means within them.
+    # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
     # "stage": the stage's own reduction of labelled images, whose scale alpha was chosen for.
     normalization: Literal["cluster", "stage"] = "cluster"
     quality: Literal["stage", "one", "teacher"] = "stage"  # class target: the stage's own (GFL: IoU), 1, teacher score (A27)
@@ -46,8 +46,8 @@ def paper_stages() -> dict[str, StageRule]:
     """The paper's thresholds (Sec. 4.2) with the detectors' own NMS."""
     return {
         "head": StageRule(tau=0.4, nms_iou=0.6),  # GFL; the paper gives no tau (A26)
-        # The RPN's cross-entropy is a mean over its 256 samples; divided by the few clusters instead it outgrows all other losses,
-        # and a batch without a candidate destroys the detector (measured).
+        # The RPN's cross-entropy is a mean over its 256 samples; divided by the few clusters instead it outgrows all other
+        # losses, and a batch without a candidate destroys the detector (measured).
         "rpn": StageRule(tau=0.9, nms_iou=0.7, background_samples=256, normalization="stage"),
         "rcnn": StageRule(tau=0.45, nms_iou=0.5),
     }
@@ -76,6 +76,20 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class DataRules:
+    """What is tolerated in images and annotations."""
+
+    max_bad_annotations: float = 0.1  # share of a file's annotations that may be unusable; they are left out
+    max_bad_images: float = 0.01  # share of a file's images that may be missing; they are left out
+    box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused where it looks like another
+    allow_outside_root: bool = False  # whether file names may lead out of the images' folder
+    use_json_area: bool = False  # judge small, medium and large by "area" of the JSON (COCO: of masks), not of the boxes
+    truncated: Literal["skip", "use"] = "skip"  # image files that are cut off
+    float_range: tuple[float, float] | None = None  # values of float images that become black and white
+    max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which images. No ``labeled`` means the embedded shapes data set."""
 
@@ -83,6 +97,7 @@ class DataConfig:
     unlabeled: str | None = None  # folder, or COCO JSON whose annotations are ignored
     val: str | None = None  # COCO JSON
     images: str | None = None  # folder that the JSONs' file names are relative to
+    unlisted: Literal["ignore", "unlabeled"] = "ignore"  # images beside the labelled ones that their JSON does not list
     labeled_per_device: int = 1
     unlabeled_per_device: int = 4
     workers: int = 2  # loader processes per training process
@@ -90,6 +105,7 @@ class DataConfig:
     shapes_unlabeled: int = 1000
     shapes_val: int = 300
     shapes_seed: int = 0
+    rules: DataRules = field(default_factory=DataRules)
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,8 @@ class OptimConfig:
     milestones: tuple[int, ...] = (120_000, 160_000)  # steps at which lr is multiplied by gamma
     gamma: float = 0.1
     clip_norm: float | None = None
+    accumulate: int = 1  # micro-batches of a step; more save memory and cost one more forward pass each
+    reference_batch: int = 40  # images of a step that lr is meant for, with unlabelled ones; only --scale-lr reads it
     ema: float = 0.999  # the teacher keeps min(ema, 1 - 1 / (step + 1)) of itself (A29)
 
 
@@ -138,6 +156,8 @@ class RunConfig:
     score_threshold: float = 0.05  # of evaluated detections (A29)
     evaluate_batch: int = 8
     channels_last: bool = True
+    max_skipped: int = 20  # steps in a row that may be skipped because they are not finite (a fp16 scaler needs up to 16)
+    trackers: tuple[str, ...] = ()  # of Accelerate, beside metrics.jsonl: tensorboard, wandb, ...
 
 
 @dataclass(frozen=True)
@@ -174,6 +194,10 @@ RANGES = {
     "data.shapes_unlabeled": "[1, inf)",
     "data.shapes_val": "[1, inf)",
     "data.shapes_seed": "[0, 4294967296)",
+    "data.rules.max_bad_annotations": "[0, 1]",
+    "data.rules.max_bad_images": "[0, 1]",
+    "data.rules.float_range": "(-inf, inf)",
+    "data.rules.max_pixels": "[1, inf)",
     "views.short_edge": "[16, 16384]",
     "views.long_edge": "[16, 16384]",
     "views.test_short_edge": "[16, 16384]",
@@ -191,6 +215,8 @@ RANGES = {
     "optim.milestones": "[1, inf)",
     "optim.gamma": "(0, 1]",
     "optim.clip_norm": "(0, inf)",
+    "optim.accumulate": "[1, inf)",
+    "optim.reference_batch": "[1, inf)",
     "optim.ema": "[0, 1)",
     "run.steps": "[1, inf)",
     "run.seed": "[0, 4294967296)",
@@ -199,6 +225,7 @@ RANGES = {
     "run.checkpoint_every": "[0, inf)",
     "run.score_threshold": "[0, 1)",
     "run.evaluate_batch": "[1, inf)",
+    "run.max_skipped": "[1, inf)",
 }
 
 
@@ -210,6 +237,9 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     for key, (low, high) in (("views.short_edge", views.short_edge), ("views.erase_patches", views.erase_patches)):
         if low > high:
             refuse(key, f"the lower limit is over the upper one (found [{low}, {high}])", origins)
+    levels = config.data.rules.float_range
+    if levels is not None and levels[0] >= levels[1]:
+        refuse("data.rules.float_range", f"the first has to be below the second (found {list(levels)})", origins)
     for name, rule in guidance.stages.items():
         if rule.background_tau is not None and rule.background_tau > rule.tau:
             key = f"guidance.stages.{name}.background_tau"

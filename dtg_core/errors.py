@@ -8,6 +8,10 @@ from collections.abc import Iterable
 class UserError(Exception):
     """``UserError("FILE or item: what is wrong (what was found) - what to do")``."""
 
+    def __str__(self) -> str:
+        # A loader's worker hands its error on as the text of its traceback, which ends with the message.
+        return super().__str__().rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
+
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """``" - did you mean 'X'?"`` for the choice nearest to a misspelt word, or the choices when none is near."""

@@ -13,6 +13,7 @@ step needs a Python loop over images.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -24,16 +25,20 @@ T = TypeVar("T", bound="Movable")
 
 
 class Movable:
-    """Gives a frozen dataclass of tensors a ``to``; nested dataclasses are moved with it, other values are kept."""
+    """Gives a frozen dataclass of tensors ``to`` and ``pin_memory``; nested ones are moved with it, other values are kept."""
 
     def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
-        def moved(value: Any) -> Any:
-            if isinstance(value, (Tensor, Movable)):
-                return value.to(device, non_blocking=non_blocking)
-            return value
+        return _mapped(self, lambda value: value.to(device, non_blocking=non_blocking))
 
-        assert is_dataclass(self)
-        return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+    def pin_memory(self: T) -> T:
+        """In page-locked memory, from where ``to`` does not have to wait; a DataLoader asks for it."""
+        return _mapped(self, lambda value: value.pin_memory())
+
+
+def _mapped(batch: T, change: Callable[[Any], Any]) -> T:
+    assert is_dataclass(batch)
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: change(value) for name, value in values.items() if isinstance(value, (Tensor, Movable))})
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,11 @@ class Assignment:
     box: Tensor  # [P, 4] target in the frame of the stage's own view
     background: Tensor  # [N, A] bool
     dense: DenseGuidance | None = None
+
+    @property
+    def quality(self) -> Tensor | None:
+        """[P] classification target that the guidance asks for, None: the stage's own rule."""
+        return None if self.dense is None else self.dense.quality
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.boxes import clip, grouped_nms, rank_in_group
 from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
+from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Outputs, Stage
 from dtg_core.structures import AnchorGrid, Detections, Predictions, Samples, Supervision, ViewBatch
 from faster_rcnn_dtg.config import FasterRCNNConfig
@@ -67,19 +67,13 @@ class FasterRCNN(nn.Module):
         proposals, predictions = outputs["rcnn"]
         usable = proposals.usable(views.sizes).unsqueeze(-1)
         scores = (predictions.logits.sigmoid() * usable).flatten(1)  # [N, A * C]
-        images, pairs = scores.shape
-        best, index = scores.topk(min(config.max_candidates, pairs), dim=1)
+        best, index = scores.topk(min(config.max_candidates, scores.shape[1]), dim=1)
         image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores over the threshold
         score, pair = best[image, column], index[image, column]
         sample, label = pair.div(stage.num_classes, rounding_mode="floor"), pair % stage.num_classes
 
-        boxes = clip(stage.decode(proposals, predictions, image, sample, label), views.sizes[image])
-        groups = image * stage.num_groups(proposals) + stage.groups(proposals, sample, label)
-        keep = grouped_nms(boxes, score, groups, config.nms_iou)
-        keep = keep[image[keep].argsort(stable=True)]  # image by image, best first
-        fits = rank_in_group(image[keep], images) < config.detections_per_image
-        keep = keep[fits.nonzero().squeeze(1)]  # sync: the number of boxes within the limit
-        return Detections(boxes[keep], score[keep], label[keep], image[keep])
+        rows, limit = (image, sample, label), config.detections_per_image
+        return final_boxes(stage, proposals, predictions, rows, score, views.sizes, config.nms_iou, limit)
 
 
 def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:

@@ -150,8 +150,7 @@ class RCNNStage:
         The losses carry no weight; ``config.focal_weight`` of the ordinary reduction is in ``classification_count``.
         """
         image, sample, label = assignment.image, assignment.sample, assignment.label
-        quality = assignment.dense.quality if assignment.dense else None
-        target = torch.ones_like(label, dtype=torch.float32) if quality is None else quality
+        target = torch.ones_like(label, dtype=torch.float32) if assignment.quality is None else assignment.quality
         classification, background = (
             self._softmax_losses(predictions, image, sample, label, target)
             if self.config.focal == "softmax"

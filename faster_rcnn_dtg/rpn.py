@@ -74,8 +74,7 @@ class RPNStage:
         loss = sigmoid_focal if self.config.loss == "focal" else _cross_entropy
         logits = predictions.logits.squeeze(-1)
         rows = logits[image, sample]
-        quality = assignment.dense.quality if assignment.dense else None
-        classification = loss(rows, torch.ones_like(rows) if quality is None else quality)
+        classification = loss(rows, torch.ones_like(rows) if assignment.quality is None else assignment.quality)
         background = loss(logits, torch.zeros_like(logits)) * assignment.background
         target = encode(samples.take(image, sample), assignment.box)
         box = l1_loss(predictions.raw[image, sample], target, reduction="none").sum(-1)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.boxes import clip, grouped_nms, rank_in_group
 from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
+from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Outputs, Stage
 from dtg_core.structures import AnchorGrid, Detections, Predictions, Supervision, ViewBatch
 from gfl_dtg.config import GFLConfig
@@ -50,21 +50,16 @@ class GFL(nn.Module):
         """Final boxes: an anchor gives one for each class over the threshold, unless its centre lies in the padding."""
         samples, predictions = outputs["head"]
         assert isinstance(samples, AnchorGrid)
-        num_images, num_classes = predictions.logits.shape[0], self.stage.num_classes
-        image, sample, label, scores = self._best(samples, predictions, views.sizes, score_threshold)
-        boxes = clip(self.stage.decode(samples, predictions, image, sample, label), views.sizes[image])
-
-        keep = grouped_nms(boxes, scores, image * num_classes + label, self.config.nms_iou)
-        keep = keep[image[keep].argsort(stable=True)]
-        rank = rank_in_group(image[keep], num_images)
-        # sync: the number of boxes within the limit per image.
-        keep = keep[(rank < self.config.detections_per_image).nonzero().squeeze(1)]
-        return Detections(boxes[keep], scores[keep], label[keep], image[keep])
+        rows, scores = self._best(samples, predictions, views.sizes, score_threshold)
+        config = self.config
+        return final_boxes(
+            self.stage, samples, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image
+        )
 
     def _best(
         self, samples: AnchorGrid, predictions: Predictions, sizes: Tensor, score_threshold: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Image, sample, label and score [M] of each level's best pairs of an anchor and a class over the threshold."""
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Rows (image, sample, label) and scores [M] of each level's best (anchor, class) pairs over the threshold."""
         num_classes = self.stage.num_classes
         usable = samples.usable(sizes).split(samples.level_sizes, 1)
         chosen, pairs, start = [], [], 0
@@ -78,7 +73,7 @@ class GFL(nn.Module):
         # sync: the number of pairs over the threshold.
         image, column = (scores > score_threshold).nonzero(as_tuple=True)
         pair = pair[image, column]
-        return image, pair // num_classes, pair % num_classes, scores[image, column]
+        return (image, pair // num_classes, pair % num_classes), scores[image, column]
 
 
 def build(config: GFLConfig, backbone: BackboneConfig, num_classes: int) -> GFL:

@@ -74,7 +74,7 @@ class GFLStage:
         centers, targets = centers / strides, assignment.box / strides
         boxes = boxes_from_distances(centers, integral(sides))
 
-        quality = assignment.dense.quality if assignment.dense is not None else None
+        quality = assignment.quality
         if quality is None:
             quality = paired_iou(boxes.detach(), targets)
         classification = quality_focal_loss(logits, assignment.label, quality, config.qfl_beta)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from dtg_core.errors import UserError, nearest
+from dtg_core.errors import UserError, nearest, printable
 from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse, yaml_scalar
 
 if TYPE_CHECKING:
@@ -97,7 +97,10 @@ def train_parser() -> Parser:
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to (data.images)")
     add("--output", metavar="DIR", help="run folder (run.output)")
     add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or from the given checkpoint")
+    add("--resume-with-changes", action="store_true", help="resume although settings or data have changed")
     add("--overwrite", action="store_true", help="delete an existing run folder first")
+    add("--scale-lr", action="store_true", help="scale lr by this run's images of a step over optim.reference_batch")
+    add("--replay", type=Path, metavar="FILE", help="run the step again at which a run gave up (its nonfinite/step.json)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
     add("--print-config", action="store_true", help="print every setting and where it comes from, and stop")
     add("--dry-run", action="store_true", help="check data, detector and folder, and stop before the first step")
@@ -241,7 +244,7 @@ def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if "--debug" in sys.argv:

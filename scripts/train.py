@@ -2,56 +2,111 @@
 
     accelerate launch scripts/train.py --detector gfl
     accelerate launch scripts/train.py --detector faster_rcnn --paradigm sparse --set optim.lr=0.02
+
+Exit status: 0; 2 after a mistake that is told in one line; 3 when the losses are not finite any more; 143 or 130 when a
+signal has stopped it, after a checkpoint.
 """
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import DETECTORS, is_supervised, load_settings, main_guard, train_parser
 
+from dtg_core.errors import UserError
 from dtg_core.settings import to_yaml
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from run_settings import RunSettings
+
+    from dtg_core.data.sources import Sources
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = train_parser().parse(argv)
+    if arguments.replay:
+        arguments.config = arguments.replay.parent.parent / "config.yaml"
     settings, origins, warnings = load_settings(arguments)
     if arguments.print_config:
         print(to_yaml(settings, origins))
         return 0
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+
+    accelerator = _accelerator(settings.optim.accumulate)
+    if accelerator.is_main_process:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    settings = _fit_to_processes(settings, accelerator, arguments.scale_lr)
 
     import torch
-    from accelerate import Accelerator
 
     from dtg_core.data.sources import open_sources
-    from dtg_core.engine.run import Fit, RunFolder
+    from dtg_core.engine.folder import RunFolder
+    from dtg_core.engine.run import Fit, on_main
 
-    accelerator = Accelerator()
     with accelerator.main_process_first():  # the first process makes the embedded data set
         sources = open_sources(settings.data, is_supervised(settings))
+    if arguments.replay:
+        return _replay(arguments, settings, sources, accelerator)
     torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
     detector = DETECTORS[settings.detector](settings, len(sources.labeled.class_names))
+    if arguments.dry_run:
+        return 0
 
     folder = RunFolder(Path(settings.run.output or f"runs/{settings.detector}-{settings.paradigm}-seed{settings.run.seed}"))
-    metadata = {
+    on_main(accelerator, lambda: folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite))
+    fit = Fit(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
+    status = fit.run(arguments.resume, arguments.resume_with_changes)
+    if status == 0:
+        accelerator.print(f"done: {folder.path}")
+    accelerator.end_training()
+    return status
+
+
+def _accelerator(accumulate: int) -> Accelerator:
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(gradient_accumulation_steps=accumulate)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"accelerate: cannot start ({error}) - see accelerate config") from error
+
+
+def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bool) -> RunSettings:
+    """The settings with what the launcher decides: its micro-batches win over ours, and --scale-lr needs to know them."""
+    from dtg_core.engine.schedules import scale_lr
+
+    settings = replace(settings, optim=replace(settings.optim, accumulate=accelerator.gradient_accumulation_steps))
+    if scale:
+        before = settings.optim.lr
+        settings = replace(settings, optim=scale_lr(settings, accelerator.num_processes))
+        accelerator.print(f"--scale-lr: optim.lr {before:g} -> {settings.optim.lr:g}")
+    return settings
+
+
+def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:
+    """What a weights file tells of itself."""
+    return {
         "detector": settings.detector,
         "class_names": list(sources.labeled.class_names),
         "category_ids": list(sources.labeled.category_ids),
         "config": to_yaml(settings),
     }
-    fit = Fit(settings, detector, sources, folder, accelerator, metadata)
-    if arguments.dry_run:
-        return 0
-    if accelerator.is_main_process:
-        folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite)
-    accelerator.wait_for_everyone()
-    fit.run(arguments.resume)
-    accelerator.print(f"done: {folder.path}")
-    accelerator.end_training()
-    return 0
+
+
+def _replay(arguments: argparse.Namespace, settings: RunSettings, sources: Sources, accelerator: Accelerator) -> int:
+    from dtg_core.engine.replay import replay
+    from dtg_core.engine.run import GAVE_UP
+
+    bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
+    detector = DETECTORS[settings.detector](bare, len(sources.labeled.class_names))
+    again, lines = replay(arguments.replay, settings, detector, sources, accelerator)
+    print("\n".join([*lines, "not finite again" if again else "finite this time"]))
+    return GAVE_UP if again else 0
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Modules of the core from the ground up; each may import those before it, and its own folder.
 LAYERS = (
-    "errors", "structures", "settings", "config", "boxes", "anchors", "stateless", "protocol", "guidance", "losses", "models",
+    "errors", "structures", "settings", "config", "boxes", "anchors", "stateless", "protocol", "postprocess", "guidance", "losses", "models",
     "data", "engine",
 )
 #: What the detector packages may know of the core.
-OPEN_TO_DETECTORS = {"structures", "boxes", "anchors", "stateless", "losses", "protocol", "errors", "config", "models.backbone"}
+OPEN_TO_DETECTORS = {"structures", "boxes", "anchors", "stateless", "losses", "protocol", "postprocess", "errors", "config", "models.backbone"}
 #: Libraries that only some modules may import.
 RESERVED = {
     "timm": ("dtg_core/models/backbone.py",),

@@ -1,28 +1,34 @@
 """Images and boxes as arrays: a COCO JSON or a plain folder becomes a ``CocoIndex``, which holds no object per box.
 
-n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it.
+n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it. Faults of a file that leave
+its meaning in doubt are UserErrors; the others are mended or left out, and counted in a ``Report``.
 """
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from dtg_core.config import DataRules
+from dtg_core.data.files import list_images, missing_files, nearest_name, require_plain_names
+from dtg_core.data.images import image_size, read_image
+from dtg_core.data.packed import packed
+from dtg_core.data.report import Report
+from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))
-SKIPPED_FOLDERS = frozenset(("__MACOSX",))  # hidden folders such as .ipynb_checkpoints are skipped by their dot
-EXIF_ORIENTATION = 0x0112
+SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
+FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class CocoIndex:
     """Images with their boxes. The boxes of image ``row`` are ``box_start[row]`` to ``box_start[row + 1]``."""
 
     root: Path  # folder of the images
-    image_ids: list[Any]  # n, as the user wrote them
-    file_names: list[str]  # n, relative to root
+    image_ids: Sequence[Any]  # n, as the user wrote them
+    file_names: Sequence[str]  # n, relative to root
     sizes: np.ndarray  # [n, 2] int32, (height, width) as the JSON says; 0 where nobody has said
     boxes: np.ndarray  # [B, 4] float32 (x1, y1, x2, y2), clipped to the image
     labels: np.ndarray  # [B] int64
@@ -39,6 +45,8 @@ class CocoIndex:
     crowd: np.ndarray  # [B] bool, regions of many objects: evaluation ignores them and training never targets them
     class_names: tuple[str, ...]  # C
     category_ids: list[Any]  # C, as the user wrote them
+    areas: np.ndarray | None = None  # [B] float64, the JSON's own; None: those of the boxes
+    rules: DataRules = field(default_factory=DataRules)
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -53,208 +61,357 @@ class CocoIndex:
         single = ~self.crowd[here]
         return self.boxes[here][single], self.labels[here][single]
 
-    def image(self, row: int) -> Image.Image:
-        """The decoded image. Raises UserError when it cannot be read, or has not the size that its boxes were made for."""
+    def image(self, row: int, odd: set[str] | None = None) -> Image.Image:
+        """The decoded image; ``odd`` collects what is odd about it.
+
+        Raises UserError when it cannot be read, or has not the size that its boxes were made for.
+        """
         height, width = self.sizes[row].tolist()
-        image = read_image(self.path(row), (height, width))
+        image = read_image(self.path(row), (height, width), self.rules, odd)
         if height and image.size != (width, height):
             found = f"{image.width} x {image.height}"
             raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - mend one of them")
         return image
 
 
-def load_coco(json_path: Path, images: Path | None = None, need_labels: bool = True) -> CocoIndex:
-    """Read a COCO detection JSON.
+def load_coco(
+    json_path: Path, images: Path | None = None, need_labels: bool = True, rules: DataRules | None = None,
+    report: Report | None = None,
+) -> CocoIndex:
+    """Read and check a COCO detection JSON.
 
     Args:
         json_path: the file.
         images: folder that its file names are relative to; None: the JSON's own folder if the first image is there, else
             the folder ``images`` beside it.
-        need_labels: False reads the list of images only, as of unlabeled data.
+        need_labels: False reads the list of images only, as of unlabeled data, and needs no other key.
+        rules: what is tolerated; None: the defaults.
+        report: takes what was mended or left out; None: it is logged as warnings.
 
     Returns:
-        CocoIndex with classes in ascending order of the category ids (file order where ids cannot be compared). Boxes under
-        1 px or outside their image are left out, and so are annotations of images that the file does not list; both are
-        counted in a warning.
+        CocoIndex with classes in ascending order of the category ids.
 
     Raises:
-        UserError: the file, a key or an image is missing, or ids clash.
+        UserError: the file, a key or too many images are missing, ids clash, names lead out of the folder, too many
+            annotations cannot be used, or boxes look like another format's.
     """
-    json_path = Path(json_path)
-    content = _read_json(json_path)
-    records = _list_of(content, "images", json_path)
+    json_path, rules, notes = Path(json_path), rules or DataRules(), Report() if report is None else report
+    content, ids, names = _listed(json_path, rules, notes)
+    root = _image_folder(json_path, names[0], images)
+    missing = missing_files(root, names, json_path, rules)
+    notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
+    if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
+        raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in {root}{nearest_name(root, names[missing[0]])} "
+                        f"({len(missing)} of {len(names)} are missing) - set data.images to the images' folder")
+    index = _unlabeled_index(root, names, ids, rules)
+    if need_labels:
+        index = _with_objects(index, content, np.isin(np.arange(len(names)), missing), json_path, notes)
+    if missing:
+        index = subset(index, np.delete(np.arange(len(names)), missing))
+    if report is None:
+        for line in notes.lines():
+            log.warning("%s", line)
+    return index
+
+
+def parse_coco(json_path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """The records of a COCO JSON, checked as by ``load_coco`` but without a look at the image files.
+
+    Returns:
+        The file's content without polygons and without annotations of unknown images; and [images, C] int64, the numbers of
+        usable boxes that are no crowds, with classes in the order of "categories".
+    """
+    rules, notes = DataRules(), Report()
+    content, ids, names = _listed(json_path, rules, notes)
+    bare = _unlabeled_index(json_path.parent, names, ids, rules)
+    index = _with_objects(bare, content, np.ones(len(names), bool), json_path, notes)
+    rows = _matched(content["annotations"], "image_id", ids, json_path)
+    known = [
+        {key: value for key, value in annotation.items() if key not in (FROM_POLYGON, FROM_MASK)}
+        for annotation, row in zip(content["annotations"], rows.tolist()) if row >= 0
+    ]
+    image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
+    counts = np.zeros((len(index), len(index.class_names)), np.int64)
+    np.add.at(counts, (image[~index.crowd], index.labels[~index.crowd]), 1)
+    return content | {"annotations": known}, counts[:, [index.class_names.index(c["name"]) for c in content["categories"]]]
+
+
+def _listed(path: Path, rules: DataRules, report: Report) -> tuple[dict[str, Any], list[Any], list[str]]:
+    """Content, image ids and file names of a JSON whose list of images is sound."""
+    content = read_json(path, _slim)
+    if not isinstance(content, dict):
+        kind = "list, as in a file of results" if isinstance(content, list) else type(content).__name__
+        raise UserError(f"{path}: not a COCO file, which is an object with the key 'images' (found a {kind}) - convert it")
+    records = _list_of(content, "images", path)
     if not records:
-        raise UserError(f"{json_path}: it lists no images - give a file with at least one image")
-    file_names = [str(name) for name in _column(records, "file_name", "images", json_path)]
-    root = _image_folder(json_path, file_names[0], images)
-    _require_files(root, file_names, json_path)
-    index = _unlabeled_index(root, file_names, _unique_ids(records, "images", json_path))
-    return _with_objects(index, content, json_path) if need_labels else index
+        raise UserError(f"{path}: it lists no images - give a file with at least one image")
+    ids = _unique_ids(records, "images", path, report)
+    names = _file_names(records, path, report)
+    require_plain_names(names, path, rules)
+    return content, ids, names
 
 
-def _with_objects(index: CocoIndex, content: dict[str, Any], path: Path) -> CocoIndex:
-    """Sizes, boxes and classes from a JSON's content."""
-    records, annotations, categories = (_list_of(content, key, path) for key in ("images", "annotations", "categories"))
-    if not categories:
-        raise UserError(f"{path}: it has no categories - add the list of class names under 'categories'")
-    sizes = np.stack([_pixels(_column(records, key, "images", path), key, path) for key in ("height", "width")], 1)
-    category_ids = _unique_ids(categories, "categories", path)
-    names = dict(zip(category_ids, _column(categories, "name", "categories", path)))
-    try:
-        category_ids = sorted(category_ids)
-    except TypeError:
-        log.warning("%s: category ids of mixed types keep the file's order", path)
+# Boxes -----------------------------------------------------------------------------------------------------------------
 
-    row_of = {image_id: row for row, image_id in enumerate(index.image_ids)}
-    label_of = {category_id: label for label, category_id in enumerate(category_ids)}
-    known = [annotation for annotation in annotations if annotation.get("image_id") in row_of]
-    if len(known) < len(annotations):
-        strangers = len(annotations) - len(known)
-        log.warning("%s: %d annotations of images that it does not list are left out", path, strangers)
-    wanted = _column(known, "category_id", "annotations", path)
-    odd = next((category for category in wanted if category not in label_of), None)
-    if odd is not None:
-        raise UserError(f"{path}: annotations use category_id {odd!r}, which 'categories' does not list - add it there")
-    rows = np.array([row_of[annotation["image_id"]] for annotation in known], np.int64)
-    labels = np.array([label_of[category] for category in wanted], np.int64)
-    crowd = np.array([bool(annotation.get("iscrowd")) for annotation in known], bool)
-    boxes = np.array([_corners(annotation.get("bbox")) for annotation in known], np.float64).reshape(-1, 4)
 
-    boxes = np.clip(boxes, 0, sizes[rows][:, [1, 0, 1, 0]])
-    good = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # False for NaN
-    if not good.all():
-        log.warning("%s: %d boxes without a side of 1 px in their image are left out", path, int((~good).sum()))
-    order = np.nonzero(good)[0]
+def _with_objects(
+    index: CocoIndex, content: dict[str, Any], missing: np.ndarray, path: Path, report: Report
+) -> CocoIndex:
+    """Sizes, boxes and classes from a JSON's content; ``missing`` [n] bool are images without a file."""
+    annotations = _list_of(content, "annotations", path)
+    class_names, category_ids = _classes(_list_of(content, "categories", path), path, report)
+    sizes = _sizes(index, content["images"], missing, path, report)
+
+    rows = _matched(annotations, "image_id", index.image_ids, path)
+    labels = _matched(annotations, "category_id", category_ids, path)
+    if any(FROM_MASK in annotation for annotation in annotations):
+        number = next(number for number, annotation in enumerate(annotations) if FROM_MASK in annotation)
+        raise UserError(f"{path}: annotations[{number}] has a mask (RLE) but no bbox - write its box, e.g. by pycocotools' toBbox")
+    crowd = np.array([any(annotation.get(key) in (1, "1") for key in ("iscrowd", "ignore")) for annotation in annotations], bool)
+    boxes = np.array([_numbers(annotation.get("bbox")) for annotation in annotations], np.float64).reshape(-1, 4)
+    unknown = (rows < 0) | (labels < 0)
+    broken = ~np.isfinite(boxes).all(1)
+    usable = ~unknown & ~broken
+    # Also of unknown images, so that what an annotation is counted as does not depend on the order of the checks.
+    boxes = _corners(boxes, sizes[rows], usable & (sizes[rows] > 0).all(1), index.rules, path)
+    thin = usable & ~(boxes[:, 2:] > boxes[:, :2]).all(1)
+    limits = np.where(sizes[rows] > 0, sizes[rows], np.inf)[:, [1, 0, 1, 0]]
+    clipped = np.clip(boxes, 0, limits)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    outside = usable & ~thin & ~(sides > 0).all(1)
+    tiny = usable & ~thin & ~outside & ~(sides >= 1).all(1)
+    good = usable & ~thin & ~outside & ~tiny
+    cut = good & (np.abs(clipped - boxes) > 1).any(1)  # up to a pixel is a matter of rounding
+    order, copies, contested = _without_copies(np.nonzero(good)[0], rows, labels, clipped)
+
+    counted = (
+        (rows < 0, "annotations of images that it does not list are left out"),
+        ((labels < 0) & (rows >= 0), "annotations of categories that it does not list are left out"),
+        (broken & ~unknown, "annotations have a bbox that is not 4 numbers and are left out"),
+        (thin, "boxes without a positive width and height are left out"),
+        (outside, "boxes wholly outside their image are left out"),
+        (tiny, "boxes without a side of 1 px in their image are left out"),
+        (cut, "boxes partly outside their image are clipped"),
+    )
+    for which, kind in counted:
+        _note(report, path, kind, np.nonzero(which)[0])
+    _note(report, path, "boxes stand there twice with one class and are kept once", copies)
+    _note(report, path, "boxes stand there with two classes and are kept in both", contested)
+    for key, kind in ((FROM_POLYGON, "annotations have no bbox and get it from their polygon"),
+                      ("ignore", "annotations are marked 'ignore' and treated as crowds")):
+        _note(report, path, kind, [number for number, annotation in enumerate(annotations) if annotation.get(key)])
+    _note(report, path, "annotations have no id of their own and are numbered anew", _odd_ids(annotations))
+    bad = int((unknown | broken | thin | outside).sum())
+    if bad > index.rules.max_bad_annotations * len(annotations):
+        worst, kind = max(counted[:5], key=lambda entry: int(entry[0].sum()))
+        first = int(np.nonzero(worst)[0][0])
+        kind = kind.removesuffix("are left out").removesuffix(" and ").strip()
+        raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: {int(worst.sum())} "
+                        f"{kind}) - mend them, or raise data.rules.max_bad_annotations")
+
     order = order[np.argsort(rows[order], kind="stable")]
+    classes = np.bincount(labels[order][~crowd[order]], minlength=len(class_names))
+    report.add(path, "classes have no box", (class_names[label] for label in np.nonzero(classes == 0)[0]))
     return replace(
         index,
         sizes=sizes,
-        boxes=boxes[order].astype(np.float32),
+        boxes=clipped[order].astype(np.float32),
         labels=labels[order],
         box_start=_starts(np.bincount(rows[order], minlength=len(index))),
         crowd=crowd[order],
-        class_names=tuple(str(names[category_id]) for category_id in category_ids),
+        class_names=class_names,
         category_ids=category_ids,
+        areas=_areas(annotations, sides)[order] if index.rules.use_json_area else None,
     )
 
 
-def list_folder(folder: Path) -> CocoIndex:
-    """All images under a folder, sorted by path, without boxes, classes and known sizes; hidden files are skipped.
+def _note(report: Report, path: Path, kind: str, numbers: Sequence[int] | np.ndarray) -> None:
+    report.add(path, kind, (f"annotations[{number}]" for number in numbers))
 
-    Raises:
-        UserError: it is not a folder, or has no images.
+
+def _matched(annotations: list[dict[str, Any]], key: str, known: Sequence[Any], path: Path) -> np.ndarray:
+    """[B] int64, place of each annotation's id in ``known``, -1 for a stranger. All strangers: the file makes no sense."""
+    place = {value: number for number, value in enumerate(known)}
+    found = []
+    for annotation in annotations:
+        value = annotation.get(key)
+        found.append(place.get(value, -1) if type(value) in (int, float, str) else -1)
+    if found and max(found) < 0:
+        kind, other = type(known[0]).__name__, type(annotations[0].get(key)).__name__
+        raise UserError(f"{path}: no {key} of the annotations is among the ids that the file lists (e.g. {_short(annotations[0].get(key))}"
+                        f", {other}, and {_short(known[0])}, {kind}) - write the same ids in both")
+    return np.array(found, np.int64)
+
+
+def _numbers(bbox: Any) -> tuple[float, float, float, float]:
+    """Four numbers; NaN for anything else."""
+    if isinstance(bbox, list) and len(bbox) == 4 and all(type(value) in (int, float) for value in bbox):
+        try:
+            return float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3])
+        except OverflowError:
+            pass
+    return math.nan, math.nan, math.nan, math.nan
+
+
+def _corners(boxes: np.ndarray, sizes: np.ndarray, sure: np.ndarray, rules: DataRules, path: Path) -> np.ndarray:
+    """(x1, y1, x2, y2) of boxes as written [B, 4]; ``sure`` [B] bool are those of which a guess at the format is made."""
+    as_xywh = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)
+    if rules.box_format == "xyxy":
+        return boxes
+    seen, width_height = boxes[sure], sizes[sure][:, ::-1]
+    if rules.box_format == "auto" and len(seen):
+        if (seen <= 1).all() and (seen >= 0).all() and (width_height > 4).all():
+            raise UserError(f"{path}: all boxes lie within 0 to 1, as shares of the image (found {seen[0].tolist()}) - write pixels, or "
+                            "set data.rules.box_format=xywh if they are")
+        over = (as_xywh[sure][:, 2:] > width_height * 1.05 + 1).any(1)
+        ordered = (seen[:, 2:] > seen[:, :2]).all() and (seen[:, 2:] <= width_height + 1).all()
+        if ordered and over.mean() > 0.25:
+            raise UserError(f"{path}: boxes look like corners x1, y1, x2, y2 (found {seen[over][0].tolist()}), COCO's are x, y, width, "
+                            "height - set data.rules.box_format=xyxy, or =xywh if they are right")
+    return as_xywh
+
+
+def _without_copies(
+    numbers: np.ndarray, rows: np.ndarray, labels: np.ndarray, boxes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``numbers`` of annotations without copies; the copies; and the second ones of equal boxes with different classes."""
+    key = np.column_stack((labels[numbers], boxes[numbers], rows[numbers]))
+    order = np.lexsort(key.T)  # by image, box, class; stable
+    same = key[order][1:] == key[order][:-1]
+    same_box = np.concatenate((np.zeros(1, bool), same[:, 1:].all(1)))[: len(order)]
+    same_class = np.concatenate((np.zeros(1, bool), same[:, 0]))[: len(order)]
+    copies, contested = (np.sort(numbers[order[which]]) for which in (same_box & same_class, same_box & ~same_class))
+    return np.setdiff1d(numbers, copies), copies, contested
+
+
+def _areas(annotations: list[dict[str, Any]], sides: np.ndarray) -> np.ndarray:
+    """[B] float64, the JSON's areas; those of the boxes, whose clipped sides are [B, 2], where they are none."""
+    given = [annotation.get("area") for annotation in annotations]
+    areas = np.array([value if isinstance(value, (int, float)) and 0 < value < 1e15 else 0 for value in given], np.float64)
+    boxes = sides.prod(1)
+    return np.where((areas > 0) & (areas <= boxes * 1.1 + 1), areas, boxes)
+
+
+def _odd_ids(annotations: list[dict[str, Any]]) -> list[int]:
+    """Annotations whose id is missing, 0 or another's."""
+    ids = [annotation.get("id") for annotation in annotations]
+    ids = [value if type(value) in (int, float, str) else None for value in ids]
+    counts = Counter(ids)
+    return [number for number, value in enumerate(ids) if value is None or value == 0 or counts[value] > 1]
+
+
+# Images and classes ----------------------------------------------------------------------------------------------------
+
+
+def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray, path: Path, report: Report) -> np.ndarray:
+    """[n, 2] int32, (height, width): the JSON's where it says any, else the files'.
+
+    If one of a sample of the files differs from the JSON, all files are asked, and theirs is taken.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder - give a folder of images")
-    names = []
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
-        relative = os.path.relpath(where, folder)
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                names.append(os.path.normpath(os.path.join(relative, name)))
-    if not names:
-        raise UserError(f"{folder}: it has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) - give a folder of images")
-    names.sort()
-    return _unlabeled_index(folder, names, list(names))
+    told = np.array([[_pixels(record.get(key), key, number, path) for key in ("height", "width")]
+                     for number, record in enumerate(records)], np.int64)  # fmt: skip
+    told[(told == 0).any(1)] = 0
+    present = np.nonzero(~missing)[0]
+    said = told[present, 0] > 0
+    unknown, known = present[~said], present[said]
+    sample = known[np.linspace(0, max(len(known) - 1, 0), min(SAMPLE, len(known))).astype(np.int64)]
+    differ = _other_sizes(index, told, known) if _other_sizes(index, told, sample) else {}
+    for row, size in (differ | _other_sizes(index, told, unknown)).items():
+        told[row] = size
+    names = index.file_names
+    report.add(path, "images have no usable width and height in the JSON; the file's are taken", (names[row] for row in unknown))
+    report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
+               (names[row] for row in differ))
+    return told.astype(np.int32)
 
 
-def _unlabeled_index(root: Path, file_names: list[str], image_ids: list[Any]) -> CocoIndex:
-    count = len(file_names)
-    return CocoIndex(
-        root=root,
-        image_ids=image_ids,
-        file_names=file_names,
-        sizes=np.zeros((count, 2), np.int32),
-        boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
-        box_start=np.zeros(count + 1, np.int64),
-        crowd=np.zeros(0, bool),
-        class_names=(),
-        category_ids=[],
-    )
+def _other_sizes(index: CocoIndex, told: np.ndarray, rows: np.ndarray) -> dict[int, tuple[int, int]]:
+    """Real sizes of those images that have, neither as stored nor as turned by EXIF, the size [2] that was ``told``."""
+    other = {}
+    for row in rows.tolist():
+        try:
+            stored, upright = image_size(index.path(row), index.rules)
+        except UserError:
+            continue  # found again, and replaced by another image, when it is decoded
+        if tuple(told[row].tolist()) not in (stored, upright):
+            other[row] = upright
+    return other
 
 
-def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
-    """The images ``rows`` in that order, with their boxes and all classes."""
-    rows = np.asarray(rows, np.int64)
-    counts = np.diff(index.box_start)[rows]
-    box_start = _starts(counts)
-    boxes = np.repeat(index.box_start[rows] - box_start[:-1], counts) + np.arange(box_start[-1])
-    return replace(
-        index,
-        image_ids=[index.image_ids[row] for row in rows],
-        file_names=[index.file_names[row] for row in rows],
-        sizes=index.sizes[rows],
-        boxes=index.boxes[boxes],
-        labels=index.labels[boxes],
-        box_start=box_start,
-        crowd=index.crowd[boxes],
-    )
+def _pixels(value: Any, key: str, number: int, path: Path) -> int:
+    """A side in pixels, 0 if it is none."""
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{path}: images[{number}].{key} is {value} - write its number of pixels")
+    return int(value) if type(value) in (int, float) and 1 <= value < 2**31 else 0
 
 
-def without(index: CocoIndex, other: CocoIndex) -> CocoIndex:
-    """The images whose files are not also in ``other``."""
-    taken = set(_real_paths(other))
-    return subset(index, [row for row, path in enumerate(_real_paths(index)) if path not in taken])
+def _classes(categories: list[dict[str, Any]], path: Path, report: Report) -> tuple[tuple[str, ...], list[Any]]:
+    """Names and ids of the classes, in ascending order of the ids."""
+    if not categories:
+        raise UserError(f"{path}: it has no categories - add the list of class names under 'categories'")
+    ids = _unique_ids(categories, "categories", path, report)
+    names = _column(categories, "name", "categories", path)
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{path}: categories[{number}].name is {_short(name)} - give the class a name")
+        if name in names[:number]:
+            raise UserError(f"{path}: two categories are called {name!r} - join them, or rename one")
+    name_of = dict(zip(ids, names))
+    ids = sorted(ids)
+    return tuple(name_of[value] for value in ids), ids
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode any image to 8-bit RGB: transparency over white, 16 bits divided by 257, EXIF orientation applied.
-
-    ``size`` (height, width), 0 where unknown, is what annotations were made for: where the file has that size only without
-    the EXIF orientation, it is not turned, because then the boxes were drawn on the stored pixels.
-
-    Raises:
-        UserError: the file is missing or no readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            stored = image.height, image.width
-            sideways = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-            if not (sideways and size == stored and size != stored[::-1]):
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such image - restore it, or take it out of the data set") from None
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: it cannot be read as an image ({error}) - replace it, or take it out") from error
+def _file_names(records: list[dict[str, Any]], path: Path, report: Report) -> list[str]:
+    names = _column(records, "file_name", "images", path)
+    for number, name in enumerate(names):
+        if not isinstance(name, str):
+            raise UserError(f"{path}: images[{number}].file_name is {_short(name)} - write it as text")
+    if len(set(names)) < len(names):
+        report.add(path, "image files stand there more than once", (name for name, count in Counter(names).items() if count > 1))
+    return names
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")  # a copy if it is RGB already, free of the file
+def _unique_ids(rows: list[dict[str, Any]], where: str, path: Path, report: Report) -> list[Any]:
+    """The ids of images or categories: all whole numbers, or all text."""
+    ids = _column(rows, "id", where, path)
+    seen: set[Any] = set()
+    for number, value in enumerate(ids):
+        whole = type(value) is int or (type(value) is float and value.is_integer())
+        if not whole and type(value) is not str:
+            raise UserError(f"{path}: {where}[{number}].id is {_short(value)} - ids have to be whole numbers or text")
+        if isinstance(value, str) != isinstance(ids[0], str):
+            raise UserError(f"{path}: {where} have ids of both kinds, numbers and text ({_short(ids[0])} and {_short(value)}) - use one")
+        if value in seen:
+            raise UserError(f"{path}: {where} have the id {_short(value)} twice - ids have to be unique")
+        seen.add(value)
+    unusual = (float, str) if where == "categories" else (float,)
+    report.add(path, f"{where} have ids that are text or decimals; they are kept as they are", (v for v in ids if type(v) in unusual))
+    return ids
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=_without_polygons)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file - check the path") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: it is not JSON ({error.msg} at {place}) - export it again") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: it cannot be read ({error}) - give a COCO JSON file") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"{path}: not a COCO file, which is an object with the key 'images' (found a {kind}) - convert it")
-    return content
+# The file --------------------------------------------------------------------------------------------------------------
 
 
-def _without_polygons(record: dict[str, Any]) -> dict[str, Any]:
-    """Polygons are most of a large file's memory and nobody needs them, so they go while the file is read."""
-    record.pop("segmentation", None)
+def _slim(record: dict[str, Any]) -> dict[str, Any]:
+    """Polygons are most of a large file's memory, so they go while the file is read; a box that only they tell stays."""
+    shape = record.pop("segmentation", None)
+    if shape and record.get("bbox") is None:
+        box = _polygon_box(shape)
+        record["bbox"] = box
+        record[FROM_POLYGON if box else FROM_MASK] = True
     return record
+
+
+def _polygon_box(shape: Any) -> list[float] | None:
+    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for a mask. Anything else gives a bbox that is refused."""
+    if isinstance(shape, dict):
+        return None
+    parts = shape if isinstance(shape, list) else []
+    values = [value for part in parts if isinstance(part, list) for value in part]
+    if len(values) < 6 or len(values) % 2 or not all(type(value) in (int, float) for value in values):
+        return [math.nan] * 4
+    xs, ys = values[::2], values[1::2]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _list_of(content: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
@@ -262,8 +419,11 @@ def _list_of(content: dict[str, Any], key: str, path: Path) -> list[dict[str, An
         found = ", ".join(list(content)[:8])
         raise UserError(f"{path}: the key {key!r} is missing (found {found or 'none'}) - give a COCO detection file")
     rows = content[key]
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: {key!r} has to be a list of objects - convert the file to COCO's form")
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: {key!r} is {_short(rows)} - it has to be a list of objects")
+    odd = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if odd is not None:
+        raise UserError(f"{path}: {key}[{odd}] is {_short(rows[odd])} - it has to be an object")
     return rows
 
 
@@ -275,53 +435,100 @@ def _column(rows: list[dict[str, Any]], key: str, where: str, path: Path) -> lis
         raise UserError(f"{path}: {where}[{number}] has no {key!r} - add it") from None
 
 
-def _unique_ids(rows: list[dict[str, Any]], where: str, path: Path) -> list[Any]:
-    ids = _column(rows, "id", where, path)
-    seen: set[Any] = set()
-    for value in ids:
-        if not isinstance(value, (int, float, str)):
-            raise UserError(f"{path}: {where} have the id {value!r} - ids have to be numbers or strings")
-        if value in seen:
-            raise UserError(f"{path}: {where} have the id {value!r} twice - ids have to be unique")
-        seen.add(value)
-    return ids
-
-
-def _pixels(values: list[Any], key: str, path: Path) -> np.ndarray:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2**31:
-            raise UserError(f"{path}: an image has the {key} {value!r} - it has to be a number of pixels")
-    return np.array(values).astype(np.int32)
-
-
-def _corners(bbox: Any) -> tuple[float, float, float, float]:
-    """(x, y, width, height) to corners; NaN for anything else, to be counted with the boxes that are too small."""
-    if isinstance(bbox, list) and len(bbox) == 4 and all(isinstance(value, (int, float)) for value in bbox):
-        x, y, width, height = bbox
-        return x, y, x + width, y + height
-    return math.nan, math.nan, math.nan, math.nan
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
+def _short(value: Any) -> str:
+    """A JSON value in a message."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _image_folder(json_path: Path, first: str, images: Path | None) -> Path:
     if images is not None:
+        if not Path(images).is_dir():
+            raise UserError(f"{images}: there is no such folder - set data.images to the images' folder")
         return Path(images)
     beside = json_path.parent / "images"
-    return beside if not (json_path.parent / first).is_file() and beside.is_dir() else json_path.parent
+    return beside if not os.path.isfile(json_path.parent / first) and beside.is_dir() else json_path.parent
 
 
-def _require_files(root: Path, file_names: list[str], json_path: Path) -> None:
-    """Lists each folder once instead of asking for each file, which matters on network disks."""
-    listed: dict[str, set[str]] = {}
-    for name in file_names:
-        folder, base = os.path.split(os.path.join(root, name))
-        if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if base not in listed[folder]:
-            raise UserError(f"{json_path}: the image {name!r} is not in {root} - set data.images to the images' folder")
+# Folders, and parts of an index ----------------------------------------------------------------------------------------
+
+
+def list_folder(folder: Path, rules: DataRules | None = None, report: Report | None = None) -> CocoIndex:
+    """All images under a folder, sorted by path, without boxes, classes and known sizes; hidden files are skipped.
+
+    Raises:
+        UserError: it is not a folder, or has no images.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder - give a folder of images")
+    names = list_images(folder, Report() if report is None else report)
+    if not names:
+        raise UserError(f"{folder}: it has no images - give a folder of images, or use --paradigm supervised")
+    return _unlabeled_index(folder, names, names, rules or DataRules())
+
+
+def _unlabeled_index(root: Path, file_names: list[str], image_ids: list[Any], rules: DataRules) -> CocoIndex:
+    count = len(file_names)
+    names = packed(file_names)
+    return CocoIndex(
+        root=root,
+        image_ids=names if image_ids is file_names else packed(image_ids),
+        file_names=names,
+        sizes=np.zeros((count, 2), np.int32),
+        boxes=np.zeros((0, 4), np.float32),
+        labels=np.zeros(0, np.int64),
+        box_start=np.zeros(count + 1, np.int64),
+        crowd=np.zeros(0, bool),
+        class_names=(),
+        category_ids=[],
+        rules=rules,
+    )
+
+
+def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
+    """The images ``rows`` in that order, with their boxes and all classes."""
+    rows = np.asarray(rows, np.int64)
+    counts = np.diff(index.box_start)[rows]
+    box_start = _starts(counts)
+    boxes = np.repeat(index.box_start[rows] - box_start[:-1], counts) + np.arange(box_start[-1])
+    return replace(
+        index,
+        image_ids=packed([index.image_ids[row] for row in rows.tolist()]),
+        file_names=packed([index.file_names[row] for row in rows.tolist()]),
+        sizes=index.sizes[rows],
+        boxes=index.boxes[boxes],
+        labels=index.labels[boxes],
+        box_start=box_start,
+        crowd=index.crowd[boxes],
+        areas=None if index.areas is None else index.areas[boxes],
+    )
+
+
+def without(index: CocoIndex, other: CocoIndex) -> CocoIndex:
+    """The images whose files are not also in ``other``."""
+    taken = set(_real_paths(other))
+    return subset(index, [row for row, path in enumerate(_real_paths(index)) if path not in taken])
+
+
+def with_classes(index: CocoIndex, class_names: Sequence[str]) -> CocoIndex:
+    """The same boxes with classes in another order; ``class_names`` are the index' own in any order."""
+    order = [index.class_names.index(name) for name in class_names]
+    return replace(
+        index,
+        labels=np.argsort(order)[index.labels],
+        class_names=tuple(class_names),
+        category_ids=[index.category_ids[label] for label in order],
+    )
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
 
 
 def _real_paths(index: CocoIndex) -> list[str]:

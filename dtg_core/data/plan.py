@@ -7,6 +7,8 @@ that has another number of loader workers or of processes (with the same global 
 from __future__ import annotations
 
 import logging
+import signal
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -16,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dtg_core.config import ViewsConfig
 from dtg_core.data.coco import CocoIndex
-from dtg_core.data.views import View, collate, collate_pair, labeled_view, strong_view, test_view, weak_view
-from dtg_core.errors import UserError
+from dtg_core.data.geometry import FILL
+from dtg_core.data.views import CANVAS_MULTIPLE, View, collate, collate_pair, labeled_view, strong_view, test_view, weak_view
+from dtg_core.errors import UserError, printable
 from dtg_core.structures import PairBatch, StepBatch, ViewBatch
 
 log = logging.getLogger(__name__)
@@ -119,9 +122,25 @@ class StepData(Dataset[StepBatch]):
                 return row, pool.image(row)
             except UserError as error:
                 self.substituted += 1
-                log.warning("%s; another image takes its place (number %d in this process)", error, self.substituted)
+                log.warning("%s; another image takes its place (number %d in this process)", printable(str(error)), self.substituted)
                 row = int(self._generator(stream, step, slot, SUBSTITUTE + attempt).integers(len(pool)))
         raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}) - check the data and the disk")
+
+
+class MicroBatches(Dataset[StepBatch]):
+    """The micro-batches of one process; item i is part i % K of step i // K.
+
+    Args:
+        parts: K data sets. Part k of rank r is that of rank r * K + k among K times as many, so the images of a step are the
+            same, whether processes or micro-batches share them.
+    """
+
+    def __init__(self, parts: Sequence[StepData]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, item: int) -> StepBatch:
+        step, part = divmod(item, len(self.parts))
+        return self.parts[part][step]
 
 
 class EvalData(Dataset[ViewBatch]):
@@ -141,12 +160,21 @@ class EvalData(Dataset[ViewBatch]):
 
     def __getitem__(self, item: int) -> ViewBatch:
         rows = self.batches[item].tolist()
-        views = [test_view(self.index.image(row), *self.index.objects(row), self.views) for row in rows]
+        views = [test_view(self._image(row), *self.index.objects(row), self.views) for row in rows]
         return collate(views, [0] * len(rows), [self.index.image_ids[row] for row in rows])
 
+    def _image(self, row: int) -> Image.Image:
+        """An image, empty where it cannot be read: then its objects count as not found, but the evaluation comes to its end."""
+        try:
+            return self.index.image(row)
+        except UserError as error:
+            log.warning("%s; an empty image takes its place", printable(str(error)))
+            height, width = self.index.sizes[row].tolist()
+            return Image.new("RGB", (width or CANVAS_MULTIPLE, height or CANVAS_MULTIPLE), FILL)
 
-def steps_loader(dataset: StepData, start: int, stop: int, workers: int) -> DataLoader[StepBatch]:
-    """Batches of steps ``start`` to ``stop - 1``, made ahead by ``workers`` processes (0: made when asked for).
+
+def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: int) -> DataLoader[StepBatch]:
+    """Items ``start`` to ``stop - 1`` of ``StepData`` or ``MicroBatches``, made ahead by ``workers`` processes (0: made when asked for).
 
     A worker runs on one thread, which is PyTorch's own setting for workers.
     """
@@ -157,7 +185,14 @@ def steps_loader(dataset: StepData, start: int, stop: int, workers: int) -> Data
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group is the training process' to answer, which still needs its batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_batches(
@@ -165,4 +200,6 @@ def eval_batches(
 ) -> DataLoader[ViewBatch]:
     """Test views of this process' share of the images; over all processes each image comes once."""
     data = EvalData(index, views, batch, rank, world_size)
-    return DataLoader(data, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        data, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_signals
+    )

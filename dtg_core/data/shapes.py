@@ -26,6 +26,10 @@ SIDE = 160  # of an image, px
 FINE = 2  # outlines are drawn on a canvas this much finer, then averaged
 SIZES = (16.0, 80.0)  # longer side of an object before rotation, px
 MOST_OBJECTS = 6
+CLUTTER = (0, 4)  # lines and shapes of no class on the ground
+CONTRAST = 170  # least difference of an object's mean color from what it covers, summed over the channels of 0..255
+TEXTURE = (8.0, 35.0)  # strength of textures, 0..255
+ASPECT = 0.7  # least ratio of an object's sides
 VISIBLE = 0.4  # share of an object's pixels that later objects leave uncovered
 SPLITS = ("labeled", "unlabeled", "val")
 
@@ -124,7 +128,7 @@ def draw_scene(seed: int, split: str, number: int) -> Scene:
     if generator.random() < 0.5:  # a second ground
         edge = _filled(_halfplane(generator))
         canvas = _mixed(canvas, _texture(SIDE, SIDE, _color(generator), generator), edge)
-    canvas = _clutter(canvas, int(generator.integers(1, 6)), generator)
+    canvas = _clutter(canvas, int(generator.integers(CLUTTER[0], CLUTTER[1] + 1)), generator)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
     masks: list[np.ndarray] = []  # of the whole objects
@@ -150,7 +154,7 @@ def _place(
     """Alpha [SIDE, SIDE] and box of an object at a free enough place, or None; keeps the lists of masks."""
     for _ in range(8):
         size = generator.uniform(*SIZES)
-        aspect, angle = generator.uniform(0.6, 1), generator.uniform(0, 2 * math.pi)
+        aspect, angle = generator.uniform(ASPECT, 1), generator.uniform(0, 2 * math.pi)
         half = size / 2 * np.array((1, aspect))
         margin = 0.2 * size  # the center stays this far inside, so most of an object is in the image
         center = generator.uniform(margin, SIDE - margin, 2)
@@ -182,7 +186,7 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, generator: np.random.Generator
     below = canvas[here].mean((0, 1))
     ink = _color(generator)
     for _ in range(10):
-        if np.abs(ink - below).sum() > 130:
+        if np.abs(ink - below).sum() > CONTRAST:
             break
         ink = _color(generator)
     height, width = canvas[here].shape[:2]
@@ -206,7 +210,7 @@ def _texture(height: int, width: int, base: np.ndarray, generator: np.random.Gen
     cos, sin = math.cos(angle), math.sin(angle)
     along, across = (x * cos + y * sin).astype(np.float32), (y * cos - x * sin).astype(np.float32)
     period = generator.uniform(5, 20)
-    strength = generator.uniform(15, 60)
+    strength = generator.uniform(*TEXTURE)
     if kind == 0:  # plain
         field = np.zeros((height, width), np.float32)
     elif kind == 1:  # gradient

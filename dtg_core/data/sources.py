@@ -1,11 +1,12 @@
-"""Which images a run sees: the embedded shapes, or the user's JSON files and folders."""
+"""Which images a run sees: the embedded shapes, or the user's JSON files and folders, checked one by one and together."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtg_core.config import DataConfig
-from dtg_core.data.coco import CocoIndex, list_folder, load_coco, without
+from dtg_core.data.coco import CocoIndex, list_folder, load_coco, log, with_classes, without
+from dtg_core.data.report import Report
 from dtg_core.data.shapes import make_shapes
 from dtg_core.errors import UserError
 
@@ -19,46 +20,83 @@ class Sources:
     val: CocoIndex | None
 
 
-def open_sources(config: DataConfig, supervised: bool) -> Sources:
+def open_sources(config: DataConfig, supervised: bool, report: Report | None = None) -> Sources:
     """Read what ``config`` names; without ``config.labeled`` make the embedded data set.
+
+    Args:
+        config: of the data.
+        supervised: no unlabelled images.
+        report: takes what was mended or left out; None: it is logged as warnings.
 
     Raises:
         UserError: what ``load_coco`` finds; no unlabelled images although they are wanted; validation classes that differ.
     """
+    notes = Report() if report is None else report
     if config.labeled is None:
         config = _embedded(config)
     assert config.labeled is not None
     images = Path(config.images) if config.images else None
-    labeled = load_coco(Path(config.labeled), images)
+    labeled = load_coco(Path(config.labeled), images, rules=config.rules, report=notes)
     if not (~labeled.crowd).any():
-        raise UserError(f"{config.labeled}: no usable box in any of its {len(labeled.image_ids)} images - label some objects")
-    val = None
-    if config.val is not None:
-        val = load_coco(Path(config.val), images)
-        if val.class_names != labeled.class_names:
-            odd = sorted(set(val.class_names) ^ set(labeled.class_names))
-            found = f"only one of them has {', '.join(map(repr, odd[:5]))}" if odd else "their order differs"
-            raise UserError(f"{config.val}: its classes are not those of {config.labeled} ({found}) - use the same categories")
-    return Sources(labeled, None if supervised else _unlabeled(config, labeled), val)
+        raise UserError(f"{config.labeled}: no usable box in any of its {len(labeled)} images - label some objects")
+    if len(labeled) < config.labeled_per_device:
+        notes.add(config.labeled, f"images are fewer than data.labeled_per_device={config.labeled_per_device}, so a batch repeats them",
+                  labeled.file_names)
+    val = _val(config, labeled, images, notes) if config.val is not None else None
+    unlabeled = None if supervised else _unlabeled(config, labeled, val, images, notes)
+    if report is None:
+        for line in notes.lines():
+            log.warning("%s", line)
+    return Sources(labeled, unlabeled, val)
 
 
-def _unlabeled(config: DataConfig, labeled: CocoIndex) -> CocoIndex:
-    if config.unlabeled is None:
+def _val(config: DataConfig, labeled: CocoIndex, images: Path | None, report: Report) -> CocoIndex:
+    assert config.val is not None
+    val = load_coco(Path(config.val), images, rules=config.rules, report=report)
+    if not (~val.crowd).any():
+        raise UserError(f"{config.val}: no usable box to evaluate against - give a labelled set, or leave --val out")
+    if set(val.class_names) != set(labeled.class_names):
+        odd = ", ".join(map(repr, sorted(set(val.class_names) ^ set(labeled.class_names))[:5]))
+        raise UserError(f"{config.val}: its classes are not those of {config.labeled} (only one of them has {odd}) - "
+                        "use the same categories")
+    if val.class_names != labeled.class_names:
+        report.add(config.val, f"classes have other ids than in {config.labeled} and are matched by name", val.class_names)
+    _shared(labeled, val, f"IMAGES ARE ALSO IN {config.labeled}, SO THE FIGURES SAY NOTHING OF NEW IMAGES", report, config.val)
+    return with_classes(val, labeled.class_names)
+
+
+def _unlabeled(
+    config: DataConfig, labeled: CocoIndex, val: CocoIndex | None, images: Path | None, report: Report
+) -> CocoIndex:
+    if config.unlabeled is not None and config.unlisted == "unlabeled":
+        raise UserError("data.unlisted: it takes unlabelled images from the labelled ones' folder, but data.unlabeled names others - "
+                        "give one of the two")
+    if config.unlabeled is None and config.unlisted == "ignore":
         raise UserError("data.unlabeled: no unlabelled images given - add --unlabeled DIR, or use --paradigm supervised")
-    path = Path(config.unlabeled)
+    path = Path(config.unlabeled or labeled.root)
     if path.suffix.lower() == ".json":
-        found = load_coco(path, Path(config.images) if config.images else None)
+        found = load_coco(path, images, need_labels=False, rules=config.rules, report=report)
     else:
-        found = list_folder(path)
+        found = list_folder(path, config.rules, report)
     rest = without(found, labeled)
-    if not rest.image_ids:
-        raise UserError(f"{path}: no image that is not labelled already ({len(found.image_ids)} found) - give other images, "
+    report.add(path, "images are labelled too and not used as unlabelled", sorted(set(found.file_names) - set(rest.file_names)))
+    if val is not None:
+        _shared(rest, val, "UNLABELLED IMAGES ARE ALSO VALIDATION IMAGES AND NOT USED", report, path)
+        rest = without(rest, val)
+    if not len(rest):
+        raise UserError(f"{path}: no image that is not labelled already ({len(found)} found) - give other images, "
                         "or use --paradigm supervised")
     return rest
+
+
+def _shared(one: CocoIndex, other: CocoIndex, kind: str, report: Report, file: str | Path) -> None:
+    only = set(without(one, other).file_names) if len(one) else set()
+    report.add(file, kind, (name for name in one.file_names if name not in only))
 
 
 def _embedded(config: DataConfig) -> DataConfig:
     shapes = make_shapes(
         None, labeled=config.shapes_labeled, unlabeled=config.shapes_unlabeled, val=config.shapes_val, seed=config.shapes_seed
     )
-    return replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None)
+    return replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None,
+                   unlisted="ignore")

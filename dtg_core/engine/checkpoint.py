@@ -107,8 +107,14 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, student: nn.Module, teacher: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, student: nn.Module, teacher: nn.Module, optimizer: Optimizer,
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Restore all three exactly, on the devices they are on.
+
+    Args:
+        check: looks at the saved ``state`` before anything is changed, and raises to refuse it.
 
     Returns:
         The ``state`` that was saved, and its step under "step".
@@ -117,6 +123,8 @@ def load_checkpoint(path: Path, student: nn.Module, teacher: nn.Module, optimize
         UserError: naming the file that is missing, damaged or made for other modules; nothing has been changed then.
     """
     contents, stored = _verified(path)
+    if check is not None:
+        check(stored["state"])
     weights = {module: safetensors.load(contents[name]) for module, name in ((student, STUDENT), (teacher, TEACHER))}
     _check_fit(student, weights[student], path / STUDENT)
     _check_fit(teacher, weights[teacher], path / TEACHER)

@@ -237,7 +237,10 @@ def _truth(index: CocoIndex) -> dict[str, Any]:
     starts = np.asarray(index.box_start, np.int64)
     image = np.repeat(np.arange(len(index.image_ids)), np.diff(starts))
     boxes, labels, crowd = (np.asarray(part) for part in (index.boxes, index.labels, index.crowd))
-    return {**_header(index), "annotations": _entries(boxes.reshape(-1, 4), image, labels, crowd)}
+    annotations = _entries(boxes.reshape(-1, 4), image, labels, crowd)
+    for annotation, area in zip(annotations, [] if index.areas is None else index.areas.tolist()):
+        annotation["area"] = area
+    return {**_header(index), "annotations": annotations}
 
 
 def _results(index: CocoIndex, rows: NDArray[np.float64]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""The training loop. ``train_step`` is the whole method: teach, student, weigh, update, average.
+"""The training step. ``train_step`` is the whole method: teach, student, weigh, update, average.
 
 Everything a step needs follows from its number: the batch (data/plan.py), the schedules and the random draws. So a run resumes at
 any step without replaying the steps before.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from dtg_core.config import Config, OptimConfig
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
+from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import update_teacher
 from dtg_core.protocol import Detector
-from dtg_core.structures import LossTerm, StepBatch
+from dtg_core.structures import LossTerm, StepBatch, Supervision
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -35,48 +37,150 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def train_step(
-    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batch: StepBatch, config: Config,
-    accelerator: Accelerator,
+    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[StepBatch], config: Config,
+    accelerator: Accelerator, signals: StopSignals | None = None,
 ) -> Figures:
     """One step of Eq. 1, from a batch to the updated student and teacher.
 
     Args:
         student: ``StudentModule``, possibly wrapped for several processes. teacher: its averaged detector.
-        batch: labelled views, and pairs of unlabelled views or None. config: of the run.
+        batches: the micro-batches of one step: labelled views, and pairs of unlabelled views or None. One is the common case.
+        config: of the run. signals: learns which signal has reached any of the processes.
 
     Returns:
-        Losses and figures of the guidance by name, still on the device.
+        Losses and figures of the guidance by name, still on the device. "skipped" is 1 when the loss or its gradient was not
+        finite; nothing has been changed then.
     """
+    step, rules = batches[0].step, config.guidance.stages
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(batch.step, config.optim)
-    weight = unlabeled_weight(batch.step, config.guidance)
-    rules, pair = config.guidance.stages, batch.unlabeled
+        group["lr"] = learning_rate(step, config.optim)
+    weight = unlabeled_weight(step, config.guidance)
+    detector = cast(StudentModule, accelerator.unwrap_model(student)).detector
 
-    supervision, figures = {}, Figures()
-    if pair is not None and weight > 0:
-        supervision, figures = teach(cast(Detector, teacher), pair, rules, config.views.box_hull, accelerator.autocast())
-    with accelerator.autocast():
-        terms: dict[str, LossTerm] = student(batch.labeled, pair.student if pair and supervision else None, supervision)
-    losses = normalized(terms, accelerator)
-    accelerator.backward(weigh(losses, rules, weight))
+    lessons = [_teach(teacher, batch, weight > 0, config, accelerator) for batch in batches]
+    totals = _count_ahead(student, lessons, config, accelerator, signals) if len(lessons) > 1 else None
+    figures: Figures = {}
+    for part, lesson in enumerate(lessons):
+        with _synchronized(student, part == len(lessons) - 1, accelerator):
+            terms = _forward(student, lesson, config.run.seed, part, accelerator)
+            totals = totals or Totals.over_processes(_counts(terms), accelerator, signals)
+            losses = {name: term.total / totals.counts[name] for name, term in terms.items()}
+            # Gradients are averaged over processes, and the divisors are sums over processes.
+            losses = {name: loss * accelerator.num_processes for name, loss in losses.items()}
+            accelerator.backward(weigh(losses, rules, weight))
+        _add(figures, {name: loss.detach() for name, loss in losses.items()})
+        _add(figures, {name: value / len(lessons) for name, value in lesson.figures.items()})
 
     norm = accelerator.clip_grad_norm_(student.parameters(), config.optim.clip_norm or float("inf"))
-    finite = bool(torch.as_tensor(norm).isfinite())  # sync: a step that is not finite must not reach the weights
-    if finite:
+    assert totals is not None
+    finite = totals.decide(torch.as_tensor(norm), signals)
+    if finite or accelerator.scaler is not None:  # a scaler skips such a step by itself, and lowers its scale
         optimizer.step()
-        update_teacher(teacher, cast(StudentModule, accelerator.unwrap_model(student)).detector, batch.step, config.optim.ema)
+    finite = finite and is_finite(detector)
+    if finite:
+        update_teacher(teacher, detector, step, config.optim.ema)
+    else:
+        heal_statistics(detector, teacher)
     optimizer.zero_grad(set_to_none=True)
-    detached = {name: loss.detach() for name, loss in losses.items()}
-    return detached | figures | {"skipped": float(not finite)}
+    return figures | {"skipped": float(not finite)}
 
 
-def normalized(terms: Mapping[str, LossTerm], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Divide each sum by its divisor over all processes. The factor undoes the averaging of gradients over processes."""
-    counts = torch.stack([term.count.detach().float() for term in terms.values()])
-    counts = cast(Tensor, accelerator.reduce(counts, "sum")).clamp(min=1)
-    return {
-        name: term.total * accelerator.num_processes / count for (name, term), count in zip(terms.items(), counts.unbind())
-    }
+@dataclass(frozen=True)
+class Lesson:
+    """A micro-batch and what the teacher says about it."""
+
+    batch: StepBatch
+    supervision: Mapping[str, Supervision]
+    figures: Figures
+
+
+def _teach(teacher: nn.Module, batch: StepBatch, guided: bool, config: Config, accelerator: Accelerator) -> Lesson:
+    if batch.unlabeled is None or not guided:
+        return Lesson(batch, {}, {})
+    rules, hull = config.guidance.stages, config.views.box_hull
+    return Lesson(batch, *teach(cast(Detector, teacher), batch.unlabeled, rules, hull, accelerator.autocast()))
+
+
+def _forward(student: nn.Module, lesson: Lesson, seed: int, part: int, accelerator: Accelerator) -> dict[str, LossTerm]:
+    """The student's loss terms. Dropout and the like follow from the seed, the step and the part alone."""
+    batch, supervision = lesson.batch, lesson.supervision
+    torch.manual_seed((seed * 1_000_003 + batch.step) * 1_009 + part)
+    with accelerator.autocast():
+        return student(batch.labeled, batch.unlabeled.student if batch.unlabeled and supervision else None, supervision)
+
+
+@torch.no_grad()
+def _count_ahead(
+    student: nn.Module, lessons: Sequence[Lesson], config: Config, accelerator: Accelerator, signals: StopSignals | None
+) -> Totals:
+    """The divisors of all micro-batches, which have to be known before the first backward pass.
+
+    They depend on the student's predictions, so this costs one more forward pass of each micro-batch, without gradients. In
+    return N micro-batches give exactly the gradient of one batch.
+    """
+    module = accelerator.unwrap_model(student)
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    counts: dict[str, Any] = {}
+    for part, lesson in enumerate(lessons):
+        _add(counts, _counts(_forward(module, lesson, config.run.seed, part, accelerator)))
+    for buffer, old in zip(buffers, before):
+        buffer.copy_(old)  # batch statistics are counted in the pass that trains
+    return Totals.over_processes(counts, accelerator, signals)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one reduction sums over the processes: the divisor of each loss, and who was asked to stop."""
+
+    counts: dict[str, Tensor]
+    asked: Tensor  # [2] processes that got each of ``StopSignals.NUMBERS``
+
+    @staticmethod
+    def over_processes(counts: Mapping[str, Tensor], accelerator: Accelerator, signals: StopSignals | None) -> Totals:
+        asked = [float(signals is not None and signals.received == number) for number in StopSignals.NUMBERS]
+        mine = torch.stack(list(counts.values()))
+        mine = torch.cat((mine, torch.tensor(asked).to(mine.device, non_blocking=True)))
+        total = cast(Tensor, accelerator.reduce(mine, "sum"))
+        return Totals(dict(zip(counts, total[: len(counts)].clamp(min=1).unbind())), total[len(counts) :])
+
+    def decide(self, norm: Tensor, signals: StopSignals | None) -> bool:
+        """Whether the gradient is finite; ``signals`` learns what the processes agree on."""
+        # sync: a step that is not finite must not reach the weights.
+        finite, *asked = torch.cat((norm.isfinite().reshape(1).float(), self.asked)).tolist()
+        if signals is not None:
+            signals.agreed = next((number for number, count in zip(StopSignals.NUMBERS, asked) if count), 0)
+        return bool(finite)
+
+
+def _counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
+    return {name: term.count.detach().float() for name, term in terms.items()}
+
+
+def _synchronized(student: nn.Module, last: bool, accelerator: Accelerator) -> AbstractContextManager:
+    """Gradients of the processes are averaged once, in the last backward pass of a step."""
+    return nullcontext() if last else accelerator.no_sync(student)
+
+
+@torch.no_grad()
+def is_finite(module: nn.Module) -> bool:
+    """Whether all parameters and float buffers are finite."""
+    tensors = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+    # sync: the teacher must never average what an overflowing update has left.
+    return bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
+
+
+@torch.no_grad()
+def heal_statistics(detector: nn.Module, teacher: nn.Module) -> None:
+    """Take batch statistics that a bad batch has spoilt from the teacher: they would stay so, however good later batches are."""
+    for own, averaged in zip(detector.buffers(), teacher.buffers()):
+        if own.is_floating_point():
+            own.copy_(torch.where(own.isfinite(), own, averaged))
+
+
+def _add(sums: dict[str, Any], figures: Mapping[str, Tensor | float]) -> None:
+    for name, value in figures.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 @dataclass
@@ -87,32 +191,26 @@ class Window:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, figures: Figures) -> None:
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+        """Take the figures of a step; of one that was skipped only that it was."""
+        if figures.get("skipped"):
+            figures = {"skipped": figures["skipped"]}
+        _add(self.sums, figures)
+        for name in figures:
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def floats(self) -> dict[str, float]:
-        """The sums as numbers, in one transfer."""
+    def floats(self, accelerator: Accelerator) -> dict[str, float]:
+        """The sums as numbers, averaged over the processes, in one transfer and one reduction."""
         tensors = {name: value for name, value in self.sums.items() if isinstance(value, Tensor)}
         moved = torch.stack(list(tensors.values())).tolist() if tensors else []  # sync: one per log line
         numbers = dict(zip(tensors, moved))
-        return {name: numbers[name] if name in numbers else float(cast(float, value)) for name, value in self.sums.items()}
+        sums = {name: numbers[name] if name in numbers else float(cast(float, value)) for name, value in self.sums.items()}
+        if accelerator.num_processes == 1 or not sums:
+            return sums
+        mean = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
+        return dict(zip(sums, cast(Tensor, mean).tolist()))
 
-    def means(self) -> dict[str, float]:
-        return {name: value / self.counts[name] for name, value in self.floats().items()}
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        return {name: value / self.counts[name] for name, value in self.floats(accelerator).items()}
 
     def clear(self) -> None:
         self.sums, self.counts = {}, {}
-
-
-def train(
-    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[StepBatch], config: Config,
-    accelerator: Accelerator, window: Window, after_step: Callable[[int, Window], None],
-) -> None:
-    """Run ``train_step`` over ``batches``; ``after_step(steps done, window)`` logs, evaluates and saves."""
-    for batch in batches:
-        student.train()
-        moved = batch.to(accelerator.device, non_blocking=True)
-        torch.manual_seed(config.run.seed * 1_000_003 + batch.step)  # dropout and the like follow from the step alone
-        window.add(train_step(student, teacher, optimizer, moved, config, accelerator))
-        after_step(batch.step + 1, window)

@@ -10,11 +10,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from dtg_core.errors import nearest
+from dtg_core.settings import yaml_scalar
 
 
 class MetricsWriter:
@@ -23,9 +27,10 @@ class MetricsWriter:
     Args:
         path: the file; its folder is made when missing.
         resume_step: lines of later steps and torn lines are dropped from a file that is there. None: it starts empty.
+        drop: key of lines of ``resume_step`` itself that are dropped as well, because they will be written again.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None, drop: str | None = None) -> None:
         self.path = path
         self._torn = self._warned = False
         try:
@@ -33,6 +38,7 @@ class MetricsWriter:
             kept = []
             if resume_step is not None and path.exists():
                 kept = [line for line in read_metrics(path) if line.get("step", 0) <= resume_step]
+                kept = [line for line in kept if line.get("step") != resume_step or drop not in line]
             temporary = path.with_name(f"{path.name}.tmp")
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
             os.replace(temporary, path)
@@ -65,6 +71,58 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(values, dict):
             yield values
+
+
+class Trackers:
+    """Dashboards such as TensorBoard and Weights & Biases, by Accelerate's names. One that fails is given up with a warning.
+
+    Args:
+        names: of Accelerate's trackers. folder: of the run. settings: flat, shown with the run.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
+        self._live: dict[str, Any] = {}
+        for name in names:
+            self._try(name, partial(self._start, name, folder, settings))
+
+    def _start(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"unknown tracker{nearest(name, map(str, LOGGER_TYPE_TO_CLASS))}")
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        where = {"logging_dir": folder / "trackers"} if kind.requires_logging_directory else {}
+        with open(os.devnull) as nobody, _stdin(nobody):  # a tracker that asks for a password must not wait for it
+            tracker = kind(folder.resolve().name, **where)
+            getattr(tracker, "start", lambda: None)()  # older versions have started already
+            tracker.store_init_configuration({key: yaml_scalar(value) for key, value in settings.items()})
+        self._live[name] = tracker
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, tracker in list(self._live.items()):
+            self._try(name, partial(tracker.log, dict(values), step=step))
+
+    def close(self) -> None:
+        for name, tracker in list(self._live.items()):
+            self._try(name, tracker.finish)
+        self._live = {}
+
+    def _try(self, name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a foreign service comes up with
+            self._live.pop(name, None)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            _print(f"warning: tracker {name}: given up ({reason}) - training goes on; metrics.jsonl holds everything")
+
+
+@contextlib.contextmanager
+def _stdin(stream: TextIO) -> Iterator[None]:
+    before, sys.stdin = sys.stdin, stream
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 class Progress:

@@ -1,29 +1,21 @@
-"""A run: its folder, and training from the first or a later step to the evaluated weights.
-
-    config.yaml             every setting
-    metrics.jsonl           one object a line: losses and figures of the guidance, means since the line before
-    results.json            teacher's and student's COCO figures at the last evaluation
-    weights/*.safetensors   teacher and student, self-contained
-    checkpoints/            where ``--resume`` continues
-"""
+"""A run: training from the first or a later step to evaluated weights, with checkpoints, log lines and an orderly stop."""
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import os
-import shutil
+import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 
 from dtg_core.config import Config
-from dtg_core.data.plan import StepData, eval_batches, steps_loader
+from dtg_core.data.plan import MicroBatches, StepData, eval_batches, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import (
     discard_newer,
@@ -33,200 +25,404 @@ from dtg_core.engine.checkpoint import (
     save_weights,
 )
 from dtg_core.engine.evaluate import coco_metrics, find
-from dtg_core.engine.loop import Window, make_optimizer, train
-from dtg_core.engine.metrics import MetricsWriter, Progress
+from dtg_core.engine.folder import RunFolder
+from dtg_core.engine.loop import Window, make_optimizer, train_step
+from dtg_core.engine.metrics import MetricsWriter, Progress, Trackers
+from dtg_core.engine.replay import describe
+from dtg_core.engine.resume import check_stamp, stamp
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
+from dtg_core.engine.signals import StopSignals
+from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
+from dtg_core.guidance.paradigms import Figures
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
-from dtg_core.settings import to_yaml
+from dtg_core.settings import flatten, to_yaml
+from dtg_core.structures import StepBatch, ViewBatch
+
+T = TypeVar("T")
+
+#: Exit statuses of a run beside 0; a signal's is 128 and its number.
+GAVE_UP = 3
+SHOWN = ("AP", "AP50", "AP75")
 
 
-@dataclass
-class RunFolder:
-    """The folder of one run, locked against a second process that would write into it."""
-
-    path: Path
-    lock: IO[str] | None = field(default=None, repr=False)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def open(self, resume: bool, overwrite: bool) -> None:
-        """Make or re-open the folder. Raises UserError when it holds something and neither flag is given, or is in use."""
-        if self.path.is_file():
-            raise UserError(f"{self.path}: is a file - give a folder with --output")
-        used = self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
-        if used and not (resume or overwrite):
-            raise UserError(f"{self.path}: the folder holds something already - use --resume auto, --overwrite or another --output")
-        if used and overwrite and not (self.path / "config.yaml").is_file():
-            raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so --overwrite will not empty it - empty it by hand")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}) - give another --output") from error
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.seek(0)
-            owner = self.lock.read().strip() or "unknown"
-            raise UserError(f"{self.path}: another run is using it (process {owner}) - wait for it, or give another --output") from error
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
-        self.lock.flush()
-        if overwrite:
-            for entry in self.path.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-    def write(self, name: str, text: str) -> None:
-        """Write a small file at once, never half of it."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
-
-
-@dataclass
 class Fit:
-    """Training of one detector; ``run`` does it all.
+    """Training of one detector; ``run`` does it all. Every process of a run has one.
 
     Args:
-        config: all settings. detector: the student's, on the CPU. sources: the data. folder: of the run.
+        config: all settings. detector: the student's, on the CPU. sources: the data. folder: of the run, opened.
         metadata: what a weights file has to tell, beside its tensors, to be used on its own.
     """
 
-    config: Config
-    detector: nn.Module
-    sources: Sources
-    folder: RunFolder
-    accelerator: Accelerator
-    metadata: Mapping[str, Any]
-
-    def run(self, resume: str | None) -> dict[str, Any] | None:
-        """Train, from a checkpoint if ``resume`` is "auto" or names one, and give the final COCO figures."""
-        config, accelerator = self.config, self.accelerator
+    def __init__(
+        self, config: Config, detector: nn.Module, sources: Sources, folder: RunFolder, accelerator: Accelerator,
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.config, self.sources, self.folder, self.accelerator, self.metadata = config, sources, folder, accelerator, metadata
         if config.run.channels_last:
-            self.detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        module = StudentModule(self.detector, config.guidance.stages)
-        self.teacher = make_teacher(self.detector).to(accelerator.device)
-        self.student, self.optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
-        start, window = self._resume(resume)
+            detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = StudentModule(detector, config.guidance.stages)
+        self.teacher = make_teacher(detector).to(accelerator.device)
+        accelerator.gradient_accumulation_steps = 1  # train_step divides by itself, and exactly
+        self.student, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
+        self.stamp = stamp(config, sources, accelerator.num_processes)
 
-        data = StepData(
-            self.sources.labeled, self.sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
-            config.data.unlabeled_per_device, accelerator.process_index, accelerator.num_processes,
-            unlabeled_from=config.guidance.start_step,
-        )
-        self.results: dict[str, Any] | None = None
-        if accelerator.is_main_process:
-            self.folder.write("config.yaml", to_yaml(config))
-            self.metrics = MetricsWriter(self.folder.path / "metrics.jsonl", start)
-        self.progress = Progress(config.run.steps, start)
-        self.clock, self.since = time.perf_counter(), start
-        loader = steps_loader(data, start, config.run.steps, config.data.workers)
-        with self.progress:
-            train(self.student, self.teacher, self.optimizer, loader, config, accelerator, window, self._after_step)
-        self._finish()
-        return self.results
+        self.window = Window()  # since the last log line
+        self.evaluation_due = False  # at the step of the checkpoint that was resumed
+        self.skipped_in_a_row = 0
+        self.recent: Sequence[StepBatch] = ()
+        labeled = sources.labeled
+        self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
+        self.report: Report | None = None
 
-    def _resume(self, resume: str | None) -> tuple[int, Window]:
-        if resume is None:
-            return 0, Window()
-        path = newest_checkpoint(self.folder.checkpoints) if resume == "auto" else Path(resume)
-        if path is None:
-            self._say("no checkpoint yet: starting at step 0")
-            return 0, Window()
-        state = load_checkpoint(path, self._module(), self.teacher, self._plain_optimizer())
-        self._say(f"resuming from {path} at step {state['step']}")
-        discard_newer(self.folder.checkpoints, state["step"])
-        return state["step"], Window(dict(state["window"]["sums"]), dict(state["window"]["counts"]))
+    def run(self, resume: str | None, insist: bool = False) -> int:
+        """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
 
-    def _after_step(self, done: int, window: Window) -> None:
+        Args:
+            resume: the checkpoint. insist: continue it with other settings or data too.
+
+        Returns:
+            The exit status: 0, ``GAVE_UP`` or 128 and the number of a signal.
+        """
+        start = self._resume(resume, insist) if resume else 0
+        if start >= self.config.run.steps and not self.evaluation_due:
+            self._say(f"{self.folder.path}: finished already, at step {start} - raise --steps to go on")
+            return 0
+        main = self.accelerator.is_main_process
+        if main:
+            self._write("config.yaml", to_yaml(self.config))
+        self.report = Report(self.folder.path, self.config, start, self.evaluation_due) if main else None
+        try:
+            with StopSignals() as signals:
+                status = self._train(start, signals)
+        finally:
+            if self.report:
+                self.report.close()
+        if status > 128:
+            self._say(f"stopped by signal {status - 128}; --resume auto continues")
+        return status
+
+    def _train(self, start: int, signals: StopSignals) -> int:
         run = self.config.run
-        if self.accelerator.is_main_process:
-            self.progress.advance()
-        if done % run.log_every == 0 or done == run.steps:
-            self._log(done, window)
-        if run.evaluate_every and done % run.evaluate_every == 0 and done < run.steps:
-            self._evaluate(done)
-        if run.checkpoint_every and done % run.checkpoint_every == 0 and done < run.steps:
-            self._save(done, window)
+        if self.evaluation_due:
+            if start == run.steps:
+                return self._finish(signals)
+            if not self._evaluate(start, signals):
+                return 128 + signals.agreed
+        clock = Clock(start)
+        for batches in clock.waiting(self._batches(start)):
+            figures = train_step(
+                self.student, self.teacher, self.optimizer, batches, self.config, self.accelerator, signals
+            )
+            done, self.recent = batches[0].step + 1, batches
+            self.window.add(figures)
+            if self.report:
+                self.report.progress.advance()
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if figures["skipped"] else 0
+            if self.skipped_in_a_row == run.max_skipped:
+                return self._give_up(batches, figures)
 
-    def _log(self, done: int, window: Window) -> None:
-        means = window.means()
-        window.clear()
-        pace = (time.perf_counter() - self.clock) / max(done - self.since, 1)
-        self.clock, self.since = time.perf_counter(), done
-        labeled = sum(value for name, value in means.items() if name.startswith("labeled/"))
-        unlabeled = sum(value for name, value in means.items() if name.startswith("unlabeled/"))
-        means |= {
-            "lr": learning_rate(done - 1, self.config.optim),
-            "unlabeled_weight": unlabeled_weight(done - 1, self.config.guidance) if unlabeled else 0.0,
-            "step_seconds": pace,
-        }
-        if unlabeled:
-            means["loss_ratio"] = unlabeled / max(labeled, 1e-12)
-        if self.accelerator.is_main_process:
-            self.metrics.write(done, means)
-            shown = {"labeled": labeled}
-            if unlabeled:
-                shown["unlabeled"] = unlabeled
-            for name, value in means.items():
-                kind = name.rsplit("/", 1)[-1]
-                if name.startswith("guidance/") and kind in ("candidates", "clusters", "pseudo_boxes"):
-                    shown[f"{name.split('/')[1]} {kind}"] = value
-            self.progress.report(shown)
+            if done % run.log_every == 0 or done == run.steps:
+                self._log(done, clock)
+            if done == run.steps:
+                return self._finish(signals)
+            if run.evaluate_every and done % run.evaluate_every == 0:
+                with clock.paused():
+                    self.evaluation_due = not self._evaluate(done, signals)
+            if signals.agreed or (run.checkpoint_every and done % run.checkpoint_every == 0):
+                self._save(done)
+            if signals.agreed:
+                return 128 + signals.agreed
+        return 0
 
-    def _save(self, done: int, window: Window) -> None:
-        state = {"window": {"sums": window.floats(), "counts": window.counts}}
-        if self.accelerator.is_main_process:
-            try:
-                save_checkpoint(self.folder.checkpoints, done, self._module(), self.teacher, self._plain_optimizer(), state)
-            except OSError as error:
-                self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older one stays")
-        self.accelerator.wait_for_everyone()
+    def _batches(self, start: int) -> Iterator[list[StepBatch]]:
+        """For each step this process' micro-batches, on its device."""
+        config, accelerator, parts = self.config, self.accelerator, self.config.optim.accumulate
+        data = MicroBatches([
+            StepData(
+                self.sources.labeled, self.sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
+                config.data.unlabeled_per_device, accelerator.process_index * parts + part, accelerator.num_processes * parts,
+                unlabeled_from=config.guidance.start_step,
+            )
+            for part in range(parts)
+        ])  # fmt: skip
+        loader = iter(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
+        self.student.train()
+        try:
+            for first in loader:
+                batches = [first, *(next(loader) for _ in range(parts - 1))]
+                yield [batch.to(accelerator.device, non_blocking=True) for batch in batches]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"data.workers={config.data.workers}: a worker that makes batches has died ({reason}) - use fewer "
+                            "workers; where memory or /dev/shm is small, 0") from error
 
-    def _evaluate(self, done: int) -> None:
-        if self.sources.val is None:
+    # Log and evaluation -------------------------------------------------------------------------------------------------
+
+    def _log(self, done: int, clock: Clock) -> None:
+        """Write a line of means since the line before. Every process takes part, the main one writes."""
+        means = self.window.means(self.accelerator)
+        self.window.clear()
+        lines, times = clock.lap(done)
+        if self.report is None:
             return
-        began = time.perf_counter()
+        branches = {
+            branch: sum(value for name, value in means.items() if name.startswith(f"{branch}/"))
+            for branch in ("labeled", "unlabeled")
+        }
+        means["lr"] = learning_rate(done - 1, self.config.optim)
+        if branches["unlabeled"]:
+            means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
+            means["loss_ratio"] = branches["unlabeled"] / max(branches["labeled"], 1e-12)
+        self.report.line(done, means | times, {name: value for name, value in branches.items() if value} | _objects(means))
+        for warning in self.watch.line(done, lines, means):
+            self._say(warning)
+
+    def _evaluate(self, done: int, signals: StopSignals) -> bool:
+        """Evaluate teacher and student, each image in one process. False: broken off by a signal."""
+        if self.sources.val is None:
+            return True
         results: dict[str, Any] = {"step": done}
-        for which, detector in (("teacher", self.teacher), ("student", self._module().detector)):
-            batches = eval_batches(
+        for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
+            batches: Iterable[ViewBatch] = eval_batches(
                 self.sources.val, self.config.views, self.config.run.evaluate_batch, self.accelerator.process_index,
-                self.accelerator.num_processes,
+                self.accelerator.num_processes, self.config.data.workers,
             )
             found = find(
-                detector, self.sources.val, batches, self.accelerator.device, self.config.run.score_threshold, self.accelerator
-            )
-            results[which] = coco_metrics(self.sources.val, found)
-        self.results = results
-        if self.accelerator.is_main_process:
-            self.folder.write("results.json", json.dumps(results, indent=1) + "\n")
-            self.metrics.write(done, {f"{who}/{key}": results[who][key] for who in ("teacher", "student")
-                                      for key in ("AP", "AP50", "AP75")})
-            for who in ("teacher", "student"):
-                figures = results[who]
-                self._say(f"step {done}  {who:7}  AP {figures['AP']:.2f}  AP50 {figures['AP50']:.2f}  AP75 {figures['AP75']:.2f}")
-        self.clock += time.perf_counter() - began  # evaluation is not step time
+                detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
+                self.config.run.score_threshold, self.accelerator,
+            )  # fmt: skip
+            signals.agreed = self._greatest(signals.received)
+            if signals.agreed:
+                return False
+            if self.accelerator.is_main_process:
+                results[which] = coco_metrics(self.sources.val, found)
+        if self.report:
+            self.report.evaluation(done, results)
+            self._write("results.json", json.dumps(results, indent=1) + "\n")
+            for warning in self.watch.evaluation(done, results["teacher"]["AP"]):
+                self._say(warning)
+        return True
 
-    def _finish(self) -> None:
-        steps = self.config.run.steps
-        if self.accelerator.is_main_process:
-            for which, detector in (("teacher", self.teacher), ("student", self._module().detector)):
-                save_weights(self.folder.path / "weights" / f"{which}.safetensors", detector, {**self.metadata, "which": which})
-        self._save(steps, Window())
-        self._evaluate(steps)
+    @torch.no_grad()
+    def _score_histogram(self, stage: str) -> str:
+        """How the teacher scores the samples of the last step's unlabelled images; for a warning, so it may wait."""
+        pair = self.recent[0].unlabeled
+        if pair is None:
+            return "no unlabelled image"
+        samples, predictions = self.teacher.run(pair.teacher)[stage]  # type: ignore[operator]
+        scores = predictions.logits.amax(2)[samples.usable(pair.teacher.sizes)].sigmoid().float().cpu()
+        counts = torch.histc(scores, 10, 0, 1).int().tolist()
+        tenths = ", ".join(f"{index / 10:.1f}: {count}" for index, count in enumerate(counts) if count)
+        return f"scores of {len(scores)} samples by tenths: {tenths}; highest {scores.max():.3f}"
 
-    def _module(self) -> StudentModule:
-        return cast(StudentModule, self.accelerator.unwrap_model(self.student))
+    # Checkpoints --------------------------------------------------------------------------------------------------------
+
+    def _resume(self, resume: str, insist: bool) -> int:
+        """Restore a checkpoint and give its step. All processes take the one that the main process chooses."""
+        auto = resume == "auto"
+        chosen = on_main(self.accelerator, lambda: newest_checkpoint(self.folder.checkpoints) if auto else Path(resume))
+        if chosen is None:
+            self._say(f"{self.folder.checkpoints}: no checkpoint yet - starting at step 0")
+            return 0
+        notes: list[str] = []
+        state = load_checkpoint(
+            chosen, self.module, self.teacher, self._plain_optimizer(),
+            check=lambda state: notes.extend(check_stamp(state["stamp"], self.stamp, insist)),
+        )  # fmt: skip
+        for note in notes:
+            self._say(note)
+        if state["step"] < self.config.run.steps:
+            self._say(f"resuming from {chosen} at step {state['step']}")
+        self.window = Window(dict(state["window"]["sums"]), dict(state["window"]["counts"]))
+        self.watch.restore(state["watch"])
+        self.evaluation_due = state["evaluation_due"] and self._evaluated_step() != state["step"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.is_main_process:
+            discard_newer(self.folder.checkpoints, state["step"])
+        return state["step"]
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors. Every process takes part."""
+        scaler = self.accelerator.scaler
+        return {
+            "stamp": self.stamp,
+            "window": {"sums": self.window.floats(self.accelerator), "counts": self.window.counts},
+            "watch": self.watch.state(),
+            "evaluation_due": self.evaluation_due,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def _save(self, done: int) -> None:
+        """Write a checkpoint; when the disk refuses, the older one stays and training goes on."""
+        state = self._state()
+        if self.accelerator.is_main_process:
+            try:
+                save_checkpoint(self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), state)
+            except OSError as error:
+                self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
+                          "one stays")
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self, signals: StopSignals) -> int:
+        """Keep what was learnt before it is evaluated, so that nothing is lost if that fails."""
+        self.evaluation_due = True
+        self._save(self.config.run.steps)
+        if self.accelerator.is_main_process:
+            for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
+                path = self.folder.path / "weights" / f"{which}.safetensors"
+                try:
+                    save_weights(path, detector, {**self.metadata, "which": which})
+                except OSError as error:
+                    raise UserError(f"{path}: not written ({error.strerror}) - make room, and --resume auto") from error
+        done = self._evaluate(self.config.run.steps, signals)
+        return 0 if done else 128 + signals.agreed
+
+    def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
+        """Write the last of too many steps that were not finite, for ``--replay``."""
+        step, folder = batches[0].step, self.folder.nonfinite
+        losses = {name: value for name, value in figures.items() if name.count("/") == 2}
+        told, state = describe(batches, losses, self.accelerator), self._state()
+        if self.accelerator.is_main_process:
+            try:
+                saved = save_checkpoint(folder, step, self.module, self.teacher, self._plain_optimizer(), state, keep=1)
+                (folder / "step.json").write_text(json.dumps({**told, "checkpoint": saved.name}, indent=1) + "\n")
+            except OSError as error:
+                self._say(f"warning: {folder}: not written ({error.strerror})")
+            odd = [name for name, value in told["losses"].items() if value in ("nan", "inf", "-inf")]
+            self._say(f"error: step {step}: loss or gradient not finite {self.config.run.max_skipped} times in a row "
+                      f"({', '.join(odd) or 'the losses are finite, the gradient is not'}) - lower optim.lr or set "
+                      f"optim.clip_norm; look closer with --replay {folder / 'step.json'}")
+        return GAVE_UP
+
+    # Small helpers ------------------------------------------------------------------------------------------------------
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
+    def _evaluated_step(self) -> int | None:
+        """The step of results.json."""
+        try:
+            return json.loads((self.folder.path / "results.json").read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _greatest(self, number: int) -> int:
+        """The greatest of the processes' numbers."""
+        mine = torch.tensor([number], device=self.accelerator.device)
+        return int(cast(Tensor, self.accelerator.gather(mine)).max())
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            self.folder.write(name, text)
+        except OSError as error:
+            self._say(f"warning: {self.folder.path / name}: not written ({error.strerror}) - training goes on")
+
     def _say(self, message: str) -> None:
-        if self.accelerator.is_main_process:
-            progress = getattr(self, "progress", None)
-            progress.say(message) if progress else self.accelerator.print(message)
+        if self.report is not None:
+            self.report.progress.say(message)
+        elif self.accelerator.is_main_process:
+            print(message, file=sys.stderr, flush=True)
+
+
+class Report:
+    """What the main process tells while training: metrics.jsonl, trackers and the terminal."""
+
+    def __init__(self, folder: Path, config: Config, start: int, evaluates_again: bool) -> None:
+        first = "teacher/AP"
+        self.metrics = MetricsWriter(folder / "metrics.jsonl", start, first if evaluates_again else None)
+        self.trackers = Trackers(config.run.trackers, folder, flatten(config))
+        self.progress = Progress(config.run.steps, start)
+
+    def line(self, done: int, values: Mapping[str, float], shown: Mapping[str, float]) -> None:
+        """Figures of training; ``shown`` go to the terminal."""
+        self.metrics.write(done, values)
+        self.trackers.write(done, values)
+        self.progress.report(shown)
+
+    def evaluation(self, done: int, results: Mapping[str, Any]) -> None:
+        whose = [name for name in ("teacher", "student") if name in results]
+        values = {f"{who}/{name}": results[who][name] for who in whose for name in SHOWN}
+        self.metrics.write(done, values)
+        self.trackers.write(done, {name: value for name, value in values.items() if value is not None})
+        for who in whose:
+            figures = "  ".join(f"{name} {_number(results[who][name])}" for name in SHOWN)
+            self.progress.say(f"step {done}  {who:7}  {figures}")
+
+    def close(self) -> None:
+        self.progress.close()
+        self.trackers.close()
+
+
+class Clock:
+    """Time of a step, and the part of it that was spent waiting for data, between log lines."""
+
+    def __init__(self, start: int) -> None:
+        self.done, self.since, self.data = start, time.perf_counter(), 0.0
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """``batches``, with the time that they take noted."""
+        iterator, nothing = iter(batches), object()
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, nothing)
+            self.data += time.perf_counter() - began
+            if batch is nothing:
+                return
+            yield cast(T, batch)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not time of a step."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def lap(self, done: int) -> tuple[int, dict[str, float]]:
+        """Steps since the last lap, and their mean times in seconds."""
+        now, steps = time.perf_counter(), done - self.done
+        times = {"step_seconds": (now - self.since) / max(steps, 1), "data_seconds": self.data / max(steps, 1)}
+        self.done, self.since, self.data = done, now, 0.0
+        return steps, times
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Let the main process act and give its result to all. When it fails with a UserError, the others end with status 2."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, error]
+    if accelerator.num_processes > 1:
+        failure = outcome[1]
+        outcome = broadcast_object_list([outcome[0], failure is not None])
+        if outcome[1]:
+            raise failure or SystemExit(2)
+    elif outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _until(batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
+    for batch in batches:
+        if stop():
+            return
+        yield batch
+
+
+def _objects(means: Mapping[str, float]) -> dict[str, float]:
+    """The guidance figures that are worth a place on the terminal: "head candidates"."""
+    kinds = ("candidates", "clusters", "pseudo_boxes")
+    names = [name for name in means if name.startswith("guidance/") and name.endswith(kinds)]
+    return {" ".join(name.split("/")[1:]): means[name] for name in names}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,7 +1,9 @@
 """Schedules: every one a pure function of the step, so that nothing of them has to be saved."""
 from __future__ import annotations
 
-from dtg_core.config import GuidanceConfig, OptimConfig
+from dataclasses import replace
+
+from dtg_core.config import Config, GuidanceConfig, OptimConfig
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -17,3 +19,15 @@ def unlabeled_weight(step: int, config: GuidanceConfig) -> float:
     if step < config.start_step:
         return 0.0
     return config.alpha * min(1.0, (step - config.start_step + 1) / max(config.ramp_steps, 1))
+
+
+def global_batch(config: Config, processes: int) -> tuple[int, int]:
+    """Labelled and unlabelled images of a step over all processes and micro-batches."""
+    parts = processes * config.optim.accumulate
+    return config.data.labeled_per_device * parts, config.data.unlabeled_per_device * parts
+
+
+def scale_lr(config: Config, processes: int) -> OptimConfig:
+    """``optim`` with lr scaled linearly from the reference batch to this run's, the same in every paradigm."""
+    optim = config.optim
+    return replace(optim, lr=optim.lr * sum(global_batch(config, processes)) / optim.reference_batch)

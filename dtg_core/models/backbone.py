@@ -11,7 +11,6 @@ from typing import Literal
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
@@ -110,9 +109,12 @@ def build_pyramid(
         )
     # Of several maps with one stride the last is the deepest.
     picked = tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
-    if config.batch_norm == "frozen":
-        body = freeze_batch_norm_2d(body)
     _freeze(body, config.freeze_to_stride)
+    if config.batch_norm == "frozen":
+        # In evaluation mode (see ``Pyramid.train``) these are one kernel each, faster than timm's frozen modules.
+        for module in body.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
     above = len(strides) - len(wanted)
     top: ExtraFPNBlock | None = None
     if above and extra == "pool":
@@ -229,7 +231,7 @@ def _freeze(body: nn.Module, stride: int) -> None:
         raise UserError(f"backbone.freeze_to_stride: no feature map of stride {stride} - choose 0 or one of {strides}")
     parameters = list(body.parameters())
     side = body.pretrained_cfg["input_size"][-1]
-    maps = body(torch.zeros(2, 3, side, side))  # two images, for batch norms that are not frozen
+    maps = body.eval()(torch.zeros(1, 3, side, side))  # statistics must not move
     last = len(strides) - 1 - strides[::-1].index(stride)
     for parameter, gradient in zip(parameters, torch.autograd.grad(maps[last].sum(), parameters, allow_unused=True)):
         parameter.requires_grad_(gradient is None)

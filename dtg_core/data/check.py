@@ -1,0 +1,123 @@
+"""The checks that take too long for every start: each image is decoded, and sets are compared by what their files hold."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dtg_core.data.coco import CocoIndex
+from dtg_core.data.report import Report
+from dtg_core.errors import UserError
+
+SMALL = 32  # px; sides below are unusual
+NEAR = 3  # bits in which the signatures of near copies may differ
+PLAIN_BITS = 8  # a signature with fewer bits set, or fewer not set, is that of a plain surface
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found in one image file."""
+
+    problem: str | None  # why it cannot be used
+    odd: tuple[str, ...]
+    digest: bytes  # SHA-256 of the file
+    signature: int  # 64 bits of brightness differences (dHash); near copies have nearly the same
+
+
+def check_images(index: CocoIndex, name: Path, report: Report, workers: int = 0) -> list[Look]:
+    """Decode every image.
+
+    Args:
+        index: the images. name: of the data set, in the report.
+        report: takes what is odd, and each image that cannot be used.
+        workers: processes; 0: this one.
+
+    Returns:
+        One Look for each image.
+    """
+    if workers:
+        with ProcessPoolExecutor(workers) as pool:
+            looks = list(pool.map(partial(_look, index), range(len(index)), chunksize=16))
+    else:
+        looks = [_look(index, row) for row in range(len(index))]
+    for file, look in zip(index.file_names, looks):
+        if look.problem:
+            report.add(name, "images cannot be used", [f"{file}: {look.problem}"])
+        for kind in look.odd:
+            report.add(name, kind, [file])
+    return looks
+
+
+def require_images(index: CocoIndex, looks: list[Look], name: Path) -> None:
+    """UserError if more images cannot be used than the rules of ``index`` allow."""
+    bad = [f"{file}: {look.problem}" for file, look in zip(index.file_names, looks) if look.problem]
+    if len(bad) > index.rules.max_bad_images * len(index):
+        raise UserError(f"{name}: {len(bad)} of {len(index)} images cannot be used (first {bad[0]}) - mend them, take them out, or "
+                        "raise data.rules.max_bad_images")
+
+
+def check_shared(
+    one: CocoIndex, ones: list[Look], other: CocoIndex, others: list[Look], name: Path, other_name: Path, report: Report
+) -> None:
+    """Report images of ``one`` whose file, or nearly the same picture, is also in ``other``, with the looks at both."""
+    file_of = {look.digest: file for file, look in zip(other.file_names, others)}
+    same = [file_of.get(look.digest) for look in ones]
+    report.add(name, f"IMAGES ARE ALSO IN {other_name}, BYTE FOR BYTE",
+               (f"{file} = {copy}" for file, copy in zip(one.file_names, same) if copy))  # fmt: skip
+    theirs = np.array([look.signature for look in others], np.uint64)
+    near = []
+    for file, look, copy in zip(one.file_names, ones, same):
+        if copy is None and PLAIN_BITS <= look.signature.bit_count() <= 64 - PLAIN_BITS:
+            distance = np.bitwise_count(theirs ^ np.uint64(look.signature))
+            if distance.min() <= NEAR:
+                near.append(f"{file} ~ {other.file_names[int(distance.argmin())]}")
+    report.add(name, f"IMAGES LOOK LIKE ONES OF {other_name}", near)
+
+
+def _look(index: CocoIndex, row: int) -> Look:
+    path, odd = index.path(row), set[str]()
+    try:
+        with _stderr_of_decoders() as noise:
+            image = index.image(row, odd)
+        if noise:
+            odd.add("images make the decoder complain")
+        if min(image.size) < SMALL:
+            odd.add(f"images have a side under {SMALL} px")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+    except (UserError, OSError) as error:
+        reason = str(error).removeprefix(f"{path}: ").partition(" - ")[0]
+        return Look(reason, tuple(sorted(odd)), b"", 0)
+    return Look(None, tuple(sorted(odd)), digest, _signature(image))
+
+
+def _signature(image: Image.Image) -> int:
+    gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return int.from_bytes(np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes(), "big")
+
+
+@contextlib.contextmanager
+def _stderr_of_decoders() -> Iterator[list[bytes]]:
+    """Collects what C libraries print to stderr meanwhile."""
+    noise: list[bytes] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield noise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            noise.extend(file.readlines())

@@ -1,0 +1,128 @@
+"""Any image file as upright 8-bit RGB, or a UserError that says why not.
+
+EXIF orientation is applied, 16 bits are divided by 257, transparency is laid over white, of several frames the first is taken.
+"""
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from dtg_core.config import DataRules
+from dtg_core.errors import UserError
+
+EXIF_ORIENTATION = 0x0112
+RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
+NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, ArithmeticError, AttributeError,
+            MemoryError, RuntimeError, Image.DecompressionBombError)  # what Pillow raises for damaged files  # fmt: skip
+
+# What can be odd about an image that is used all the same.
+ALPHA = "images with transparency are laid over white"
+DEEP = "images of more than 8 bits are scaled to 8"
+FRAMES = "images of several frames are used by their first"
+BAD_EXIF = "images have EXIF data that cannot be read, which is ignored"
+UNTURNED = "images are not turned by their EXIF orientation, because their size in the JSON is the stored one"
+
+
+def read_image(
+    path: Path, size: tuple[int, int] | None = None, rules: DataRules | None = None, odd: set[str] | None = None
+) -> Image.Image:
+    """Decode an image.
+
+    Args:
+        path: the file.
+        size: (height, width) that annotations were made for, 0 where unknown. Where the file has that size only without its
+            EXIF orientation, it is not turned, because then the boxes were drawn on the stored pixels.
+        rules: how truncated, float and huge files are taken; None: the defaults.
+        odd: collects what is odd about the image.
+
+    Raises:
+        UserError: the file is missing or no readable image.
+    """
+    rules, odd = rules or DataRules(), set() if odd is None else odd
+    with _opened(path, rules) as image:
+        if rules.truncated == "use":
+            ImageFile.LOAD_TRUNCATED_IMAGES = True  # Pillow has no other way; it holds for the whole process
+        image.load()
+        if getattr(image, "n_frames", 1) > 1:
+            odd.add(FRAMES)
+        orientation = _orientation(image, odd)
+        stored = image.height, image.width
+        if orientation >= 5 and size == stored and size != stored[::-1]:
+            odd.add(UNTURNED)
+        elif orientation > 1:
+            image = ImageOps.exif_transpose(image)
+        return _to_rgb(image, path, rules, odd)
+
+
+def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) as stored and as turned upright, from the head of the file. Raises UserError as ``read_image`` does."""
+    with _opened(path, rules or DataRules()) as image:
+        stored = image.height, image.width
+        return stored, stored[::-1] if _orientation(image, set()) >= 5 else stored
+
+
+@contextlib.contextmanager
+def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
+    """The image with nothing decoded yet. All that Pillow raises for it, here or in the caller's block, becomes a UserError."""
+    try:
+        if path.exists() and not path.is_file():  # a FIFO or a device would never end
+            raise UserError(f"{path}: it is not a regular file - take it out of the data set")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are checked here, and of metadata
+            with _retried(path) as image:
+                if image.width * image.height > rules.max_pixels:
+                    found = f"{image.width} x {image.height} px"
+                    raise UserError(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
+                yield image
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such image - restore it, or take it out of the data set") from None
+    except NO_IMAGE as error:
+        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or "damaged"
+        raise UserError(f"{path}: it cannot be read as an image ({reason}) - replace it, or take it out") from error
+
+
+def _retried(path: Path) -> Image.Image:
+    """Open, again after errors that a disk or a network may get over."""
+    for wait in RETRIES:
+        try:
+            return Image.open(path)
+        except OSError as error:  # a decoder's own errors carry no number
+            if error.errno is None or isinstance(error, (FileNotFoundError, PermissionError)):
+                raise
+            time.sleep(wait)
+    return Image.open(path)
+
+
+def _orientation(image: Image.Image, odd: set[str]) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except NO_IMAGE:
+        odd.add(BAD_EXIF)
+        return 1
+
+
+def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
+    if image.mode == "F":
+        if rules.float_range is None:
+            raise UserError(f"{path}: its pixels are floats, whose range it does not say - set data.rules.float_range=[LOW, HIGH]")
+        odd.add(DEEP)
+        low, high = rules.float_range
+        unit = np.nan_to_num((np.asarray(image, np.float64) - low) / (high - low)).clip(0, 1)
+        return Image.fromarray((unit * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):
+        odd.add(DEEP)
+        wide = np.asarray(image).astype(np.int64)
+        step = 257 if not wide.size or wide.max() < 2**16 else (2**32 - 1) // 255  # 16 bits also come in 32-bit modes
+        return Image.fromarray(((wide + step // 2) // step).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        odd.add(ALPHA)
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")  # a copy if it is RGB already, free of the file

@@ -1,0 +1,192 @@
+"""YOLO text files and Pascal VOC XML files as records of a COCO JSON.
+
+Lines and objects that cannot be read are counted; what leaves the meaning of a whole file in doubt is a UserError with its line.
+"""
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import yaml
+
+from dtg_core.data.files import list_images
+from dtg_core.data.images import image_size
+from dtg_core.data.report import Report
+from dtg_core.errors import UserError
+
+Record = dict[str, Any]
+SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
+NO_FILE = "images have no annotation file and count as images without objects"
+
+
+def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Record:
+    """COCO records of YOLO labels.
+
+    Args:
+        images: folder. labels: folder with a ``.txt`` for each image, at the same place and with the same stem; each line is
+            "class x y width height" (the box's center and sides as shares of the image) or "class x y x y x y ..." (a polygon).
+        names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``.
+        report: takes what was left out.
+    """
+    class_names = _yolo_names(names)
+    records, annotations = [], []
+    for name, (height, width) in _sized(images, report):
+        records.append({"id": len(records) + 1, "file_name": name, "width": width, "height": height})
+        path = labels / f"{os.path.splitext(name)[0]}.txt"
+        if not path.is_file():
+            report.add(labels, NO_FILE, [name])
+            continue
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            found = _yolo_line(line.split(), f"{path}:{number}", len(class_names)) if line.strip() else None
+            if found is None:
+                report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [f"{path}:{number}"] if line.strip() else [])
+                continue
+            label, (x1, y1, x2, y2) = found
+            box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
+            annotations.append(_annotation(len(annotations), len(records), label + 1, box))
+    return _coco(records, annotations, class_names, labels)
+
+
+def import_voc(images: Path, annotations: Path, report: Report, zero_based: bool = False) -> Record:
+    """COCO records of Pascal VOC's XML files.
+
+    Args:
+        images: folder. annotations: folder with an ``.xml`` for each image, at the same place and with the same stem.
+        report: takes what was left out.
+        zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
+    """
+    records, objects = [], []
+    class_names: list[str] = []
+    first = 0 if zero_based else 1
+    for name, (height, width) in _sized(images, report):
+        records.append({"id": len(records) + 1, "file_name": name, "width": width, "height": height})
+        path = annotations / f"{os.path.splitext(name)[0]}.xml"
+        if not path.is_file():
+            report.add(annotations, NO_FILE, [name])
+            continue
+        for number, (label, corners, difficult) in enumerate(_voc_objects(path)):
+            if label is None or corners is None:
+                report.add(annotations, "objects have no name or no box and are left out", [f"{path} object {number + 1}"])
+                continue
+            if label not in class_names:
+                class_names.append(label)
+            x1, y1, x2, y2 = corners
+            box = [x1 - first, y1 - first, x2 - x1 + first, y2 - y1 + first]
+            objects.append(_annotation(len(objects), len(records), class_names.index(label) + 1, box) | {"ignore": int(difficult)})
+    order = sorted(class_names)
+    for entry in objects:
+        entry["category_id"] = order.index(class_names[entry["category_id"] - 1]) + 1
+    return _coco(records, objects, order, annotations)
+
+
+def _sized(folder: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and (height, width) of each readable image."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder - give the folder of the images")
+    for name in list_images(folder, report):
+        try:
+            yield name, image_size(folder / name)[1]
+        except UserError as error:
+            reason = str(error).removeprefix(f"{folder / name}: ").partition(" - ")[0]
+            report.add(folder, "images cannot be used and are left out", [f"{name}: {reason}"])
+
+
+def _annotation(number: int, image: int, category: int, box: list[float]) -> Record:
+    box = [round(value, 4) for value in box]
+    return {"id": number + 1, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+
+
+def _coco(records: list[Record], annotations: list[Record], class_names: list[str], source: Path) -> Record:
+    if not annotations:
+        raise UserError(f"{source}: no object found for {len(records)} images - check that both folders have the same names")
+    categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
+    return {"images": records, "annotations": annotations, "categories": categories}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: it cannot be read ({error.strerror}) - check the path") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x}) - save it as UTF-8") from error
+
+
+# YOLO ------------------------------------------------------------------------------------------------------------------
+
+
+def _yolo_names(path: Path) -> list[str]:
+    text = _text(path)
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise UserError(f"{path}: it is not YAML ({str(error).splitlines()[0]}) - mend it, or give a .txt of names") from error
+        found = content.get("names") if isinstance(content, dict) else None
+        if isinstance(found, dict) and sorted(found, key=str) == sorted(range(len(found)), key=str):
+            found = [found[number] for number in range(len(found))]
+        names = [str(name) for name in found] if isinstance(found, list) else []
+    if not names:
+        raise UserError(f"{path}: no class names found - list them under 'names', or one a line in a .txt")
+    return names
+
+
+def _yolo_line(words: list[str], place: str, classes: int) -> tuple[int, tuple[float, float, float, float]] | None:
+    """Label and corners as shares of the image; None for a line that is left out."""
+    if any("," in word for word in words):
+        raise UserError(f"{place}: it has commas - separate the numbers by spaces")
+    if len(words) == 6:
+        raise UserError(f"{place}: it has 6 columns, as detections with a score - give labels, with 5")
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        return None
+    if len(values) < 5 or not all(map(math.isfinite, values)) or not values[0].is_integer():
+        return None
+    label, numbers = int(values[0]), values[1:]
+    if not 0 <= label < classes:
+        raise UserError(f"{place}: the class {label} is not among the {classes} names, which count from 0 - add its name")
+    if not all(-SLACK <= value <= 1 + SLACK for value in numbers):
+        return None
+    if len(numbers) == 4:
+        x, y, width, height = numbers
+        return label, (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    if len(numbers) % 2:
+        return None
+    xs, ys = numbers[::2], numbers[1::2]
+    return label, (min(xs), min(ys), max(xs), max(ys))
+
+
+# Pascal VOC ------------------------------------------------------------------------------------------------------------
+
+
+def _voc_objects(path: Path) -> Iterator[tuple[str | None, tuple[float, ...] | None, bool]]:
+    """Name, corners and difficulty of each object. Files that define entities are refused, because these may grow without end."""
+    text = _text(path)
+    for word in ("<!DOCTYPE", "<!ENTITY"):
+        if word in text:
+            line = text[: text.index(word)].count("\n") + 1
+            raise UserError(f"{path}:{line}: it has {word[2:]}, which annotations do not need - remove it")
+    try:
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        line, column = getattr(error, "position", (1, 0))
+        raise UserError(f"{path}:{line}:{column + 1}: it is not XML ({error}) - export it again") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: it is not an annotation (nested too deeply) - export it again") from error
+    for entry in root.iter("object"):
+        box = entry.find("bndbox")
+        try:
+            corners = tuple(float(box.findtext(key) or "") for key in ("xmin", "ymin", "xmax", "ymax")) if box is not None else None
+        except ValueError:
+            corners = None
+        if corners is not None and not all(map(math.isfinite, corners)):
+            corners = None
+        yield (entry.findtext("name") or "").strip() or None, corners, (entry.findtext("difficult") or "").strip() == "1"

@@ -1,0 +1,71 @@
+"""A run's folder.
+
+    config.yaml             every setting
+    metrics.jsonl           one object a line: losses and figures of the guidance, means since the line before
+    results.json            teacher's and student's COCO figures at the last evaluation
+    weights/*.safetensors   teacher and student, self-contained
+    checkpoints/            where ``--resume`` continues
+    nonfinite/              the step at which a run gave up, for ``--replay``
+"""
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from dtg_core.errors import UserError
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run, locked against a second process that would write into it."""
+
+    path: Path
+    lock: IO[str] | None = field(default=None, repr=False)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.path / "nonfinite"
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Make or re-open the folder. Raises UserError when it holds something and neither flag is given, or is in use."""
+        if self.path.is_file():
+            raise UserError(f"{self.path}: is a file - give a folder with --output")
+        used = self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
+        if used and not (resume or overwrite):
+            raise UserError(f"{self.path}: holds something already - use --resume auto, --overwrite or another --output")
+        if used and overwrite and not (self.path / "config.yaml").is_file():
+            raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so --overwrite will not empty it - "
+                            "empty it by hand")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}) - give another --output") from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.seek(0)
+            owner = self.lock.read().strip() or "unknown"
+            raise UserError(f"{self.path}: another run is using it (process {owner}) - wait for it, or give another "
+                            "--output") from error
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
+        self.lock.flush()
+        if overwrite:
+            for entry in self.path.iterdir():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file at once, never half of it. Raises OSError."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)

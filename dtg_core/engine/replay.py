@@ -1,0 +1,82 @@
+"""The step at which a run gave up, written so that it can be run again: weights, seeds, image ids and losses."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from dtg_core.config import Config
+from dtg_core.data.plan import StepData
+from dtg_core.data.sources import Sources
+from dtg_core.engine.checkpoint import load_checkpoint
+from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.errors import UserError
+from dtg_core.guidance.paradigms import Figures
+from dtg_core.models.student import StudentModule
+from dtg_core.models.teacher import make_teacher
+from dtg_core.structures import StepBatch, ViewBatch
+
+
+def describe(batches: Sequence[StepBatch], losses: Figures, accelerator: Accelerator) -> dict[str, Any]:
+    """JSON values that tell a step: seeds and image ids of every micro-batch of every process, and the losses."""
+    parts = [
+        {"labeled": _images(batch.labeled), "unlabeled": _images(batch.unlabeled.teacher) if batch.unlabeled else []}
+        for batch in batches
+    ]
+    if accelerator.num_processes > 1:
+        parts = gather_object(parts)
+    return {"step": batches[0].step, "parts": parts, "losses": {name: str(float(value)) for name, value in losses.items()}}
+
+
+def _images(views: ViewBatch) -> list[dict[str, Any]]:
+    return [{"image_id": image, "seed": seed} for image, seed in zip(views.image_ids, views.seeds.tolist())]
+
+
+def replay(
+    file: Path, config: Config, detector: nn.Module, sources: Sources, accelerator: Accelerator
+) -> tuple[bool, list[str]]:
+    """Run a captured step again, in one process with the parts of all of them as micro-batches.
+
+    Returns:
+        (whether it was not finite again, lines to show).
+
+    Raises:
+        UserError: the file or its checkpoint is damaged, or the data differs from what was captured.
+    """
+    told = _read(file)
+    step, parts = told["step"], told["parts"]
+    module = StudentModule(detector, config.guidance.stages)
+    teacher = make_teacher(detector).to(accelerator.device)
+    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
+    load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
+
+    batches = [
+        StepData(
+            sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
+            config.data.unlabeled_per_device, part, len(parts), config.guidance.start_step,
+        )[step]
+        for part in range(len(parts))
+    ]
+    again = describe(batches, {}, accelerator)["parts"]
+    if json.loads(json.dumps(again)) != parts:
+        raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
+    student.train()
+    moved = [batch.to(accelerator.device) for batch in batches]
+    figures = train_step(student, teacher, optimizer, moved, config, accelerator)
+    shown = [f"{name} {float(value):.6g}" for name, value in figures.items() if name.count("/") == 2]
+    return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if {"step", "parts", "checkpoint", "losses"} <= told.keys():
+            return told
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read as a captured step ({error}) - give nonfinite/step.json of a run") from error
+    raise UserError(f"{file}: not a captured step - give nonfinite/step.json of a run folder")

@@ -1,0 +1,83 @@
+"""Whether a checkpoint may be continued: its stamp tells the settings, the data and the number of processes it was made with."""
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dtg_core.config import Config
+from dtg_core.data.coco import CocoIndex
+from dtg_core.data.sources import Sources
+from dtg_core.engine.schedules import global_batch
+from dtg_core.errors import UserError
+from dtg_core.settings import flatten
+
+#: Settings that may change: they do not touch the course of the training, or the stamp judges them by their effect.
+FREE = (
+    "run.steps", "run.output", "run.log_every", "run.evaluate_every", "run.checkpoint_every", "run.evaluate_batch",
+    "run.score_threshold", "run.max_skipped", "run.trackers", "data.labeled", "data.unlabeled", "data.val", "data.images",
+    "data.unlisted", "data.workers", "data.*_per_device", "data.shapes_*", "optim.accumulate", "optim.reference_batch",
+    "backbone.pretrained", "backbone.weights",
+)  # fmt: skip
+
+
+def stamp(config: Config, sources: Sources, processes: int) -> dict[str, Any]:
+    """JSON values that say what a checkpoint was made with."""
+    labeled, unlabeled = global_batch(config, processes)
+    made = {
+        "torch": torch.__version__,
+        "processes": processes,
+        "global_batch": {"labeled": labeled, "unlabeled": unlabeled},
+        "data": {"labeled": _digest(sources.labeled), "unlabeled": _digest(sources.unlabeled)},
+        "config": flatten(config),
+    }
+    return json.loads(json.dumps(made))
+
+
+def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) -> list[str]:
+    """Notes to show when a checkpoint with the stamp ``old`` is continued by a run with the stamp ``new``.
+
+    Raises:
+        UserError: settings or data differ, unless ``insist``.
+    """
+    changes = [f"{key}: {_short(old['config'].get(key))} -> {_short(new['config'].get(key))}"
+               for key in sorted(old["config"].keys() | new["config"].keys())
+               if old["config"].get(key) != new["config"].get(key)
+               and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)]  # fmt: skip
+    changes += [f"{stream} images of a step: {old['global_batch'][stream]} -> {new['global_batch'][stream]}"
+                for stream in ("labeled", "unlabeled") if old["global_batch"][stream] != new["global_batch"][stream]]
+    changes += [f"{stream} data: {_counts(old['data'][stream])} -> {_counts(new['data'][stream])}, or other files or boxes"
+                for stream in ("labeled", "unlabeled") if old["data"][stream] != new["data"][stream]]  # fmt: skip
+    if changes and not insist:
+        raise UserError(f"--resume: the checkpoint was made with other settings ({'; '.join(changes)}) - undo them, "
+                        "or insist with --resume-with-changes")
+    notes = [f"resuming with changes: {change}" for change in changes]
+    if old["processes"] != new["processes"]:
+        notes.append(f"resuming with {new['processes']} processes instead of {old['processes']}: the same batches, but sums "
+                     "in another order, so weights agree closely and not to the bit")
+    if old["torch"] != new["torch"]:
+        notes.append(f"warning: the checkpoint was made by torch {old['torch']}, this is {new['torch']} - results may differ")
+    return notes
+
+
+def _digest(index: CocoIndex | None) -> dict[str, Any] | None:
+    """Number of images and boxes, and a hash of file names, boxes and classes; the images themselves are not read."""
+    if index is None:
+        return None
+    digest = hashlib.sha256(json.dumps([list(index.file_names), list(index.class_names)]).encode())
+    for array in (index.boxes, index.labels, index.box_start, index.crowd):
+        digest.update(array.tobytes())
+    return {"images": len(index), "boxes": len(index.boxes), "sha256": digest.hexdigest()}
+
+
+def _counts(digest: Mapping[str, Any] | None) -> str:
+    return "none" if digest is None else f"{digest['images']} images with {digest['boxes']} boxes"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

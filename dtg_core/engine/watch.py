@@ -1,0 +1,95 @@
+"""Warnings about a training that goes wrong without an error: each is given once, with a remedy.
+
+They read the numbers of the log lines, so that watching costs the device nothing.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dtg_core.config import GuidanceConfig
+
+PATIENCE = 200  # steps without a candidate or pseudo box before that is told
+FEW, MANY = 0.02, 30.0  # objects of the teacher for each labelled one, outside of which it has collapsed
+MINOR, MAJOR = 1e-3, 20.0  # weighted unlabelled loss for each unit of labelled loss
+FALL = 0.8  # share of the supervised phase's AP that the teacher should keep
+
+
+class Watch:
+    """Looks at log lines and evaluations.
+
+    Args:
+        guidance: of the run. objects: labelled boxes of an image, on average.
+        histogram: text about the teacher's scores on recent images; asked for when it never finds anything.
+    """
+
+    def __init__(self, guidance: GuidanceConfig, objects: float, histogram: Callable[[str], str]) -> None:
+        self.guidance, self.objects, self.histogram = guidance, objects, histogram
+        self.told: list[str] = []  # kinds of warnings given
+        self.quiet_since: dict[str, int] = {}  # last step at which a stage's teacher had found something
+        self.supervised_ap: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        return {"told": self.told, "quiet_since": self.quiet_since, "supervised_ap": self.supervised_ap}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.told, self.quiet_since = list(state["told"]), dict(state["quiet_since"])
+        self.supervised_ap = state["supervised_ap"]
+
+    def line(self, done: int, lines: int, means: Mapping[str, float]) -> list[str]:
+        """Warnings after ``done`` steps, whose last ``lines`` gave these means."""
+        warnings = []
+        for name, value in means.items():
+            branch, _, rest = name.partition("/")
+            stage, _, kind = rest.partition("/")
+            if branch != "guidance":
+                continue
+            if kind in ("candidates", "pseudo_boxes"):
+                warnings += self._nothing_found(stage, kind, value, done, lines)
+            if kind in ("clusters", "pseudo_boxes") and value > 0:
+                warnings += self._collapse(stage, value)
+        ratio = means.get("loss_ratio", 0.0) * means.get("unlabeled_weight", 0.0)
+        if ratio > MAJOR:
+            warnings += self._once("major", f"the unlabelled losses are {ratio:.3g} times the labelled ones and decide the "
+                                            "training - lower guidance.alpha")
+        elif 0 < ratio < MINOR and not self.quiet_since:
+            warnings += self._once("minor", f"the unlabelled losses are {ratio:.3g} times the labelled ones and hardly count - "
+                                            "raise guidance.alpha")
+        return warnings
+
+    def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
+        """Warnings after an evaluation."""
+        if done <= self.guidance.start_step:
+            self.supervised_ap = teacher_ap
+        elif teacher_ap is not None and self.supervised_ap is not None and teacher_ap < FALL * self.supervised_ap:
+            return self._once("fall", f"the teacher's AP has fallen to {teacher_ap:.1f} from {self.supervised_ap:.1f} before it "
+                                      "guided - lower guidance.alpha or optim.lr, or raise tau or pseudo_score")
+        return []
+
+    def _nothing_found(self, stage: str, kind: str, found: float, done: int, lines: int) -> list[str]:
+        if found > 0:
+            self.quiet_since.pop(stage, None)
+            return []
+        since = self.quiet_since.setdefault(stage, done - lines)
+        if done - since < PATIENCE or f"nothing/{stage}" in self.told:
+            return []
+        key = "tau" if kind == "candidates" else "pseudo_score"
+        threshold = getattr(self.guidance.stages[stage], key)
+        return self._once(
+            f"nothing/{stage}", f"the teacher's {stage} has found nothing over guidance.stages.{stage}.{key}={threshold} for "
+            f"{done - since} steps ({self.histogram(stage)}) - lower it, or start the guidance later (guidance.start_step)")
+
+    def _collapse(self, stage: str, found: float) -> list[str]:
+        if FEW * self.objects <= found <= MANY * max(self.objects, 1):
+            return []
+        way = "raise" if found > self.objects else "lower"
+        return self._once(
+            f"collapse/{stage}", f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image where labelled ones have "
+            f"{self.objects:.3g} - {way} its tau or pseudo_score, or lower guidance.alpha")
+
+    def _once(self, kind: str, text: str) -> list[str]:
+        if kind in self.told:
+            return []
+        self.told.append(kind)
+        return [f"warning: {text}"]

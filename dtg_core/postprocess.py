@@ -1,0 +1,34 @@
+"""The last step of every detector: decode, clip, NMS and the limit per image, for a whole batch at once."""
+from __future__ import annotations
+
+from torch import Tensor
+
+from dtg_core.boxes import clip, grouped_nms, rank_in_group
+from dtg_core.protocol import Stage
+from dtg_core.structures import Detections, Predictions, Samples
+
+
+def final_boxes(
+    stage: Stage, samples: Samples, predictions: Predictions, rows: tuple[Tensor, Tensor, Tensor], scores: Tensor, sizes: Tensor,
+    nms_iou: float, limit: int,
+) -> Detections:
+    """NMS over scored predictions.
+
+    Args:
+        stage, samples, predictions: of the batch.
+        rows: image, sample and label [M] int64 of the predictions to consider. scores: [M] theirs.
+        sizes: [N, 2] (height, width) of the views, to which boxes are clipped.
+        nms_iou: IoU over which a box is suppressed by a better one of its image and group.
+        limit: most boxes of an image.
+
+    Returns:
+        Detections in the views' pixels, image by image, best score first.
+    """
+    image, sample, label = rows
+    boxes = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
+    groups = image * stage.num_groups(samples) + stage.groups(samples, sample, label)
+    keep = grouped_nms(boxes, scores, groups, nms_iou)
+    keep = keep[image[keep].argsort(stable=True)]
+    within = rank_in_group(image[keep], len(sizes)) < limit
+    keep = keep[within.nonzero().squeeze(1)]  # sync: the number of boxes within the limit
+    return Detections(boxes[keep], scores[keep], label[keep], image[keep])

@@ -1,0 +1,100 @@
+"""Check a data set before an evening is spent on it. Nothing is written but what ``--output`` names.
+
+    python scripts/check_data.py --annotations JSON [--images DIR] [--val JSON] [--unlabeled DIR|JSON] [--output check.json]
+
+Reads the annotations as training does, decodes every image, and compares the sets. Oddities are counted, with the first three
+items; ``--output`` takes all of them. Exit status 0: usable, 2: not.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import Parser, main_guard
+
+from dtg_core.config import Config
+from dtg_core.errors import UserError, printable
+from dtg_core.settings import load_config
+
+if TYPE_CHECKING:
+    from dtg_core.config import DataConfig
+    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.report import Report
+
+
+def parser() -> Parser:
+    result = Parser("Check images and annotations.")
+    add = result.add_argument
+    add("--annotations", required=True, metavar="JSON", help="labelled images, COCO format")
+    add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to")
+    add("--val", metavar="JSON", help="validation set, checked and compared with the labelled one")
+    add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked too")
+    add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
+    add("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
+    add("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    from dtg_core.data.report import Report
+
+    arguments = parser().parse(argv)
+    config, _ = load_config(Config, None, arguments.set)
+    data = replace(config.data, labeled=arguments.annotations, images=arguments.images, val=arguments.val,
+                   unlabeled=arguments.unlabeled)  # fmt: skip
+    report = Report()
+    problem = None
+    try:
+        for line in _check(data, max(arguments.workers, 0), report):
+            print(line)
+    except UserError as error:
+        problem = error
+    for line in report.lines():
+        print(f"warning: {line}")
+    if arguments.output:
+        found = {"usable": problem is None, "error": str(problem) if problem else None, "findings": report.as_json()}
+        try:
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+    if problem:
+        raise problem
+    print(f"usable, with {len(report.findings)} kinds of warnings" if report.findings else "usable, nothing found")
+    return 0
+
+
+def _check(data: DataConfig, workers: int, report: Report) -> list[str]:
+    """Run all checks; gives the lines that describe the sets."""
+    from dtg_core.data.check import check_images, check_shared, require_images
+    from dtg_core.data.sources import open_sources
+
+    sources = open_sources(data, supervised=data.unlabeled is None, report=report)
+    sets: list[tuple[CocoIndex | None, str | None]] = [
+        (sources.labeled, data.labeled), (sources.val, data.val), (sources.unlabeled, data.unlabeled)
+    ]  # fmt: skip
+    named = [(index, Path(name)) for index, name in sets if index is not None and name is not None]
+    looks = [check_images(index, name, report, workers) for index, name in named]
+    if sources.val is not None:
+        (_, labeled_name), (_, val_name), *_ = named
+        check_shared(sources.val, looks[1], sources.labeled, looks[0], val_name, labeled_name, report)
+    for (index, name), seen in zip(named, looks):
+        require_images(index, seen, name)
+    return [_summary(index, name) for index, name in named]
+
+
+def _summary(index: CocoIndex, name: Path) -> str:
+    import numpy as np
+
+    line = f"{name}: {len(index)} images"
+    if index.class_names:
+        counts = np.bincount(index.labels[~index.crowd], minlength=len(index.class_names)).tolist()
+        shown = ", ".join(f"{class_name} {count}" for class_name, count in list(zip(index.class_names, counts))[:20])
+        line += f", {sum(counts)} objects and {int(index.crowd.sum())} crowds of {len(counts)} classes: {shown}"
+    return printable(line)
+
+
+if __name__ == "__main__":
+    main_guard(main)

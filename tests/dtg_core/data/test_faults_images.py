@@ -1,0 +1,277 @@
+"""Faults 33 to 48 of a user's image files and folders."""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
+from dtg_core.data import images as images_module  # noqa: E402
+from dtg_core.data.check import check_images, require_images  # noqa: E402
+from dtg_core.data.coco import list_folder, load_coco  # noqa: E402
+from dtg_core.data.images import read_image  # noqa: E402
+from dtg_core.data.plan import StepData  # noqa: E402
+from dtg_core.data.report import Report  # noqa: E402
+from dtg_core.data.sources import open_sources  # noqa: E402
+from dtg_core.data.views import strong_view, weak_view  # noqa: E402
+from dtg_core.errors import UserError, printable  # noqa: E402
+
+VIEWS = ViewsConfig(short_edge=(32, 48), long_edge=64, test_short_edge=32)
+
+
+def noise(height: int = 40, width: int = 60) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def find(folder: Path, **rules: Any) -> tuple[Report, list[str | None]]:
+    """Check all images of a folder."""
+    report = Report()
+    index = list_folder(folder, DataRules(**rules), report)
+    return report, [look.problem for look in check_images(index, folder, report)]
+
+
+def counts(report: Report) -> dict[str, int]:
+    return {finding.kind: finding.count for finding in report.findings.values()}
+
+
+def png_head(width: int, height: int) -> bytes:
+    """A PNG that says its size and has no pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR" + head, b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+
+
+def test_fault_34_files_that_are_no_images(tmp_path: Path) -> None:
+    noise().save(tmp_path / "whole.png")
+    noise().save(tmp_path / "wrong_suffix.jpg", format="PNG")  # read by what it holds
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "page.jpeg").write_text("<!DOCTYPE html><html>404</html>")
+    report, problems = find(tmp_path)
+    assert counts(report) == {"images cannot be used": 3}
+    assert problems.count(None) == 2
+    with pytest.raises(UserError, match="3 of 5 images cannot be used"):
+        index = list_folder(tmp_path)
+        require_images(index, check_images(index, tmp_path, report), tmp_path)
+
+
+def test_fault_35_truncated_files(tmp_path: Path) -> None:
+    for suffix in ("jpg", "png"):
+        noise().save(tmp_path / f"whole.{suffix}")
+        raw = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"half.{suffix}").write_bytes(raw[: len(raw) // 2])
+    raw = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "no_end.jpg").write_bytes(raw[:-2])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    report, _ = find(tmp_path)
+    assert counts(report) == {"images cannot be used": 3}
+    try:
+        report, _ = find(tmp_path, truncated="use")
+        assert not counts(report)
+    finally:
+        images_module.ImageFile.LOAD_TRUNCATED_IMAGES = False
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_fault_36_noise_of_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    noise().save(tmp_path / "a.png")
+    decode = images_module._to_rgb
+
+    def loud(*arguments: Any) -> Image.Image:
+        os.write(2, b"Premature end of JPEG file\n")
+        return decode(*arguments)
+
+    monkeypatch.setattr(images_module, "_to_rgb", loud)
+    report, _ = find(tmp_path)
+    assert counts(report) == {"images make the decoder complain": 1}
+    assert capfd.readouterr().err == ""
+
+
+def test_fault_37_deep_images(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "deep.png"))[..., 0], np.arange(256).reshape(16, 16))
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="float_range"):
+        read_image(tmp_path / "float.tif")
+    found = np.asarray(read_image(tmp_path / "float.tif", rules=DataRules(float_range=(0, 1))))
+    np.testing.assert_array_equal(found[..., 1], np.arange(256).reshape(16, 16))
+    Image.fromarray(np.full((4, 4), 2**31 - 1, np.int32)).save(tmp_path / "wide.tif")
+    assert np.asarray(read_image(tmp_path / "wide.tif"))[0, 0, 0] in (127, 128)
+    report, _ = find(tmp_path, float_range=(0, 1))
+    assert counts(report)[images_module.DEEP] == 3
+
+
+def test_faults_38_39_41_formats_are_counted(tmp_path: Path) -> None:
+    size = (40, 40)
+    Image.new("RGBA", size, (255, 0, 0, 0)).save(tmp_path / "alpha.png")
+    Image.new("LA", size).save(tmp_path / "gray_alpha.png")
+    Image.new("L", size, 77).save(tmp_path / "gray.png")
+    Image.new("CMYK", size).save(tmp_path / "print.jpg")
+    noise(40, 40).quantize(8).save(tmp_path / "palette.png")
+    frames = [Image.new("RGB", size, color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "pages.tiff", save_all=True, append_images=frames[1:])
+    report, problems = find(tmp_path)
+    assert problems == [None] * 7
+    assert counts(report) == {images_module.ALPHA: 2, images_module.FRAMES: 2}
+    assert read_image(tmp_path / "moving.gif").getpixel((0, 0))[0] > 250  # the first frame
+    assert read_image(tmp_path / "pages.tiff").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_fault_40_broken_exif(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0" * 3)
+    noise().save(tmp_path / "b.jpg", exif=b"Exif\0\0nonsense")
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    noise().save(tmp_path / "c.jpg", exif=exif)
+    report, problems = find(tmp_path)
+    assert problems == [None] * 3
+    assert set(counts(report)) <= {images_module.BAD_EXIF}
+    for name in "abc":
+        assert read_image(tmp_path / f"{name}.jpg").size == (60, 40)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (8, 8)])
+def test_fault_42_tiny_and_long_images(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    report, problems = find(tmp_path)
+    assert problems == [None]
+    assert counts(report) == {"images have a side under 32 px": 1}
+    generator, nothing = np.random.default_rng(0), (np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    for view in (weak_view, strong_view):
+        assert min(view(read_image(tmp_path / "a.png"), *nothing, VIEWS, generator).size) >= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+def test_fault_43_huge_heads_allocate_nothing(tmp_path: Path, width: int, height: int, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_head(width, height))
+    with pytest.raises(UserError, match=r"bomb\.png") as caught:
+        read_image(tmp_path / "bomb.png")
+    assert f"{width} x {height} px" in str(caught.value) or "exceeds limit" in str(caught.value)
+    assert not recwarn.list
+    noise().save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="60 x 40 px"):
+        read_image(tmp_path / "a.png", rules=DataRules(max_pixels=2399))
+
+
+def test_fault_44_errors_of_a_network_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise().save(tmp_path / "a.png")
+    opened, calls = Image.open, []
+
+    def stalls(path: Path) -> Image.Image:
+        calls.append(path)
+        if len(calls) % 3:
+            raise OSError(5, "Input/output error")
+        return opened(path)
+
+    monkeypatch.setattr(images_module.Image, "open", stalls)
+    monkeypatch.setattr(images_module, "RETRIES", (0, 0))
+    assert read_image(tmp_path / "a.png").size == (60, 40)
+    assert len(calls) == 3
+    monkeypatch.setattr(images_module, "RETRIES", (0,))
+    with pytest.raises(UserError, match="Input/output error"):
+        read_image(tmp_path / "a.png")
+
+
+def labeled(folder: Path, images: int = 4) -> Path:
+    for n in range(images):
+        noise().save(folder / f"{n}.png")
+    path = folder / "data.json"
+    path.write_text(json.dumps({
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 60, "height": 40} for n in range(images)],
+        "annotations": [{"image_id": n, "category_id": 1, "bbox": [5, 5, 20, 20]} for n in range(images)],
+        "categories": [{"id": 1, "name": "thing"}],
+    }))  # fmt: skip
+    return path
+
+
+def test_faults_33_44_45_images_vanish_during_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = load_coco(labeled(tmp_path))
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "3.png").write_bytes(b"")
+    seen = []
+    for _ in range(2):  # the same stand-in every time
+        data = StepData(index, None, VIEWS, 0, 2, 0)
+        with caplog.at_level(logging.WARNING):
+            seen.append([image_id for step in range(8) for image_id in data[step].labeled.image_ids])
+        assert data.substituted >= 8
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == {0, 1}
+    assert "another image takes its place" in caplog.text
+    for n in range(2):
+        (tmp_path / f"{n}.png").unlink()
+    with pytest.raises(UserError, match="10 images in a row"):
+        StepData(index, None, VIEWS, 0, 2, 0)[0]
+
+
+def test_fault_46_nothing_unlabeled(tmp_path: Path) -> None:
+    path = labeled(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").touch()
+    for given, problem in ((str(empty), "no images"), (None, "no unlabelled images"), (str(tmp_path), "not labelled already")):
+        with pytest.raises(UserError, match=f"{problem}.*--paradigm supervised"):
+            open_sources(DataConfig(labeled=str(path), unlabeled=given), supervised=False)
+
+
+def test_fault_47_junk_and_links_in_folders(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a.jpg", ".hidden.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "Thumbs.db", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "circle").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    report = Report()
+    assert list_folder(tmp_path, None, report).file_names == ["a.jpg", "b/2.png"]
+    assert list(counts(report).values()) == [6]
+
+
+def test_fault_48_names_that_are_no_text(tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path) + b"/caf\xe9 \x1b[31m.png"
+    noise().save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", raw)
+    index = list_folder(tmp_path)
+    assert index.image(0).size == (60, 40)
+    Path(os.fsdecode(raw)).write_bytes(b"")
+    report, problems = find(tmp_path)
+    (line,) = report.lines()
+    assert line.isprintable()
+    assert "caf\\udce9 \\x1b[31m.png" in line
+    json.dumps(report.as_json()).encode()
+    with pytest.raises(UserError) as caught:
+        read_image(index.path(0))
+    assert printable(str(caught.value)).isprintable()
+
+
+def test_unlisted_images_are_used_only_when_asked(tmp_path: Path) -> None:
+    path = labeled(tmp_path)
+    content = json.loads(path.read_text())
+    content["images"], content["annotations"] = content["images"][:2], content["annotations"][:2]
+    path.write_text(json.dumps(content))
+    config = DataConfig(labeled=str(path), unlisted="unlabeled")
+    assert open_sources(config, supervised=False).unlabeled.file_names == ["2.png", "3.png"]
+    with pytest.raises(UserError, match="give one of the two"):
+        open_sources(DataConfig(labeled=str(path), unlisted="unlabeled", unlabeled=str(tmp_path)), supervised=False)
+
+
+def test_unlabeled_json_needs_no_categories(tmp_path: Path) -> None:
+    """As COCO's image_info_unlabeled2017.json."""
+    path = labeled(tmp_path, 4)
+    content = json.loads(path.read_text())
+    (tmp_path / "rest.json").write_text(json.dumps({"info": {}, "images": content["images"]}))
+    content["images"], content["annotations"] = content["images"][:1], content["annotations"][:1]
+    path.write_text(json.dumps(content))
+    config = DataConfig(labeled=str(path), unlabeled=str(tmp_path / "rest.json"))
+    assert open_sources(config, supervised=False).unlabeled.file_names == ["1.png", "2.png", "3.png"]

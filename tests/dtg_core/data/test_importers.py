@@ -1,0 +1,119 @@
+"""YOLO and Pascal VOC become the same boxes as COCO's; fault 32 of both."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import import_annotations  # noqa: E402
+
+from dtg_core.data.coco import CocoIndex, load_coco  # noqa: E402
+from dtg_core.errors import UserError  # noqa: E402
+
+BOMB = '<?xml version="1.0"?>\n<!DOCTYPE lolz [<!ENTITY lol "lol"><!ENTITY lol2 "&lol;&lol;">]><annotation>&lol2;</annotation>'
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    for name in ("images/a/1.png", "images/a/2.png", "images/b/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 50)).save(tmp_path / name)
+    for name in ("a", "b"):
+        (tmp_path / "labels" / name).mkdir(parents=True)
+    (tmp_path / "names.txt").write_text("cat\ndog\n\n")
+    return tmp_path
+
+
+def run(folder: Path, kind: str, *more: str) -> CocoIndex:
+    output = folder / "own.json"
+    names = ["--names", str(folder / "names.txt")] if kind == "yolo" else []
+    base = ["--format", kind, "--images", str(folder / "images"), "--labels", str(folder / "labels"), "--output", str(output)]
+    import_annotations.main([*base, *names, *more])
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "labels", "names.txt", "own.json"]
+    return load_coco(output, folder / "images")
+
+
+def voc(*objects: tuple[str, int, int, int, int, int]) -> str:
+    return "<annotation>" + "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
+        f"<ymax>{y2}</ymax></bndbox></object>" for name, x1, y1, x2, y2, difficult in objects
+    ) + "</annotation>"
+
+
+def test_yolo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.2 0.8\n")
+    (folder / "labels/b/1.txt").write_text("0 .25 .5 .5 1\n")
+    index = run(folder, "yolo")
+    assert index.file_names == ["a/1.png", "a/2.png", "b/1.png"]
+    assert index.class_names == ("cat", "dog")
+    np.testing.assert_allclose(index.boxes, [[40, 15, 60, 35], [10, 10, 30, 40], [0, 0, 50, 50]], atol=1e-4)
+    assert index.labels.tolist() == [1, 0, 0]
+    assert "1 images have no annotation file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["names: [cat, dog]\n", "names:\n  0: cat\n  1: dog\n"])
+def test_yolo_names_in_yaml(folder: Path, text: str) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4\n")
+    (folder / "images" / "data.yaml").write_text(text)
+    assert run(folder, "yolo", "--names", str(folder / "images" / "data.yaml")).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(("zero_based", "first"), [((), 1), (("--zero-based",), 0)])
+def test_voc(folder: Path, zero_based: tuple[str, ...], first: int) -> None:
+    (folder / "labels/a/1.xml").write_text(voc(("dog", 11, 21, 30, 40, 0), ("cat", 1, 1, 100, 50, 1)))
+    (folder / "labels/b/1.xml").write_text(voc(("dog", 5, 6, 7, 8, 0)))
+    index = run(folder, "voc", *zero_based)
+    assert index.class_names == ("cat", "dog")
+    expected = np.array([[11, 21, 30, 40], [1, 1, 100, 50], [5, 6, 7, 8]]) - [first, first, 0, 0]
+    np.testing.assert_array_equal(index.boxes, expected)
+    assert index.crowd.tolist() == [False, True, False]
+    assert index.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "problem"),
+    [
+        ("yolo", "0 0.5 0.5 0.2 0.4\n2 0.5 0.5 0.2 0.4", r"1\.txt:2: the class 2 is not among the 2 names"),
+        ("yolo", "-1 0.5 0.5 0.2 0.4", r"1\.txt:1: the class -1"), ("yolo", "0 0.5 0.5 0.2 0.4 0.9", r"1\.txt:1: it has 6 columns"),
+        ("yolo", "0,0.5,0.5,0.2,0.4", r"1\.txt:1: it has commas"), ("yolo", "", "no object found"),
+        ("yolo", "\n\xff", r"1\.txt:2: not UTF-8"), ("voc", BOMB, r"1\.xml:2: it has DOCTYPE"),
+        ("voc", "<annotation>\n<object></annotation>", r"1\.xml:2:\d+: it is not XML"), ("voc", "", r"1\.xml:1:1: it is not XML"),
+        ("voc", "<annotation/>", "no object found"), ("voc", "<a>" * 100_000, "not XML|nested"),
+    ],
+)  # fmt: skip
+def test_fault_32_stops(folder: Path, kind: str, text: str, problem: str) -> None:
+    (folder / "labels/a" / ("1.txt" if kind == "yolo" else "1.xml")).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=problem) as caught:
+        run(folder, kind)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "own.json").exists()
+
+
+def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["0 0.5 0.5 0.2 0.4", "0 x 0.5 0.2 0.4", "0 0.5 0.5", "0 300 200 20 40", "0.5 0.5 0.5 0.1 0.1", "0 nan 0.5 0.5 0.5"]
+    (folder / "labels/a/1.txt").write_text("\n".join(lines))
+    assert len(run(folder, "yolo").boxes) == 1
+    err = capsys.readouterr().err
+    assert "5 lines are not" in err
+    assert "1.txt:2, " in err
+    (folder / "own.json").unlink()
+    (folder / "labels/a/1.xml").write_text(voc(("dog", 1, 1, 5, 5, 0)).replace("</annotation>", "<object/><object><name>x</name></object></annotation>"))
+    assert len(run(folder, "voc").boxes) == 1
+    assert "2 objects have no name or no box" in capsys.readouterr().err
+
+
+def test_mistakes(folder: Path) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4\n")
+    run(folder, "yolo")
+    with pytest.raises(UserError, match="exists already"):
+        run(folder, "yolo")
+    with pytest.raises(UserError, match="--names"):
+        run(folder, "voc", "--names", "x")
+    with pytest.raises(UserError, match="no such folder"):
+        run(folder, "voc", "--labels", str(folder / "none"))

@@ -1,0 +1,171 @@
+"""Labelled and unlabelled splits: the published protocols' own numbers, whole groups, enough of each class."""
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import make_splits  # noqa: E402
+
+from dtg_core.data.coco import load_coco  # noqa: E402
+from dtg_core.data.splits import draw  # noqa: E402
+from dtg_core.errors import UserError  # noqa: E402
+
+COCO = 118_287  # images of train2017
+
+
+def coco(folder: Path, images: int, rare: bool = False) -> Path:
+    """Ids with gaps and out of order, file names of scenes of four views, every seventh image without a box."""
+    generator = np.random.default_rng(0)
+    ids = generator.choice(images * 5, images, replace=False).tolist()
+    classes = generator.integers(1, 4, images).tolist()
+    annotations = [{"id": n + 1, "image_id": ids[n], "category_id": classes[n], "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": n % 5 == 0,
+                    "segmentation": [[1, 2, 3, 4, 5, 6]]} for n in range(images) if n % 7]  # fmt: skip
+    if rare:
+        annotations += [{"id": 10**6 + n, "image_id": ids[n], "category_id": 4, "bbox": [5, 6, 7, 8]} for n in range(1, images, images // 5)]
+    content = {
+        "images": [{"id": ids[n], "file_name": f"scene{n // 4}_view{n % 4}.jpg", "width": 640, "height": 480, "city": n // 10}
+                   for n in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": n, "name": name} for n, name in ((3, "c"), (1, "a"), (2, "b"), (4, "rare"))],
+    }  # fmt: skip
+    path = folder / "source.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def split(source: Path, *arguments: Any) -> dict[str, Any]:
+    folder = source.parent / "splits"
+    make_splits.main(["--annotations", str(source), "--output", str(folder), *map(str, arguments)])
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def ids_of(source: Path, name: str) -> list[int]:
+    return [image["id"] for image in json.loads((source.parent / "splits" / name).read_text())["images"]]
+
+
+@pytest.mark.parametrize(
+    ("percent", "softteacher", "stac"),
+    [
+        (1, 1182, [1174, 1175, 1174, 1174, 1175]), (2, 2365, [2329, 2346, 2342, 2337, 2343]),
+        (5, 5914, [5764, 5772, 5756, 5766, 5762]), (10, 11828, [11285, 11261, 11234, 11262, 11235]),
+    ],
+)  # fmt: skip
+def test_published_counts(percent: int, softteacher: int, stac: list[int]) -> None:
+    wanted = int(percent / 100 * COCO)
+    assert [len(draw("softteacher", COCO, wanted, fold)) for fold in range(1, 6)] == [softteacher] * 5
+    assert [len(draw("stac", COCO, wanted, fold)) for fold in range(1, 6)] == stac
+
+
+def test_published_first_draws() -> None:
+    assert draw("softteacher", COCO, 11828, 1)[:3].tolist() == [105285, 107335, 49358]
+
+
+def test_one_command_makes_all_folds_of_coco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a JSON with COCO's number of images: two shares here, of the default four."""
+    source = coco(tmp_path, COCO)
+    content = json.loads(source.read_text())
+    stored = [image["id"] for image in content["images"]]
+    manifest = split(source, "--percent", 1, 10, "--folds", "1-2")
+    assert [made["images"] for made in manifest["splits"]] == [1182, 1182, 11828, 11828]
+    assert "10p-fold1: 11828 labelled and 106459 other images" in capsys.readouterr().out
+    labeled, rest = ids_of(source, "10p-fold1-labeled.json"), ids_of(source, "10p-fold1-unlabeled.json")
+    assert set(labeled) == {stored[position] for position in draw("softteacher", COCO, 11828, 1)}
+    assert {stored[105285], stored[107335], stored[49358]} <= set(labeled)
+    assert sorted(labeled + rest) == sorted(stored)
+    assert set(ids_of(source, "10p-fold2-labeled.json")) != set(labeled)
+
+
+def test_files_load_and_the_manifest_is_true(tmp_path: Path) -> None:
+    source = coco(tmp_path, 400)
+    before = source.read_bytes()
+    manifest = split(source, "--count", 40, "--folds", 3)
+    folder = tmp_path / "splits"
+    assert sorted(path.name for path in folder.iterdir()) == ["40i-fold3-labeled.json", "40i-fold3-unlabeled.json", "manifest.json"]
+    (made,) = manifest["splits"]
+    import hashlib
+
+    assert manifest["sha256"] == hashlib.sha256(before).hexdigest()
+    assert source.read_bytes() == before
+    for name, digest in made["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    images = tmp_path / "images"
+    images.mkdir()
+    for image in json.loads(before)["images"]:
+        (images / image["file_name"]).touch()
+    labeled = load_coco(folder / "40i-fold3-labeled.json", images)
+    unlabeled = load_coco(folder / "40i-fold3-unlabeled.json", images, need_labels=False)
+    assert (len(labeled), len(unlabeled)) == (40, 360)
+    counts = Counter(labeled.class_names[label] for label in labeled.labels[~labeled.crowd])
+    assert made["boxes"] == {name: counts[name] for name in ("c", "a", "b", "rare")}
+    assert labeled.crowd.any()
+    whole = {image["id"]: image for image in json.loads(before)["images"]}
+    for record in json.loads((folder / "40i-fold3-labeled.json").read_text())["images"]:
+        assert record == whole[record["id"]]
+
+
+def test_stac_and_ubteacher(tmp_path: Path) -> None:
+    source = coco(tmp_path, 400)
+    content = json.loads(source.read_text())
+    manifest = split(source, "--protocol", "stac", "--percent", 10, "--folds", 1)
+    expected = np.unique(np.random.RandomState(1).choice(range(400), size=40))
+    assert manifest["splits"][0]["images"] == len(expected)
+    labeled = ids_of(source, "10p-fold1-labeled.json")
+    assert labeled == [content["images"][position]["id"] for position in expected]
+
+    boxed = sorted({a["image_id"] for a in content["annotations"] if not a["iscrowd"]})
+    indices = tmp_path / "supervision.txt"
+    indices.write_text(json.dumps({"10.0": {"0": [0, 5, len(boxed) - 1]}}))
+    split(source, "--protocol", "ubteacher", "--percent", 10, "--folds", 0, "--indices", indices)
+    assert sorted(ids_of(source, "10p-fold0-labeled.json")) == [boxed[0], boxed[5], boxed[-1]]
+    for fold, text, problem in ((7, None, "no fold 7"), (0, {"10": {"0": [4000]}}, "another data set"), (0, [1], "another format")):
+        if text is not None:
+            indices.write_text(json.dumps(text))
+        with pytest.raises(UserError, match=problem):
+            split(source, "--protocol", "ubteacher", "--percent", 10, "--folds", fold, "--indices", indices)
+
+
+@pytest.mark.parametrize(("by", "size"), [("city", 10), (r"scene\d+", 4), (r"^(scene\d+)_view", 4)])
+def test_groups_stay_together(tmp_path: Path, by: str, size: int) -> None:
+    source = coco(tmp_path, 400)
+    manifest = split(source, "--count", 50, "--folds", 1, "--group-by", by)
+    assert 50 <= manifest["splits"][0]["images"] < 50 + size
+    labeled = set(ids_of(source, "50i-fold1-labeled.json"))
+    groups = Counter(n // size for n, image in enumerate(json.loads(source.read_text())["images"]) if image["id"] in labeled)
+    assert set(groups.values()) == {size}
+
+
+def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
+    source = coco(tmp_path, 400, rare=True)
+    plain = split(source, "--count", 20, "--folds", 1)["splits"][0]
+    filled = split(source, "--count", 20, "--folds", 1, "--min-per-class", 4)["splits"][0]
+    assert plain["boxes"]["rare"] < 4
+    assert min(filled["boxes"].values()) >= 4
+    assert filled["images"] <= 24
+    grouped = split(source, "--count", 20, "--folds", 1, "--min-per-class", 4, "--group-by", "city")["splits"][0]
+    assert min(grouped["boxes"].values()) >= 4
+    assert grouped["images"] % 10 == 0
+    with pytest.raises(UserError, match="'rare' has only 5 boxes in all"):
+        split(source, "--count", 20, "--min-per-class", 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--percent", 1, "--count", 3], "--percent and --count"), (["--percent", 0.1], "choose at least 1"),
+        (["--percent", 100], "not all"), (["--folds", "5-1"], "--folds"), (["--folds", "x"], "--folds"),
+        (["--protocol", "ubteacher"], "--indices"), (["--indices", "x"], "--indices"), (["--group-by", "("], "--group-by"),
+        (["--group-by", "town"], "--group-by"), (["--protocol", "stack"], "did you mean 'stac'"),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path: Path, arguments: list[Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        split(coco(tmp_path, 400), *arguments)

