@@ -250,6 +250,12 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
         warnings.append(f"optim.milestones: {beyond} are never reached in {run.steps} steps")
     if optim.warmup_steps >= run.steps:
         warnings.append(f"optim.warmup_steps: {optim.warmup_steps} of {run.steps} steps, so lr never reaches its full value")
+    backbone = config.backbone
+    partly_frozen = backbone.batch_norm == "frozen" or backbone.freeze_to_stride > 0
+    if partly_frozen and not backbone.pretrained and backbone.weights is None:
+        # Measured: residual branches end in a batch norm of weight 0, so that frozen ones never learn anything.
+        warnings.append("backbone.pretrained: false, but layers are frozen as they were drawn at random - use "
+                        "backbone.batch_norm=train and backbone.freeze_to_stride=0")
     guided = any(rule.paradigm != "none" for rule in guidance.stages.values())
     if guided and guidance.start_step >= run.steps:
         warnings.append(f"guidance.start_step: {guidance.start_step} of {run.steps} steps, so no unlabelled image is used")

@@ -61,6 +61,16 @@ def load_config(kind: type[T], file: Path | None = None, overrides: Sequence[str
     return config, {key: origins[key] for key in flatten(config)}
 
 
+def plain_yaml(text: str, name: str) -> Any:
+    """A YAML text of any content as dictionaries with text keys, lists and scalars. Raises UserError naming ``name`` and the line."""
+    node = _compose(text, name)
+    reader = _Reader(type(None), name, None, {})
+    try:
+        return None if node is None else reader.free(node, "")
+    except RecursionError as error:
+        raise UserError(f"{name}: nested too deeply") from error
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """{dotted key: value} of every value, in declaration order; free-form dictionaries and tuples are values."""
     return dict(_leaves(config, ""))

@@ -25,7 +25,7 @@ T = TypeVar("T", bound="Movable")
 
 
 class Movable:
-    """Gives a frozen dataclass of tensors ``to`` and ``pin_memory``; nested ones are moved with it, other values are kept."""
+    """Gives a frozen dataclass of tensors ``to`` and ``pin_memory``; nested ones go with it, other values are kept."""
 
     def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
         return _mapped(self, lambda value: value.to(device, non_blocking=non_blocking))

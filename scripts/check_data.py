@@ -2,8 +2,8 @@
 
     python scripts/check_data.py --annotations JSON [--images DIR] [--val JSON] [--unlabeled DIR|JSON] [--output check.json]
 
-Reads the annotations as training does, decodes every image, and compares the sets. Oddities are counted, with the first three
-items; ``--output`` takes all of them. Exit status 0: usable, 2: not.
+Reads the annotations as training does, decodes every image, and compares the sets. Oddities are counted, with the first
+three items; ``--output`` takes all of them. Exit status 0: usable, 2: not.
 """
 from __future__ import annotations
 

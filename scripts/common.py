@@ -103,7 +103,7 @@ def train_parser() -> Parser:
     add("--replay", type=Path, metavar="FILE", help="run the step again at which a run gave up (its nonfinite/step.json)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
     add("--print-config", action="store_true", help="print every setting and where it comes from, and stop")
-    add("--dry-run", action="store_true", help="check data, detector and folder, and stop before the first step")
+    add("--dry-run", action="store_true", help="check everything, try two steps, forecast time and memory, and write nothing")
     return parser
 
 

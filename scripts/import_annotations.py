@@ -23,7 +23,8 @@ def parser() -> Parser:
     add = result.add_argument
     add("--format", type=one_of(("yolo", "voc")), required=True, metavar="yolo|voc")
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, with any subfolders")
-    add("--labels", type=Path, required=True, metavar="DIR", help="folder of the .txt or .xml files, arranged like the images")
+    add("--labels", type=Path, required=True, metavar="DIR", help="folder of the .txt or .xml files, arranged like the "
+                                                                  "images")
     add("--names", type=Path, metavar="FILE", help="YOLO's classes: data.yaml, or a .txt with one name a line")
     add("--zero-based", action="store_true", help="VOC coordinates count from 0, not from 1")
     add("--output", type=Path, required=True, metavar="JSON", help="file to write")

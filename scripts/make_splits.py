@@ -2,9 +2,9 @@
 
     python scripts/make_splits.py --annotations instances_train2017.json --output splits/ [--percent 1 2 5 10] [--folds 1-5]
 
-For each share and fold it writes ``10p-fold1-labeled.json``, a COCO JSON for ``--labeled``, and ``10p-fold1-unlabeled.json``, the
-list of all other images for ``--unlabeled``; and once ``manifest.json`` with counts and checksums. File names stay those of the
-source, so training needs ``--images DIR``.
+For each share and fold it writes ``fold1_10_labeled.json``, a COCO JSON for ``--labeled``, and
+``fold1_10_unlabeled.json``, the list of all other images for ``--unlabeled``; and once ``manifest.json`` with counts and
+checksums. File names stay those of the source, so training needs ``--images DIR``, or a link ``images`` beside the splits.
 """
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+PROTOCOLS = ("softteacher", "stac", "ubteacher")
+
 
 def parser() -> Parser:
     result = Parser("Make labelled and unlabelled splits of a COCO JSON.")
     add = result.add_argument
     add("--annotations", type=Path, required=True, metavar="JSON", help="labelled images, COCO format")
     add("--output", type=Path, required=True, metavar="DIR", help="where the splits go")
-    add("--protocol", type=one_of(("softteacher", "stac", "ubteacher")), default="softteacher", metavar="softteacher|stac|ubteacher",
+    add("--protocol", type=one_of(PROTOCOLS), default=PROTOCOLS[0], metavar="|".join(PROTOCOLS),
         help="how images are drawn (default: softteacher)")
     add("--percent", type=float, nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
     add("--count", type=int, nargs="+", metavar="N", help="numbers of images, instead of shares")
@@ -63,10 +65,11 @@ def main(argv: Sequence[str]) -> int:
             positions = _draw(arguments, content, counts, groups, wanted, percent, fold)
             if arguments.min_per_class:
                 positions = fill_classes(positions, groups, counts, names, arguments.min_per_class, fold)
-            files = _write(arguments.output, f"{name}-fold{fold}", content, np.sort(positions))
+            files = _write(arguments.output, f"fold{fold}_{name}", content, np.sort(positions))
             boxes = dict(zip(names, counts[positions].sum(0).tolist()))
-            made.append({"name": f"{name}-fold{fold}", "fold": fold, "images": len(positions), "boxes": boxes, "sha256": files})
-            print(f"{name}-fold{fold}: {len(positions)} labelled and {len(images) - len(positions)} other images")
+            made.append({"name": f"fold{fold}_{name}", "fold": fold, "images": len(positions), "boxes": boxes,
+                         "sha256": files})  # fmt: skip
+            print(f"fold{fold}_{name}: {len(positions)} labelled and {len(images) - len(positions)} other images")
     manifest = {
         "source": arguments.annotations.name,
         "sha256": _sha256(arguments.annotations),
@@ -86,19 +89,22 @@ def _shares(arguments: argparse.Namespace) -> Any:
         raise UserError("--percent and --count: they say the same in two ways - give one of them")
     if arguments.protocol == "ubteacher":
         if arguments.indices is None or arguments.count or arguments.group_by:
-            raise UserError("--protocol ubteacher: it takes its images from --indices FILE by --percent - give these two, and no "
+            raise UserError("--protocol ubteacher: it takes its images from --indices FILE by --percent - give these two, "
+                            "and no "
                             "--count or --group-by")
     elif arguments.indices is not None:
         raise UserError("--indices: belongs to --protocol ubteacher - leave one of the two out")
 
     def shares(images: int) -> list[tuple[str, int, float]]:
         if arguments.count:
-            found = [(f"{count}i", count, 0.0) for count in arguments.count]
+            found = [(f"{count}images", count, 0.0) for count in arguments.count]
         else:
-            found = [(f"{percent:g}p", int(percent / 100 * images), percent) for percent in arguments.percent or (1, 2, 5, 10)]
-        for name, wanted, _ in found:
+            percents = arguments.percent or (1, 2, 5, 10)
+            found = [(f"{percent:g}", int(percent / 100 * images), percent) for percent in percents]
+        for _, wanted, _ in found:
             if not 1 <= wanted < images:
-                raise UserError(f"{arguments.annotations}: {name} of {images} images are {wanted} - choose at least 1 and not all")
+                raise UserError(f"{arguments.annotations}: {wanted} of {images} images are no share - choose at least 1 and "
+                                "not all")  # fmt: skip
         return found
 
     return shares
@@ -112,8 +118,8 @@ def _folds(text: str) -> range:
 
 
 def _draw(
-    arguments: argparse.Namespace, content: dict[str, Any], counts: np.ndarray, groups: np.ndarray, wanted: int, percent: float,
-    fold: int,
+    arguments: argparse.Namespace, content: dict[str, Any], counts: np.ndarray, groups: np.ndarray, wanted: int,
+    percent: float, fold: int,
 ) -> np.ndarray:
     import numpy as np
 
@@ -143,7 +149,7 @@ def _write(folder: Path, name: str, content: dict[str, Any], positions: np.ndarr
         ("labeled", {"images": labeled, "annotations": annotations, "categories": content["categories"]}),
         ("unlabeled", {"images": rest}),
     ):
-        path = folder / f"{name}-{part}.json"
+        path = folder / f"{name}_{part}.json"
         path.write_text(json.dumps(value), encoding="utf-8")
         sums[path.name] = _sha256(path)
     return sums

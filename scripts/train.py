@@ -44,20 +44,31 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
+    from dtg_core.data.report import Report
     from dtg_core.data.sources import open_sources
+    from dtg_core.engine.dry_run import dry_run, require_writable
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.run import Fit, on_main
 
+    folder = RunFolder(Path(settings.run.output or f"runs/{settings.detector}-{settings.paradigm}-seed{settings.run.seed}"))
+    if not arguments.replay:  # before the data is read, which may take a while
+        on_main(accelerator, lambda: require_writable(folder.path))
+        on_main(accelerator, lambda: folder.require_free(arguments.resume is not None, arguments.overwrite))
+    report = Report()
     with accelerator.main_process_first():  # the first process makes the embedded data set
-        sources = open_sources(settings.data, is_supervised(settings))
+        sources = open_sources(settings.data, is_supervised(settings), report)
+    if accelerator.is_main_process:
+        for line in report.lines():
+            print(f"warning: {line}", file=sys.stderr)
     if arguments.replay:
         return _replay(arguments, settings, sources, accelerator)
     torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
     detector = DETECTORS[settings.detector](settings, len(sources.labeled.class_names))
     if arguments.dry_run:
+        for line in dry_run(settings, detector, sources, folder.path, accelerator):
+            accelerator.print(line)
         return 0
 
-    folder = RunFolder(Path(settings.run.output or f"runs/{settings.detector}-{settings.paradigm}-seed{settings.run.seed}"))
     on_main(accelerator, lambda: folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite))
     fit = Fit(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
     status = fit.run(arguments.resume, arguments.resume_with_changes)

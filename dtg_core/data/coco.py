@@ -28,6 +28,7 @@ from dtg_core.errors import UserError
 log = logging.getLogger(__name__)
 
 SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
+LARGEST = 1e9  # px; numbers beyond are no coordinates
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
 
 
@@ -82,8 +83,8 @@ def load_coco(
 
     Args:
         json_path: the file.
-        images: folder that its file names are relative to; None: the JSON's own folder if the first image is there, else
-            the folder ``images`` beside it.
+        images: folder that its file names are relative to. Where the first image is not in it, or for None, it is the
+            JSON's own folder or ``images`` beside it.
         need_labels: False reads the list of images only, as of unlabeled data, and needs no other key.
         rules: what is tolerated; None: the defaults.
         report: takes what was mended or left out; None: it is logged as warnings.
@@ -101,7 +102,8 @@ def load_coco(
     missing = missing_files(root, names, json_path, rules)
     notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
-        raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in {root}{nearest_name(root, names[missing[0]])} "
+        raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in "
+                        f"{root}{nearest_name(root, names[missing[0]])} "
                         f"({len(missing)} of {len(names)} are missing) - set data.images to the images' folder")
     index = _unlabeled_index(root, names, ids, rules)
     if need_labels:
@@ -166,11 +168,13 @@ def _with_objects(
     labels = _matched(annotations, "category_id", category_ids, path)
     if any(FROM_MASK in annotation for annotation in annotations):
         number = next(number for number, annotation in enumerate(annotations) if FROM_MASK in annotation)
-        raise UserError(f"{path}: annotations[{number}] has a mask (RLE) but no bbox - write its box, e.g. by pycocotools' toBbox")
-    crowd = np.array([any(annotation.get(key) in (1, "1") for key in ("iscrowd", "ignore")) for annotation in annotations], bool)
+        raise UserError(f"{path}: annotations[{number}] has a mask (RLE) but no bbox - write its box, e.g. by pycocotools' "
+                        "toBbox")
+    crowd = np.array([1 in _flags(annotation) for annotation in annotations], bool)
     boxes = np.array([_numbers(annotation.get("bbox")) for annotation in annotations], np.float64).reshape(-1, 4)
     unknown = (rows < 0) | (labels < 0)
-    broken = ~np.isfinite(boxes).all(1)
+    broken = ~(np.abs(boxes) < LARGEST).all(1)  # True for NaN
+    boxes[broken] = math.nan
     usable = ~unknown & ~broken
     # Also of unknown images, so that what an annotation is counted as does not depend on the order of the checks.
     boxes = _corners(boxes, sizes[rows], usable & (sizes[rows] > 0).all(1), index.rules, path)
@@ -187,7 +191,7 @@ def _with_objects(
     counted = (
         (rows < 0, "annotations of images that it does not list are left out"),
         ((labels < 0) & (rows >= 0), "annotations of categories that it does not list are left out"),
-        (broken & ~unknown, "annotations have a bbox that is not 4 numbers and are left out"),
+        (broken & ~unknown, "annotations have a bbox that is not 4 numbers of pixels and are left out"),
         (thin, "boxes without a positive width and height are left out"),
         (outside, "boxes wholly outside their image are left out"),
         (tiny, "boxes without a side of 1 px in their image are left out"),
@@ -206,7 +210,8 @@ def _with_objects(
         worst, kind = max(counted[:5], key=lambda entry: int(entry[0].sum()))
         first = int(np.nonzero(worst)[0][0])
         kind = kind.removesuffix("are left out").removesuffix(" and ").strip()
-        raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: {int(worst.sum())} "
+        raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: "
+                        f"{int(worst.sum())} "
                         f"{kind}) - mend them, or raise data.rules.max_bad_annotations")
 
     order = order[np.argsort(rows[order], kind="stable")]
@@ -238,9 +243,15 @@ def _matched(annotations: list[dict[str, Any]], key: str, known: Sequence[Any], 
         found.append(place.get(value, -1) if type(value) in (int, float, str) else -1)
     if found and max(found) < 0:
         kind, other = type(known[0]).__name__, type(annotations[0].get(key)).__name__
-        raise UserError(f"{path}: no {key} of the annotations is among the ids that the file lists (e.g. {_short(annotations[0].get(key))}"
+        raise UserError(f"{path}: no {key} of the annotations is among the ids that the file lists (e.g. "
+                        f"{_short(annotations[0].get(key))}"
                         f", {other}, and {_short(known[0])}, {kind}) - write the same ids in both")
     return np.array(found, np.int64)
+
+
+def _flags(annotation: dict[str, Any]) -> list[int]:
+    """The marks that make a region a crowd, 1 where they are set."""
+    return [int(annotation.get(key) in (1, "1")) for key in ("iscrowd", "ignore")]
 
 
 def _numbers(bbox: Any) -> tuple[float, float, float, float]:
@@ -261,12 +272,14 @@ def _corners(boxes: np.ndarray, sizes: np.ndarray, sure: np.ndarray, rules: Data
     seen, width_height = boxes[sure], sizes[sure][:, ::-1]
     if rules.box_format == "auto" and len(seen):
         if (seen <= 1).all() and (seen >= 0).all() and (width_height > 4).all():
-            raise UserError(f"{path}: all boxes lie within 0 to 1, as shares of the image (found {seen[0].tolist()}) - write pixels, or "
+            raise UserError(f"{path}: all boxes lie within 0 to 1, as shares of the image (found {seen[0].tolist()}) - "
+                            "write pixels, or "
                             "set data.rules.box_format=xywh if they are")
         over = (as_xywh[sure][:, 2:] > width_height * 1.05 + 1).any(1)
         ordered = (seen[:, 2:] > seen[:, :2]).all() and (seen[:, 2:] <= width_height + 1).all()
         if ordered and over.mean() > 0.25:
-            raise UserError(f"{path}: boxes look like corners x1, y1, x2, y2 (found {seen[over][0].tolist()}), COCO's are x, y, width, "
+            raise UserError(f"{path}: boxes look like corners x1, y1, x2, y2 (found {seen[over][0].tolist()}), COCO's are "
+                            "x, y, width, "
                             "height - set data.rules.box_format=xyxy, or =xywh if they are right")
     return as_xywh
 
@@ -319,7 +332,8 @@ def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     for row, size in (differ | _other_sizes(index, told, unknown)).items():
         told[row] = size
     names = index.file_names
-    report.add(path, "images have no usable width and height in the JSON; the file's are taken", (names[row] for row in unknown))
+    report.add(path, "images have no usable width and height in the JSON; the file's are taken",
+               (names[row] for row in unknown))
     report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
                (names[row] for row in differ))
     return told.astype(np.int32)
@@ -367,7 +381,8 @@ def _file_names(records: list[dict[str, Any]], path: Path, report: Report) -> li
         if not isinstance(name, str):
             raise UserError(f"{path}: images[{number}].file_name is {_short(name)} - write it as text")
     if len(set(names)) < len(names):
-        report.add(path, "image files stand there more than once", (name for name, count in Counter(names).items() if count > 1))
+        twice = (name for name, count in Counter(names).items() if count > 1)
+        report.add(path, "image files stand there more than once", twice)
     return names
 
 
@@ -380,12 +395,14 @@ def _unique_ids(rows: list[dict[str, Any]], where: str, path: Path, report: Repo
         if not whole and type(value) is not str:
             raise UserError(f"{path}: {where}[{number}].id is {_short(value)} - ids have to be whole numbers or text")
         if isinstance(value, str) != isinstance(ids[0], str):
-            raise UserError(f"{path}: {where} have ids of both kinds, numbers and text ({_short(ids[0])} and {_short(value)}) - use one")
+            raise UserError(f"{path}: {where} have ids of both kinds, numbers and text ({_short(ids[0])} and "
+                            f"{_short(value)}) - use one")
         if value in seen:
             raise UserError(f"{path}: {where} have the id {_short(value)} twice - ids have to be unique")
         seen.add(value)
     unusual = (float, str) if where == "categories" else (float,)
-    report.add(path, f"{where} have ids that are text or decimals; they are kept as they are", (v for v in ids if type(v) in unusual))
+    report.add(path, f"{where} have ids that are text or decimals; they are kept as they are",
+               (value for value in ids if type(value) in unusual))
     return ids
 
 
@@ -403,7 +420,8 @@ def _slim(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _polygon_box(shape: Any) -> list[float] | None:
-    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for a mask. Anything else gives a bbox that is refused."""
+    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for a mask. Anything else gives a bbox that is
+    refused."""
     if isinstance(shape, dict):
         return None
     parts = shape if isinstance(shape, list) else []
@@ -447,12 +465,14 @@ def _short(value: Any) -> str:
 
 
 def _image_folder(json_path: Path, first: str, images: Path | None) -> Path:
-    if images is not None:
-        if not Path(images).is_dir():
-            raise UserError(f"{images}: there is no such folder - set data.images to the images' folder")
-        return Path(images)
-    beside = json_path.parent / "images"
-    return beside if not os.path.isfile(json_path.parent / first) and beside.is_dir() else json_path.parent
+    """The first folder that has the first image: the given one, the JSON's own, or ``images`` beside the JSON.
+
+    So one ``data.images`` serves a run whose sets lie in different folders.
+    """
+    if images is not None and not Path(images).is_dir():
+        raise UserError(f"{images}: there is no such folder - set data.images to the images' folder")
+    folders = ([Path(images)] if images is not None else []) + [json_path.parent, json_path.parent / "images"]
+    return next((folder for folder in folders if os.path.isfile(folder / first)), folders[0])
 
 
 # Folders, and parts of an index ----------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def missing_files(root: Path, names: Sequence[str], source: Path, rules: DataRul
         elif kind == OTHER:
             raise UserError(f"{source}: images[{row}] {name!r} in {root} is not a regular file - take it out")
         elif kind == LINK and not rules.allow_outside_root and not _inside(root, name):
-            raise UserError(f"{source}: images[{row}] {name!r} in {root} is a link out of the images' folder - copy the image, "
+            raise UserError(f"{source}: images[{row}] {name!r} in {root} is a link out of the images' folder - copy the "
+                            "image, "
                             "or set data.rules.allow_outside_root=true")
     return missing
 
@@ -115,7 +116,8 @@ def _listed(root: Path, prefix: str, source: Path, rules: DataRules) -> dict[str
     """Kind of each entry of a folder, without its folders."""
     where = os.path.join(root, prefix)
     if prefix and not rules.allow_outside_root and not _inside(root, prefix):
-        raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to allow it")
+        raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to "
+                        "allow it")
     try:
         entries = list(os.scandir(where))
     except OSError:

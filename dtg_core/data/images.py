@@ -1,6 +1,7 @@
 """Any image file as upright 8-bit RGB, or a UserError that says why not.
 
-EXIF orientation is applied, 16 bits are divided by 257, transparency is laid over white, of several frames the first is taken.
+EXIF orientation is applied, 16 bits are divided by 257, transparency is laid over white, of several frames the first is
+taken.
 """
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def read_image(
 
 
 def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) as stored and as turned upright, from the head of the file. Raises UserError as ``read_image`` does."""
+    """(height, width) as stored and as turned upright, from the head of the file. Raises UserError as ``read_image``
+    does."""
     with _opened(path, rules or DataRules()) as image:
         stored = image.height, image.width
         return stored, stored[::-1] if _orientation(image, set()) >= 5 else stored
@@ -69,7 +71,8 @@ def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, i
 
 @contextlib.contextmanager
 def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
-    """The image with nothing decoded yet. All that Pillow raises for it, here or in the caller's block, becomes a UserError."""
+    """The image with nothing decoded yet. All that Pillow raises for it, here or in the caller's block, becomes a
+    UserError."""
     try:
         if path.exists() and not path.is_file():  # a FIFO or a device would never end
             raise UserError(f"{path}: it is not a regular file - take it out of the data set")
@@ -110,7 +113,8 @@ def _orientation(image: Image.Image, odd: set[str]) -> int:
 def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
     if image.mode == "F":
         if rules.float_range is None:
-            raise UserError(f"{path}: its pixels are floats, whose range it does not say - set data.rules.float_range=[LOW, HIGH]")
+            raise UserError(f"{path}: its pixels are floats, whose range it does not say - set data.rules.float_range=[LOW, "
+                            "HIGH]")
         odd.add(DEEP)
         low, high = rules.float_range
         unit = np.nan_to_num((np.asarray(image, np.float64) - low) / (high - low)).clip(0, 1)

@@ -1,9 +1,11 @@
 """YOLO text files and Pascal VOC XML files as records of a COCO JSON.
 
-Lines and objects that cannot be read are counted; what leaves the meaning of a whole file in doubt is a UserError with its line.
+Lines and objects that cannot be read are counted; what leaves the meaning of a whole file in doubt is a UserError with its
+line.
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -11,12 +13,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import yaml
-
 from dtg_core.data.files import list_images
 from dtg_core.data.images import image_size
 from dtg_core.data.report import Report
 from dtg_core.errors import UserError
+from dtg_core.settings import plain_yaml
 
 Record = dict[str, Any]
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
@@ -28,12 +29,14 @@ def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Reco
 
     Args:
         images: folder. labels: folder with a ``.txt`` for each image, at the same place and with the same stem; each line is
-            "class x y width height" (the box's center and sides as shares of the image) or "class x y x y x y ..." (a polygon).
+            "class x y width height" (the box's center and sides as shares of the image) or "class x y x y x y ..." (a
+            polygon).
         names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``.
         report: takes what was left out.
     """
     class_names = _yolo_names(names)
-    records, annotations = [], []
+    records: list[Record] = []
+    annotations: list[Record] = []
     for name, (height, width) in _sized(images, report):
         records.append({"id": len(records) + 1, "file_name": name, "width": width, "height": height})
         path = labels / f"{os.path.splitext(name)[0]}.txt"
@@ -41,9 +44,11 @@ def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Reco
             report.add(labels, NO_FILE, [name])
             continue
         for number, line in enumerate(_text(path).splitlines(), 1):
-            found = _yolo_line(line.split(), f"{path}:{number}", len(class_names)) if line.strip() else None
+            if not line.strip():
+                continue
+            found = _yolo_line(line.split(), f"{path}:{number}", len(class_names))
             if found is None:
-                report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [f"{path}:{number}"] if line.strip() else [])
+                report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [f"{path}:{number}"])
                 continue
             label, (x1, y1, x2, y2) = found
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
@@ -59,7 +64,8 @@ def import_voc(images: Path, annotations: Path, report: Report, zero_based: bool
         report: takes what was left out.
         zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
     """
-    records, objects = [], []
+    records: list[Record] = []
+    objects: list[Record] = []
     class_names: list[str] = []
     first = 0 if zero_based else 1
     for name, (height, width) in _sized(images, report):
@@ -76,7 +82,8 @@ def import_voc(images: Path, annotations: Path, report: Report, zero_based: bool
                 class_names.append(label)
             x1, y1, x2, y2 = corners
             box = [x1 - first, y1 - first, x2 - x1 + first, y2 - y1 + first]
-            objects.append(_annotation(len(objects), len(records), class_names.index(label) + 1, box) | {"ignore": int(difficult)})
+            entry = _annotation(len(objects), len(records), class_names.index(label) + 1, box)
+            objects.append(entry | {"ignore": int(difficult)})
     order = sorted(class_names)
     for entry in objects:
         entry["category_id"] = order.index(class_names[entry["category_id"] - 1]) + 1
@@ -114,7 +121,8 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: it cannot be read ({error.strerror}) - check the path") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x}) - save it as UTF-8") from error
+        raise UserError(f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x}) - save it as "
+                        "UTF-8") from error
 
 
 # YOLO ------------------------------------------------------------------------------------------------------------------
@@ -125,13 +133,10 @@ def _yolo_names(path: Path) -> list[str]:
     if path.suffix.lower() not in (".yaml", ".yml"):
         names = [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        try:
-            content = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise UserError(f"{path}: it is not YAML ({str(error).splitlines()[0]}) - mend it, or give a .txt of names") from error
+        content = plain_yaml(text, str(path))
         found = content.get("names") if isinstance(content, dict) else None
-        if isinstance(found, dict) and sorted(found, key=str) == sorted(range(len(found)), key=str):
-            found = [found[number] for number in range(len(found))]
+        if isinstance(found, dict) and set(found) == set(map(str, range(len(found)))):
+            found = [found[str(number)] for number in range(len(found))]
         names = [str(name) for name in found] if isinstance(found, list) else []
     if not names:
         raise UserError(f"{path}: no class names found - list them under 'names', or one a line in a .txt")
@@ -168,7 +173,8 @@ def _yolo_line(words: list[str], place: str, classes: int) -> tuple[int, tuple[f
 
 
 def _voc_objects(path: Path) -> Iterator[tuple[str | None, tuple[float, ...] | None, bool]]:
-    """Name, corners and difficulty of each object. Files that define entities are refused, because these may grow without end."""
+    """Name, corners and difficulty of each object. Files that define entities are refused, because these may grow without
+    end."""
     text = _text(path)
     for word in ("<!DOCTYPE", "<!ENTITY"):
         if word in text:
@@ -183,10 +189,10 @@ def _voc_objects(path: Path) -> Iterator[tuple[str | None, tuple[float, ...] | N
         raise UserError(f"{path}: it is not an annotation (nested too deeply) - export it again") from error
     for entry in root.iter("object"):
         box = entry.find("bndbox")
-        try:
-            corners = tuple(float(box.findtext(key) or "") for key in ("xmin", "ymin", "xmax", "ymax")) if box is not None else None
-        except ValueError:
-            corners = None
+        corners: tuple[float, ...] | None = None
+        with contextlib.suppress(ValueError):
+            if box is not None:
+                corners = tuple(float(box.findtext(key) or "") for key in ("xmin", "ymin", "xmax", "ymax"))
         if corners is not None and not all(map(math.isfinite, corners)):
             corners = None
         yield (entry.findtext("name") or "").strip() or None, corners, (entry.findtext("difficult") or "").strip() == "1"

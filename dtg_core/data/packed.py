@@ -1,11 +1,13 @@
 """Columns of names and ids in one buffer each, so that loader processes share them.
 
-A list of strings would be copied into each worker page by page, because looking at a Python object writes its reference count.
+A list of strings would be copied into each worker page by page, because looking at a Python object writes its reference
+count.
 """
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -37,7 +39,7 @@ class Texts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         ends = self._ends.tolist()
-        return (self._buffer[start:end].decode(*CODE) for start, end in zip(ends, ends[1:]))
+        return (self._buffer[start:end].decode(*CODE) for start, end in pairwise(ends))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

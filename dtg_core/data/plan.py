@@ -122,7 +122,8 @@ class StepData(Dataset[StepBatch]):
                 return row, pool.image(row)
             except UserError as error:
                 self.substituted += 1
-                log.warning("%s; another image takes its place (number %d in this process)", printable(str(error)), self.substituted)
+                problem = printable(str(error))
+                log.warning("%s; another image takes its place (number %d in this process)", problem, self.substituted)
                 row = int(self._generator(stream, step, slot, SUBSTITUTE + attempt).integers(len(pool)))
         raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}) - check the data and the disk")
 
@@ -164,7 +165,8 @@ class EvalData(Dataset[ViewBatch]):
         return collate(views, [0] * len(rows), [self.index.image_ids[row] for row in rows])
 
     def _image(self, row: int) -> Image.Image:
-        """An image, empty where it cannot be read: then its objects count as not found, but the evaluation comes to its end."""
+        """An image, empty where it cannot be read: then its objects count as not found, but the evaluation comes to its
+        end."""
         try:
             return self.index.image(row)
         except UserError as error:
@@ -174,7 +176,8 @@ class EvalData(Dataset[ViewBatch]):
 
 
 def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: int) -> DataLoader[StepBatch]:
-    """Items ``start`` to ``stop - 1`` of ``StepData`` or ``MicroBatches``, made ahead by ``workers`` processes (0: made when asked for).
+    """Items ``start`` to ``stop - 1`` of ``StepData`` or ``MicroBatches``, made ahead by ``workers`` processes (0: made
+    when asked for).
 
     A worker runs on one thread, which is PyTorch's own setting for workers.
     """

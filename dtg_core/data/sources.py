@@ -40,7 +40,8 @@ def open_sources(config: DataConfig, supervised: bool, report: Report | None = N
     if not (~labeled.crowd).any():
         raise UserError(f"{config.labeled}: no usable box in any of its {len(labeled)} images - label some objects")
     if len(labeled) < config.labeled_per_device:
-        notes.add(config.labeled, f"images are fewer than data.labeled_per_device={config.labeled_per_device}, so a batch repeats them",
+        notes.add(config.labeled, f"images are fewer than data.labeled_per_device={config.labeled_per_device}, so a batch "
+                                  "repeats them",
                   labeled.file_names)
     val = _val(config, labeled, images, notes) if config.val is not None else None
     unlabeled = None if supervised else _unlabeled(config, labeled, val, images, notes)
@@ -61,7 +62,8 @@ def _val(config: DataConfig, labeled: CocoIndex, images: Path | None, report: Re
                         "use the same categories")
     if val.class_names != labeled.class_names:
         report.add(config.val, f"classes have other ids than in {config.labeled} and are matched by name", val.class_names)
-    _shared(labeled, val, f"IMAGES ARE ALSO IN {config.labeled}, SO THE FIGURES SAY NOTHING OF NEW IMAGES", report, config.val)
+    kind = f"IMAGES ARE ALSO IN {config.labeled}, SO THE FIGURES SAY NOTHING OF NEW IMAGES"
+    _shared(labeled, val, kind, report, config.val)
     return with_classes(val, labeled.class_names)
 
 
@@ -69,7 +71,8 @@ def _unlabeled(
     config: DataConfig, labeled: CocoIndex, val: CocoIndex | None, images: Path | None, report: Report
 ) -> CocoIndex:
     if config.unlabeled is not None and config.unlisted == "unlabeled":
-        raise UserError("data.unlisted: it takes unlabelled images from the labelled ones' folder, but data.unlabeled names others - "
+        raise UserError("data.unlisted: it takes unlabelled images from the labelled ones' folder, but data.unlabeled names "
+                        "others - "
                         "give one of the two")
     if config.unlabeled is None and config.unlisted == "ignore":
         raise UserError("data.unlabeled: no unlabelled images given - add --unlabeled DIR, or use --paradigm supervised")
@@ -79,7 +82,8 @@ def _unlabeled(
     else:
         found = list_folder(path, config.rules, report)
     rest = without(found, labeled)
-    report.add(path, "images are labelled too and not used as unlabelled", sorted(set(found.file_names) - set(rest.file_names)))
+    both = sorted(set(found.file_names) - set(rest.file_names))
+    report.add(path, "images are labelled too and not used as unlabelled", both)
     if val is not None:
         _shared(rest, val, "UNLABELLED IMAGES ARE ALSO VALIDATION IMAGES AND NOT USED", report, path)
         rest = without(rest, val)
@@ -96,7 +100,8 @@ def _shared(one: CocoIndex, other: CocoIndex, kind: str, report: Report, file: s
 
 def _embedded(config: DataConfig) -> DataConfig:
     shapes = make_shapes(
-        None, labeled=config.shapes_labeled, unlabeled=config.shapes_unlabeled, val=config.shapes_val, seed=config.shapes_seed
+        None, labeled=config.shapes_labeled, unlabeled=config.shapes_unlabeled, val=config.shapes_val,
+        seed=config.shapes_seed,
     )
     return replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None,
                    unlisted="ignore")

@@ -19,7 +19,6 @@ from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
 
 Protocol = Literal["softteacher", "stac", "ubteacher"]
-PROTOCOLS: tuple[Protocol, ...] = ("softteacher", "stac", "ubteacher")
 
 
 def draw(protocol: Protocol, images: int, wanted: int, fold: int) -> np.ndarray:
@@ -78,7 +77,8 @@ def fill_classes(
     total = boxes_of.sum(0)
     if (total < least).any():
         rare = int(total.argmin())
-        raise UserError(f"--min-per-class: {class_names[rare]!r} has only {int(total[rare])} boxes in all - ask for at most that many")
+        raise UserError(f"--min-per-class: {class_names[rare]!r} has only {int(total[rare])} boxes in all - ask for at most "
+                        "that many")
     taken = np.isin(groups, groups[positions])
     for image in np.random.RandomState(fold).permutation(len(groups)):
         short = boxes_of[taken].sum(0) < least
@@ -114,7 +114,8 @@ def group_images(records: Sequence[dict[str, Any]], by: str | None) -> np.ndarra
             raise UserError(f"--group-by {by!r}: no image has this key, and no file name matches it as a pattern")
         names = [match.group(1 if pattern.groups else 0) if match else None for match in matches]
     number: dict[Any, int] = {}
-    return np.array([number.setdefault((row, None) if name is None else name, len(number)) for row, name in enumerate(names)])
+    keys = [(row, None) if name is None else name for row, name in enumerate(names)]
+    return np.array([number.setdefault(key, len(number)) for key in keys])
 
 
 def _is_number(text: str) -> bool:

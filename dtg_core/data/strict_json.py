@@ -1,4 +1,5 @@
-"""JSON as its standard has it: UTF-8, no key twice, numbers of a sane length and depth; every fault has a line and a column."""
+"""JSON as its standard has it: UTF-8, no key twice, numbers of a sane length and depth; every fault has a line and a
+column."""
 from __future__ import annotations
 
 import codecs
@@ -13,7 +14,8 @@ from dtg_core.errors import UserError
 
 LARGE = 100_000_000  # bytes from which reading takes seconds, so that it is announced
 _OTHER_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # first, because they begin like UTF-16's
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 _LONG_NUMBER = re.compile(r"\d{4301,}")  # Python reads no longer integers
 
@@ -55,7 +57,8 @@ def read_json(path: Path, convert: Callable[[dict[str, Any]], dict[str, Any]] | 
     except ValueError as error:
         long = _LONG_NUMBER.search(text)
         place = _place(text, long.start()) if long else str(error)
-        raise UserError(f"{path}: it is not a data set (a number of over 4300 digits at {place}) - export it again") from None
+        raise UserError(f"{path}: it is not a data set (a number of over 4300 digits at {place}) - export it "
+                        "again") from None
 
 
 def _text(path: Path) -> str:
@@ -81,7 +84,8 @@ def _text(path: Path) -> str:
         byte = raw[error.start]
         guess = "UTF-16" if b"\0" in raw[:4] else "another encoding"
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: it is not UTF-8 but {guess} (byte {byte:#04x} in line {line}) - save it as UTF-8") from None
+        raise UserError(f"{path}: it is not UTF-8 but {guess} (byte {byte:#04x} in line {line}) - save it as "
+                        "UTF-8") from None
 
 
 def _place(text: str, position: int) -> str:

@@ -34,8 +34,8 @@ class RunFolder:
     def nonfinite(self) -> Path:
         return self.path / "nonfinite"
 
-    def open(self, resume: bool, overwrite: bool) -> None:
-        """Make or re-open the folder. Raises UserError when it holds something and neither flag is given, or is in use."""
+    def require_free(self, resume: bool, overwrite: bool) -> None:
+        """Raises UserError when the folder holds something that neither flag is for. Nothing is written."""
         if self.path.is_file():
             raise UserError(f"{self.path}: is a file - give a folder with --output")
         used = self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
@@ -44,13 +44,18 @@ class RunFolder:
         if used and overwrite and not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so --overwrite will not empty it - "
                             "empty it by hand")
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Make or re-open the folder. Raises UserError as ``require_free`` does, and when the folder is in use."""
+        self.require_free(resume, overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}) - give another --output") from error
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock, which the loader's workers would inherit and hold for some seconds after this process was killed.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.lock.seek(0)
             owner = self.lock.read().strip() or "unknown"

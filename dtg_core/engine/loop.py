@@ -1,7 +1,7 @@
 """The training step. ``train_step`` is the whole method: teach, student, weigh, update, average.
 
-Everything a step needs follows from its number: the batch (data/plan.py), the schedules and the random draws. So a run resumes at
-any step without replaying the steps before.
+Everything a step needs follows from its number: the batch (data/plan.py), the schedules and the random draws. So a run
+resumes at any step without replaying the steps before.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def train_step(
 
     Args:
         student: ``StudentModule``, possibly wrapped for several processes. teacher: its averaged detector.
-        batches: the micro-batches of one step: labelled views, and pairs of unlabelled views or None. One is the common case.
+        batches: the micro-batches of one step, mostly one: labelled views, and pairs of unlabelled views or None.
         config: of the run. signals: learns which signal has reached any of the processes.
 
     Returns:
@@ -72,7 +72,7 @@ def train_step(
         _add(figures, {name: value / len(lessons) for name, value in lesson.figures.items()})
 
     norm = accelerator.clip_grad_norm_(student.parameters(), config.optim.clip_norm or float("inf"))
-    assert totals is not None
+    assert totals is not None  # there is at least one micro-batch
     finite = totals.decide(torch.as_tensor(norm), signals)
     if finite or accelerator.scaler is not None:  # a scaler skips such a step by itself, and lowers its scale
         optimizer.step()
@@ -147,7 +147,7 @@ class Totals:
     def decide(self, norm: Tensor, signals: StopSignals | None) -> bool:
         """Whether the gradient is finite; ``signals`` learns what the processes agree on."""
         # sync: a step that is not finite must not reach the weights.
-        finite, *asked = torch.cat((norm.isfinite().reshape(1).float(), self.asked)).tolist()
+        finite, *asked = torch.cat((norm.isfinite().reshape(1).float(), self.asked)).cpu().tolist()
         if signals is not None:
             signals.agreed = next((number for number, count in zip(StopSignals.NUMBERS, asked) if count), 0)
         return bool(finite)
@@ -172,7 +172,7 @@ def is_finite(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def heal_statistics(detector: nn.Module, teacher: nn.Module) -> None:
-    """Take batch statistics that a bad batch has spoilt from the teacher: they would stay so, however good later batches are."""
+    """Take batch statistics that a bad batch has spoilt from the teacher: no later batch would mend them."""
     for own, averaged in zip(detector.buffers(), teacher.buffers()):
         if own.is_floating_point():
             own.copy_(torch.where(own.isfinite(), own, averaged))

@@ -22,6 +22,14 @@ from dtg_core.models.teacher import make_teacher
 from dtg_core.structures import StepBatch, ViewBatch
 
 
+def step_data(config: Config, sources: Sources, part: int, parts: int) -> StepData:
+    """The batches of one part of the steps; processes times micro-batches are the parts."""
+    return StepData(
+        sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
+        config.data.unlabeled_per_device, part, parts, unlabeled_from=config.guidance.start_step,
+    )  # fmt: skip
+
+
 def describe(batches: Sequence[StepBatch], losses: Figures, accelerator: Accelerator) -> dict[str, Any]:
     """JSON values that tell a step: seeds and image ids of every micro-batch of every process, and the losses."""
     parts = [
@@ -55,13 +63,7 @@ def replay(
     student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
 
-    batches = [
-        StepData(
-            sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
-            config.data.unlabeled_per_device, part, len(parts), config.guidance.start_step,
-        )[step]
-        for part in range(len(parts))
-    ]
+    batches = [step_data(config, sources, part, len(parts))[step] for part in range(len(parts))]
     again = describe(batches, {}, accelerator)["parts"]
     if json.loads(json.dumps(again)) != parts:
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
@@ -78,5 +80,5 @@ def _read(file: Path) -> Mapping[str, Any]:
         if {"step", "parts", "checkpoint", "losses"} <= told.keys():
             return told
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read as a captured step ({error}) - give nonfinite/step.json of a run") from error
+        raise UserError(f"{file}: not a captured step ({error}) - give nonfinite/step.json of a run folder") from error
     raise UserError(f"{file}: not a captured step - give nonfinite/step.json of a run folder")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be continued: its stamp tells the settings, the data and the number of processes it was made with."""
+"""Whether a checkpoint may be continued: its stamp tells the settings, data and number of processes it was made with."""
 from __future__ import annotations
 
 import fnmatch
@@ -44,6 +44,8 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     Raises:
         UserError: settings or data differ, unless ``insist``.
     """
+    if "config" not in old:
+        raise UserError("--resume: the checkpoint is of another version of this program - start anew")
     changes = [f"{key}: {_short(old['config'].get(key))} -> {_short(new['config'].get(key))}"
                for key in sorted(old["config"].keys() | new["config"].keys())
                if old["config"].get(key) != new["config"].get(key)
@@ -60,7 +62,8 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
         notes.append(f"resuming with {new['processes']} processes instead of {old['processes']}: the same batches, but sums "
                      "in another order, so weights agree closely and not to the bit")
     if old["torch"] != new["torch"]:
-        notes.append(f"warning: the checkpoint was made by torch {old['torch']}, this is {new['torch']} - results may differ")
+        made, here = old["torch"], new["torch"]
+        notes.append(f"warning: the checkpoint was made by torch {made}, this is {here} - results may differ slightly")
     return notes
 
 

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from dtg_core.config import Config
-from dtg_core.data.plan import MicroBatches, StepData, eval_batches, steps_loader
+from dtg_core.data.plan import MicroBatches, eval_batches, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import (
     discard_newer,
@@ -28,7 +28,7 @@ from dtg_core.engine.evaluate import coco_metrics, find
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Window, make_optimizer, train_step
 from dtg_core.engine.metrics import MetricsWriter, Progress, Trackers
-from dtg_core.engine.replay import describe
+from dtg_core.engine.replay import describe, step_data
 from dtg_core.engine.resume import check_stamp, stamp
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.signals import StopSignals
@@ -59,7 +59,8 @@ class Fit:
         self, config: Config, detector: nn.Module, sources: Sources, folder: RunFolder, accelerator: Accelerator,
         metadata: Mapping[str, Any],
     ) -> None:
-        self.config, self.sources, self.folder, self.accelerator, self.metadata = config, sources, folder, accelerator, metadata
+        self.config, self.sources, self.folder = config, sources, folder
+        self.accelerator, self.metadata = accelerator, metadata
         if config.run.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = StudentModule(detector, config.guidance.stages)
@@ -74,7 +75,7 @@ class Fit:
         self.recent: Sequence[StepBatch] = ()
         labeled = sources.labeled
         self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
-        self.report: Report | None = None
+        self.report: RunReport | None = None
 
     def run(self, resume: str | None, insist: bool = False) -> int:
         """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
@@ -92,7 +93,7 @@ class Fit:
         main = self.accelerator.is_main_process
         if main:
             self._write("config.yaml", to_yaml(self.config))
-        self.report = Report(self.folder.path, self.config, start, self.evaluation_due) if main else None
+        self.report = RunReport(self.folder.path, self.config, start, self.evaluation_due) if main else None
         try:
             with StopSignals() as signals:
                 status = self._train(start, signals)
@@ -139,14 +140,10 @@ class Fit:
     def _batches(self, start: int) -> Iterator[list[StepBatch]]:
         """For each step this process' micro-batches, on its device."""
         config, accelerator, parts = self.config, self.accelerator, self.config.optim.accumulate
+        first_part, all_parts = accelerator.process_index * parts, accelerator.num_processes * parts
         data = MicroBatches([
-            StepData(
-                self.sources.labeled, self.sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
-                config.data.unlabeled_per_device, accelerator.process_index * parts + part, accelerator.num_processes * parts,
-                unlabeled_from=config.guidance.start_step,
-            )
-            for part in range(parts)
-        ])  # fmt: skip
+            step_data(config, self.sources, part, all_parts) for part in range(first_part, first_part + parts)
+        ])
         loader = iter(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
         self.student.train()
         try:
@@ -157,8 +154,8 @@ class Fit:
             if "DataLoader worker" not in str(error):
                 raise
             reason = " ".join(str(error).split())
-            raise UserError(f"data.workers={config.data.workers}: a worker that makes batches has died ({reason}) - use fewer "
-                            "workers; where memory or /dev/shm is small, 0") from error
+            raise UserError(f"data.workers={config.data.workers}: a worker that makes batches has died ({reason}) - "
+                            "use fewer workers; where memory or /dev/shm is small, 0") from error
 
     # Log and evaluation -------------------------------------------------------------------------------------------------
 
@@ -231,7 +228,7 @@ class Fit:
         notes: list[str] = []
         state = load_checkpoint(
             chosen, self.module, self.teacher, self._plain_optimizer(),
-            check=lambda state: notes.extend(check_stamp(state["stamp"], self.stamp, insist)),
+            check=lambda state: notes.extend(check_stamp(state.get("stamp", {}), self.stamp, insist)),
         )  # fmt: skip
         for note in notes:
             self._say(note)
@@ -331,7 +328,7 @@ class Fit:
             print(message, file=sys.stderr, flush=True)
 
 
-class Report:
+class RunReport:
     """What the main process tells while training: metrics.jsonl, trackers and the terminal."""
 
     def __init__(self, folder: Path, config: Config, start: int, evaluates_again: bool) -> None:

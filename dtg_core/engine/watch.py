@@ -51,11 +51,11 @@ class Watch:
                 warnings += self._collapse(stage, value)
         ratio = means.get("loss_ratio", 0.0) * means.get("unlabeled_weight", 0.0)
         if ratio > MAJOR:
-            warnings += self._once("major", f"the unlabelled losses are {ratio:.3g} times the labelled ones and decide the "
-                                            "training - lower guidance.alpha")
+            text = f"the unlabelled losses are {ratio:.3g} times the labelled ones and decide the training"
+            warnings += self._once("major", f"{text} - lower guidance.alpha")
         elif 0 < ratio < MINOR and not self.quiet_since:
-            warnings += self._once("minor", f"the unlabelled losses are {ratio:.3g} times the labelled ones and hardly count - "
-                                            "raise guidance.alpha")
+            text = f"the unlabelled losses are {ratio:.3g} times the labelled ones and hardly count"
+            warnings += self._once("minor", f"{text} - raise guidance.alpha")
         return warnings
 
     def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
@@ -63,8 +63,8 @@ class Watch:
         if done <= self.guidance.start_step:
             self.supervised_ap = teacher_ap
         elif teacher_ap is not None and self.supervised_ap is not None and teacher_ap < FALL * self.supervised_ap:
-            return self._once("fall", f"the teacher's AP has fallen to {teacher_ap:.1f} from {self.supervised_ap:.1f} before it "
-                                      "guided - lower guidance.alpha or optim.lr, or raise tau or pseudo_score")
+            text = f"the teacher's AP has fallen to {teacher_ap:.1f} from {self.supervised_ap:.1f} before it guided"
+            return self._once("fall", f"{text} - lower guidance.alpha or optim.lr, or raise tau or pseudo_score")
         return []
 
     def _nothing_found(self, stage: str, kind: str, found: float, done: int, lines: int) -> list[str]:
@@ -76,17 +76,17 @@ class Watch:
             return []
         key = "tau" if kind == "candidates" else "pseudo_score"
         threshold = getattr(self.guidance.stages[stage], key)
-        return self._once(
-            f"nothing/{stage}", f"the teacher's {stage} has found nothing over guidance.stages.{stage}.{key}={threshold} for "
-            f"{done - since} steps ({self.histogram(stage)}) - lower it, or start the guidance later (guidance.start_step)")
+        limit = f"guidance.stages.{stage}.{key}={threshold}"
+        text = f"the teacher's {stage} has found nothing over {limit} for {done - since} steps"
+        advice = "lower it, or start the guidance later (guidance.start_step)"
+        return self._once(f"nothing/{stage}", f"{text} ({self.histogram(stage)}) - {advice}")
 
     def _collapse(self, stage: str, found: float) -> list[str]:
         if FEW * self.objects <= found <= MANY * max(self.objects, 1):
             return []
         way = "raise" if found > self.objects else "lower"
-        return self._once(
-            f"collapse/{stage}", f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image where labelled ones have "
-            f"{self.objects:.3g} - {way} its tau or pseudo_score, or lower guidance.alpha")
+        text = f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image, labelled have {self.objects:.3g}"
+        return self._once(f"collapse/{stage}", f"{text} - {way} its tau or pseudo_score, or lower guidance.alpha")
 
     def _once(self, kind: str, text: str) -> list[str]:
         if kind in self.told:

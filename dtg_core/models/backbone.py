@@ -5,8 +5,9 @@ installed package or timm's hub, in that order.
 """
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -17,10 +18,16 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from dtg_core.config import BackboneConfig
 from dtg_core.errors import UserError, nearest
+from dtg_core.models.simple_pyramid import SCALES, SimplePyramid
 from dtg_core.structures import ViewBatch
 
 #: Stride of the coarsest map that comes from the backbone itself; coarser levels are added on top of the pyramid.
 COARSEST = 32
+#: Options of timm.create_model that are not the user's.
+RESERVED = {
+    "model_name", "pretrained", "features_only", "out_indices", "in_chans", "checkpoint_path", "num_classes", "output_stride"
+}  # fmt: skip
+PROBE = 64, 96  # height and width of the image that a new backbone is tried on
 
 
 class Pyramid(nn.Module):
@@ -53,9 +60,7 @@ class Pyramid(nn.Module):
         pixels = self.normalized(views)
         if next(self.fpn.parameters()).is_contiguous(memory_format=torch.channels_last):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        maps = self.body(pixels)
-        if str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC"):
-            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        maps = feature_maps(self.body, pixels)
         return list(self.fpn({str(index): maps[index] for index in self.picked}).values())
 
     def train(self, mode: bool = True) -> Pyramid:
@@ -99,17 +104,20 @@ def build_pyramid(
     Raises:
         UserError: unknown model, strides that it does not have, weights that cannot be had or do not fit.
     """
-    body = _create(config, tuple(stride for stride in strides if stride <= COARSEST))
-    own_strides = body.feature_info.reduction()
-    wanted = [stride for stride in strides if stride <= COARSEST]
-    if missing := [stride for stride in wanted if stride not in own_strides]:
+    wanted = tuple(stride for stride in strides if stride <= COARSEST)
+    body = _create(config, wanted)
+    own_strides: list[int] = cast(Any, body).feature_info.reduction()
+    scales = tuple(stride / own_strides[-1] for stride in wanted)
+    plain = len(own_strides) == 1 and set(scales) <= set(SCALES)
+    if not plain and (missing := [stride for stride in wanted if stride not in own_strides]):
         raise UserError(
             f"backbone.name {config.name!r}: has no feature map of stride {missing[0]} (it has {own_strides}) - "
             "choose a model with maps of stride " + ", ".join(map(str, wanted))
         )
     # Of several maps with one stride the last is the deepest.
-    picked = tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
-    _freeze(body, config.freeze_to_stride)
+    picked = (0,) if plain else tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
+    maps = _probe(body, picked, own_strides, config)
+    _freeze(body, maps, own_strides, config.freeze_to_stride)
     if config.batch_norm == "frozen":
         # In evaluation mode (see ``Pyramid.train``) these are one kernel each, faster than timm's frozen modules.
         for module in body.modules():
@@ -121,8 +129,13 @@ def build_pyramid(
         top = LastLevelMaxPool()
     elif above:
         top = ExtraConvs(channels, above)
-    fpn = FeaturePyramidNetwork([body.feature_info.channels()[i] for i in picked], channels, extra_blocks=top)
-    stats = body.pretrained_cfg
+    widths = [maps[index].shape[1] for index in picked]
+    fpn: nn.Module
+    if plain:
+        fpn = SimplePyramid(widths[0], channels, scales, top)
+    else:
+        fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=top)
+    stats: Any = body.pretrained_cfg
     return Pyramid(body, fpn, picked, strides, channels, stats["mean"], stats["std"])
 
 
@@ -130,6 +143,9 @@ def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
     """The timm feature extractor with its weights, without the layers that no map of ``strides`` needs."""
     if config.name not in timm.list_models() and config.name not in timm.list_models(pretrained=True):
         raise UserError(f"backbone.name: unknown timm model {config.name!r}{nearest(config.name, timm.list_models())}")
+    if taken := sorted(RESERVED & set(config.options)):
+        raise UserError(f"backbone.options: {taken[0]!r} is set by the other keys of backbone, or has to stay as it is - "
+                        "remove it")
     tensors = None
     if config.weights is not None:
         tensors = _from_file(Path(config.weights))
@@ -139,23 +155,63 @@ def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
     if from_hub:
         _require_hub(config.name)
     try:
-        body = timm.create_model(config.name, features_only=True, **config.options)
-        own_strides = body.feature_info.reduction()
-        needed = tuple(index for index, stride in enumerate(own_strides) if stride <= max(strides))
+        body, options = _any_size(config)
+        own_strides = cast(Any, body).feature_info.reduction()
+        needed: tuple[int, ...] = tuple(index for index, stride in enumerate(own_strides) if stride <= max(strides))
+        if len(set(own_strides)) == 1:
+            needed = (-1,)  # a plain transformer: its last block, which counts all
         if from_hub or len(needed) < len(own_strides):
-            body = timm.create_model(
-                config.name, pretrained=from_hub, features_only=True, out_indices=needed, **config.options
-            )
-    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            body = timm.create_model(config.name, pretrained=from_hub, features_only=True, out_indices=needed, **options)
+    except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"backbone.name {config.name!r}: timm cannot make a feature extractor of it ({error}) - "
+            f"backbone.name {config.name!r}: timm cannot make a feature extractor of it ({reason}) - "
             "choose a model that supports features_only, or mend backbone.options"
         ) from error
     if tensors is not None:
         _load(body, tensors, config)
     if not hasattr(body, "pretrained_cfg"):
-        body.pretrained_cfg = timm.get_pretrained_cfg(config.name).to_dict()
+        body.pretrained_cfg = cast(Any, timm.get_pretrained_cfg(config.name)).to_dict()
     return body
+
+
+def _any_size(config: BackboneConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The feature extractor without weights, and the options that let it take images of any size, which timm's families name
+    differently."""
+    for flag in ({"strict_img_size": False}, {"dynamic_img_size": True}):
+        cfg = timm.get_pretrained_cfg(config.name)
+        if cfg is not None and cfg.fixed_input_size:
+            options = {**flag, **config.options}
+            with contextlib.suppress(TypeError):
+                return timm.create_model(config.name, features_only=True, **options), options
+    return timm.create_model(config.name, features_only=True, **config.options), dict(config.options)
+
+
+def feature_maps(body: nn.Module, pixels: Tensor) -> list[Tensor]:
+    """The body's maps [N, channels, height, width], also of models that put channels last."""
+    maps = body(pixels)
+    if str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC"):
+        maps = [x.permute(0, 3, 1, 2) for x in maps]
+    return list(maps)
+
+
+def _probe(body: nn.Module, picked: tuple[int, ...], strides: list[int], config: BackboneConfig) -> list[Tensor]:
+    """Maps of a small image of another shape than the model's own. UserError for models that cannot be used on any image."""
+    try:
+        maps = feature_maps(body.eval(), torch.zeros(1, 3, *PROBE))  # in evaluation mode, because statistics must not move
+    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError) as error:
+        cfg: Any = body.pretrained_cfg
+        side = cfg["input_size"][-1]
+        raise UserError(f"backbone.name {config.name!r}: takes no image of {PROBE[1]} x {PROBE[0]} px (made for {side} x "
+                        f"{side}, RGB) - "
+                        "choose a model for images of any size") from error
+    for index in picked:
+        found, expected = tuple(maps[index].shape[2:]), tuple(side // strides[index] for side in PROBE)
+        if found != expected:
+            raise UserError(f"backbone.name {config.name!r}: its map of stride {strides[index]} is {found} instead of "
+                            f"{expected} for "
+                            f"{PROBE} px, so its strides are not exact - choose another model")
+    return maps
 
 
 def _from_file(path: Path) -> dict[str, Tensor]:
@@ -191,7 +247,7 @@ def _require_hub(name: str) -> None:
     """Fail at once where timm would retry for most of a minute without a network."""
     import huggingface_hub
 
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    repository = cast(Any, timm.get_pretrained_cfg(name)).hf_hub_id
     if not repository:
         return
     if isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
@@ -211,7 +267,8 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], config: BackboneConfig) -
     own = body.state_dict()
     # timm's list networks flatten "stages.0" to "stages_0".
     flat = {name.replace(".", "_"): tensor for name, tensor in tensors.items()}
-    found = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
+    key_of = {name: name.removeprefix("model.").replace(".", "_") for name in own}  # timm wraps transformers as "model"
+    found = {name: flat[key] for name, key in key_of.items() if key in flat}
     wrong = [name for name in own if name not in found or found[name].shape != own[name].shape]
     if wrong:
         where = config.weights or "installed package"
@@ -222,17 +279,16 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], config: BackboneConfig) -
     body.load_state_dict(found)
 
 
-def _freeze(body: nn.Module, stride: int) -> None:
-    """Freeze each parameter that the feature map of ``stride`` depends on, which autograd tells for any architecture."""
-    strides = body.feature_info.reduction()
-    if stride == 0:
+def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int) -> None:
+    """Freeze each parameter that the feature map of ``stride`` depends on, which autograd tells for any architecture.
+
+    A model whose first map is coarser has nothing that belongs to finer ones.
+    """
+    if stride < min(strides):
         return
     if stride not in strides:
         raise UserError(f"backbone.freeze_to_stride: no feature map of stride {stride} - choose 0 or one of {strides}")
     parameters = list(body.parameters())
-    side = body.pretrained_cfg["input_size"][-1]
-    maps = body.eval()(torch.zeros(1, 3, side, side))  # statistics must not move
     last = len(strides) - 1 - strides[::-1].index(stride)
     for parameter, gradient in zip(parameters, torch.autograd.grad(maps[last].sum(), parameters, allow_unused=True)):
         parameter.requires_grad_(gradient is None)
-

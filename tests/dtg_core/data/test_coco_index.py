@@ -123,7 +123,7 @@ def broken(change: str) -> Any:
     [
         ("not json", "line 2, column 5"), ("list", "found a list"), ("no images", "lists no images"),
         ("no key", "'annotations' is missing"), ("no categories", "no categories"), ("image id twice", "'b' twice"),
-        ("category id twice", "9 twice"), ("no file name", r"images\[2\] has no 'file_name'"), 
+        ("category id twice", "9 twice"), ("no file name", r"images\[2\] has no 'file_name'"),
         ("no file", "'d.png' is not in"), ("category", r"annotations\[2\]: 1 annotations of categories"),
     ],
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Faults 1 to 32 of a user's annotations: one line and status 2, or a counted warning; through the command that users run."""
+"""Faults 1 to 32 of a user's annotations: one line and status 2, or a counted warning; through the command that users run."""  # noqa: E501
+
 from __future__ import annotations
 
 import codecs
@@ -38,14 +39,21 @@ def clean() -> Json:
     return {
         "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in range(1, IMAGES + 1)],
         "annotations": [
-            {"id": n + 1, "image_id": n // 2 + 1, "category_id": n % 3 + 1, "bbox": [n, 5, 12, 10 + n % 2], "area": 120, "iscrowd": 0}
+            {
+                "id": n + 1,
+                "image_id": n // 2 + 1,
+                "category_id": n % 3 + 1,
+                "bbox": [n, 5, 12, 10 + n % 2],
+                "area": 120,
+                "iscrowd": 0,
+            }
             for n in range(BOXES)
         ],
         "categories": [{"id": n, "name": name} for n, name in enumerate(("cat", "dog", "cow"), 1)],
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     for n in range(1, IMAGES + 1):
@@ -71,10 +79,12 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
 
 def changed(*path: Any, to: Any) -> Change:
     """A change that sets content[path[0]][path[1]]... = to."""
+
     def change(content: Json) -> None:
         for key in path[:-1]:
             content = content[key]
         content[path[-1]] = to
+
     return change
 
 
@@ -83,6 +93,7 @@ def removed(*path: Any) -> Change:
         for key in path[:-1]:
             content = content[key]
         del content[path[-1]]
+
     return change
 
 
@@ -90,13 +101,16 @@ def every(key: str, update: Callable[[Json], Json]) -> Change:
     def change(content: Json) -> None:
         for record in content[key]:
             record.update(update(record))
+
     return change
 
 
 def extra(**values: Any) -> Change:
     """One more annotation, like the first but for ``values``."""
+
     def change(content: Json) -> None:
         content["annotations"].append({**content["annotations"][0], "id": 999, **values})
+
     return change
 
 
@@ -104,6 +118,7 @@ def both(*changes: Change) -> Change:
     def change(content: Json) -> None:
         for one in changes:
             one(content)
+
     return change
 
 
@@ -140,16 +155,16 @@ STOPS: list[tuple[int, str, bytes | Change, list[str]]] = [
     (10, "no file name", removed("images", 4, "file_name"), ["images[4] has no 'file_name'"]),
     (10, "file name 7", changed("images", 4, "file_name", to=7), ["images[4].file_name is 7"]),
     (11, "mixed ids", changed("images", 4, "id", to="1"), ["numbers and text"]),
-    (11, "other type in annotations", every("annotations", lambda a: {"image_id": str(a["image_id"])}), ["image_id", "'1'", "str"]),
+    (11, "other type in annotations", every("annotations", lambda a: {"image_id": str(a["image_id"])}), ["image_id", "'1'", "str"]),  # noqa: E501
     (14, "all of unknown images", every("annotations", lambda a: {"image_id": a["image_id"] + 500}), ["no image_id", "501"]),
     (14, "all of unknown classes", every("annotations", lambda a: {"category_id": 77}), ["no category_id", "77"]),
     (14, "over the limit", both(*[extra(image_id=99)] * 9), ["9 of 33 annotations", "annotations[24]"]),
     (18, "shares of the image", every("annotations", lambda a: {"bbox": [0.2, 0.3, 0.1, 0.2]}), ["0 to 1", "box_format"]),
     (18, "corners", every("annotations", lambda a: {"bbox": [20 + a["id"], 20, 60, 45]}), ["corners", "box_format=xyxy"]),
-    (22, "mask only", changed("annotations", 3, to={"image_id": 1, "category_id": 1, "segmentation": {"counts": "x", "size": [1, 1]}}),
+    (22, "mask only", changed("annotations", 3, to={"image_id": 1, "category_id": 1, "segmentation": {"counts": "x", "size": [1, 1]}}),  # noqa: E501
      ["annotations[3]", "mask", "toBbox"]),
     (26, "no box", changed("annotations", to=[]), ["no usable box"]),
-    (29, "traversal", changed("images", 0, "file_name", to="../../etc/passwd"), ["images[0].file_name leads out", "allow_outside_root"]),
+    (29, "traversal", changed("images", 0, "file_name", to="../../etc/passwd"), ["images[0].file_name leads out", "allow_outside_root"]),  # noqa: E501
     (29, "absolute", changed("images", 0, "file_name", to="/etc/passwd"), ["images[0].file_name leads out"]),
     (29, "NUL", changed("images", 0, "file_name", to="a\0.png"), ["images[0].file_name", "\\x00"]),
     (29, "long", changed("images", 0, "file_name", to="a" * 5000), ["images[0].file_name", "longer than"]),
@@ -163,8 +178,13 @@ STOPS: list[tuple[int, str, bytes | Change, list[str]]] = [
 
 @pytest.mark.parametrize(("fault", "name", "change", "parts"), STOPS, ids=[f"{fault}-{name}" for fault, name, *_ in STOPS])
 def test_stops(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: int, name: str,
-    change: bytes | Change, parts: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: int,
+    name: str,
+    change: bytes | Change,
+    parts: list[str],
 ) -> None:
     content: Any = change
     if callable(change):
@@ -184,7 +204,7 @@ def test_stops(
 
 # (fault, name, change, kind of the warning, its count, images and boxes that remain)
 WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
-    (9, "text", both(every("categories", lambda c: {"id": str(c["id"])}), every("annotations", lambda a: {"category_id": str(a["category_id"])})),
+    (9, "text", both(every("categories", lambda c: {"id": str(c["id"])}), every("annotations", lambda a: {"category_id": str(a["category_id"])})),  # noqa: E501
      "categories have ids that are text", 3, 12, 24),
     (9, "floats", every("categories", lambda c: {"id": float(c["id"])}), "text or decimals", 3, 12, 24),
     (10, "file twice", changed("images", 1, "file_name", to="1.png"), "more than once", 1, 12, 24),
@@ -210,18 +230,18 @@ WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
     (19, "box twice", extra(), "kept once", 1, 12, 24),
     (19, "two classes", extra(category_id=2), "kept in both", 1, 12, 25),
     (20, "ignore", changed("annotations", 3, "ignore", to=1), "treated as crowds", 1, 12, 24),
-    (22, "polygon", changed("annotations", 3, to={"id": 4, "image_id": 2, "category_id": 1, "segmentation": [[5, 6, 25, 6, 9, 30]]}),
+    (22, "polygon", changed("annotations", 3, to={"id": 4, "image_id": 2, "category_id": 1, "segmentation": [[5, 6, 25, 6, 9, 30]]}),  # noqa: E501
      "from their polygon", 1, 12, 24),
-    (25, "class without a box", lambda content: content["categories"].append({"id": 9, "name": "yak"}), "classes have no box", 1, 12, 24),
+    (25, "class without a box", lambda content: content["categories"].append({"id": 9, "name": "yak"}), "classes have no box", 1, 12, 24),  # noqa: E501
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("fault", "name", "change", "kind", "count", "images", "boxes"), WARNS, ids=[f"{fault}-{name}" for fault, name, *_ in WARNS]
+    ("fault", "name", "change", "kind", "count", "images", "boxes"),
+    WARNS,
+    ids=[f"{fault}-{name}" for fault, name, *_ in WARNS],
 )
-def test_warns(
-    folder: Path, fault: int, name: str, change: Change, kind: str, count: int, images: int, boxes: int
-) -> None:
+def test_warns(folder: Path, fault: int, name: str, change: Change, kind: str, count: int, images: int, boxes: int) -> None:
     content = clean()
     change(content)
     report = Report()
@@ -234,7 +254,9 @@ def test_warns(
         assert (boxes_here[:, 2:] - boxes_here[:, :2] >= 1).all()
 
 
-def test_clean_file_has_no_findings(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_file_has_no_findings(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(folder, codecs.BOM_UTF8 + json.dumps(clean()).encode())  # fault 3: a UTF-8 mark is fine
     status, out, err = check(monkeypatch, capsys, "--annotations", path)
     assert (status, err) == (0, "")
@@ -253,7 +275,9 @@ def test_fault_1_no_such_file(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
         assert str(folder) in err  # as given, and as resolved
 
 
-@pytest.mark.parametrize("ids", [(0, 1, 2), (5, 50, 500), (-3, 2, 7), (2**40, 2**41, 2**70), ("b", "a", "c"), (3.0, 1.0, 2.0)])
+@pytest.mark.parametrize(
+    "ids", [(0, 1, 2), (5, 50, 500), (-3, 2, 7), (2**40, 2**41, 2**70), ("b", "a", "c"), (3.0, 1.0, 2.0)]
+)
 def test_fault_9_category_ids_come_back(folder: Path, ids: tuple[Any, ...]) -> None:
     content = clean()
     every("annotations", lambda a: {"category_id": ids[a["category_id"] - 1]})(content)
@@ -268,7 +292,9 @@ def test_fault_9_category_ids_come_back(folder: Path, ids: tuple[Any, ...]) -> N
     json.dumps(found)
 
 
-@pytest.mark.parametrize("convert", [str, float, lambda n: f"img_{n}", lambda n: n + 2**62, lambda n: n + 2**80, lambda n: -n])
+@pytest.mark.parametrize(
+    "convert", [str, float, lambda n: f"img_{n}", lambda n: n + 2**62, lambda n: n + 2**80, lambda n: -n]
+)
 def test_fault_11_image_ids_come_back(folder: Path, convert: Callable[[int], Any]) -> None:
     content = clean()
     every("images", lambda i: {"id": convert(i["id"])})(content)
@@ -323,7 +349,7 @@ def test_fault_20_crowds(folder: Path) -> None:
 
 
 def test_fault_21_areas(folder: Path) -> None:
-    """By default of the boxes; with ``use_json_area`` the file's, so that a large box with a small mask is a small object."""
+    """By default of the boxes; with ``use_json_area`` the file's, so that a large box with a small mask is a small object."""  # noqa: E501
     content = clean()
     every("annotations", lambda a: {"bbox": [0, 0, 40, 40], "area": 100, "image_id": (a["id"] + 1) // 2})(content)
     changed("annotations", 0, "area", to=1e12)(content)
@@ -347,7 +373,7 @@ def test_fault_22_polygon_box(folder: Path) -> None:
 
 def sets(folder: Path, **values: Any) -> tuple[Any, Report]:
     report = Report()
-    sources = open_sources(DataConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()}),
+    sources = open_sources(DataConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()}),  # noqa: E501
                            supervised=False, report=report)  # fmt: skip
     return sources, report
 

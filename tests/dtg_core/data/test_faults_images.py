@@ -1,4 +1,5 @@
 """Faults 33 to 48 of a user's image files and folders."""
+
 from __future__ import annotations
 
 import json
@@ -50,7 +51,9 @@ def png_head(width: int, height: int) -> bytes:
     """A PNG that says its size and has no pixels."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = (b"IHDR" + head, b"IEND")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
 
 
 def test_fault_34_files_that_are_no_images(tmp_path: Path) -> None:
@@ -62,9 +65,10 @@ def test_fault_34_files_that_are_no_images(tmp_path: Path) -> None:
     report, problems = find(tmp_path)
     assert counts(report) == {"images cannot be used": 3}
     assert problems.count(None) == 2
+    index = list_folder(tmp_path)
+    looks = check_images(index, tmp_path, report)
     with pytest.raises(UserError, match="3 of 5 images cannot be used"):
-        index = list_folder(tmp_path)
-        require_images(index, check_images(index, tmp_path, report), tmp_path)
+        require_images(index, looks, tmp_path)
 
 
 def test_fault_35_truncated_files(tmp_path: Path) -> None:
@@ -85,7 +89,9 @@ def test_fault_35_truncated_files(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_fault_36_noise_of_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fault_36_noise_of_decoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     noise().save(tmp_path / "a.png")
     decode = images_module._to_rgb
 
@@ -156,7 +162,9 @@ def test_fault_42_tiny_and_long_images(tmp_path: Path, size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
-def test_fault_43_huge_heads_allocate_nothing(tmp_path: Path, width: int, height: int, recwarn: pytest.WarningsRecorder) -> None:
+def test_fault_43_huge_heads_allocate_nothing(
+    tmp_path: Path, width: int, height: int, recwarn: pytest.WarningsRecorder
+) -> None:
     (tmp_path / "bomb.png").write_bytes(png_head(width, height))
     with pytest.raises(UserError, match=r"bomb\.png") as caught:
         read_image(tmp_path / "bomb.png")
@@ -222,7 +230,11 @@ def test_fault_46_nothing_unlabeled(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").touch()
-    for given, problem in ((str(empty), "no images"), (None, "no unlabelled images"), (str(tmp_path), "not labelled already")):
+    for given, problem in (
+        (str(empty), "no images"),
+        (None, "no unlabelled images"),
+        (str(tmp_path), "not labelled already"),
+    ):
         with pytest.raises(UserError, match=f"{problem}.*--paradigm supervised"):
             open_sources(DataConfig(labeled=str(path), unlabeled=given), supervised=False)
 
@@ -245,7 +257,7 @@ def test_fault_48_names_that_are_no_text(tmp_path: Path) -> None:
     index = list_folder(tmp_path)
     assert index.image(0).size == (60, 40)
     Path(os.fsdecode(raw)).write_bytes(b"")
-    report, problems = find(tmp_path)
+    report, _ = find(tmp_path)
     (line,) = report.lines()
     assert line.isprintable()
     assert "caf\\udce9 \\x1b[31m.png" in line

@@ -1,4 +1,5 @@
 """YOLO and Pascal VOC become the same boxes as COCO's; fault 32 of both."""
+
 from __future__ import annotations
 
 import sys
@@ -16,10 +17,12 @@ import import_annotations  # noqa: E402
 from dtg_core.data.coco import CocoIndex, load_coco  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 
-BOMB = '<?xml version="1.0"?>\n<!DOCTYPE lolz [<!ENTITY lol "lol"><!ENTITY lol2 "&lol;&lol;">]><annotation>&lol2;</annotation>'
+BOMB = (
+    '<?xml version="1.0"?>\n<!DOCTYPE lolz [<!ENTITY lol "lol"><!ENTITY lol2 "&lol;&lol;">]><annotation>&lol2;</annotation>'
+)
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("images/a/1.png", "images/a/2.png", "images/b/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,17 +36,31 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, kind: str, *more: str) -> CocoIndex:
     output = folder / "own.json"
     names = ["--names", str(folder / "names.txt")] if kind == "yolo" else []
-    base = ["--format", kind, "--images", str(folder / "images"), "--labels", str(folder / "labels"), "--output", str(output)]
+    base = [
+        "--format",
+        kind,
+        "--images",
+        str(folder / "images"),
+        "--labels",
+        str(folder / "labels"),
+        "--output",
+        str(output),
+    ]
     import_annotations.main([*base, *names, *more])
     assert sorted(path.name for path in folder.iterdir()) == ["images", "labels", "names.txt", "own.json"]
     return load_coco(output, folder / "images")
 
 
 def voc(*objects: tuple[str, int, int, int, int, int]) -> str:
-    return "<annotation>" + "".join(
-        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
-        f"<ymax>{y2}</ymax></bndbox></object>" for name, x1, y1, x2, y2, difficult in objects
-    ) + "</annotation>"
+    return (
+        "<annotation>"
+        + "".join(
+            f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
+            f"<ymax>{y2}</ymax></bndbox></object>"
+            for name, x1, y1, x2, y2, difficult in objects
+        )
+        + "</annotation>"
+    )
 
 
 def test_yolo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,10 +97,10 @@ def test_voc(folder: Path, zero_based: tuple[str, ...], first: int) -> None:
     ("kind", "text", "problem"),
     [
         ("yolo", "0 0.5 0.5 0.2 0.4\n2 0.5 0.5 0.2 0.4", r"1\.txt:2: the class 2 is not among the 2 names"),
-        ("yolo", "-1 0.5 0.5 0.2 0.4", r"1\.txt:1: the class -1"), ("yolo", "0 0.5 0.5 0.2 0.4 0.9", r"1\.txt:1: it has 6 columns"),
+        ("yolo", "-1 0.5 0.5 0.2 0.4", r"1\.txt:1: the class -1"), ("yolo", "0 0.5 0.5 0.2 0.4 0.9", r"1\.txt:1: it has 6 columns"),  # noqa: E501
         ("yolo", "0,0.5,0.5,0.2,0.4", r"1\.txt:1: it has commas"), ("yolo", "", "no object found"),
         ("yolo", "\n\xff", r"1\.txt:2: not UTF-8"), ("voc", BOMB, r"1\.xml:2: it has DOCTYPE"),
-        ("voc", "<annotation>\n<object></annotation>", r"1\.xml:2:\d+: it is not XML"), ("voc", "", r"1\.xml:1:1: it is not XML"),
+        ("voc", "<annotation>\n<object></annotation>", r"1\.xml:2:\d+: it is not XML"), ("voc", "", r"1\.xml:1:1: it is not XML"),  # noqa: E501
         ("voc", "<annotation/>", "no object found"), ("voc", "<a>" * 100_000, "not XML|nested"),
     ],
 )  # fmt: skip
@@ -96,14 +113,23 @@ def test_fault_32_stops(folder: Path, kind: str, text: str, problem: str) -> Non
 
 
 def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ["0 0.5 0.5 0.2 0.4", "0 x 0.5 0.2 0.4", "0 0.5 0.5", "0 300 200 20 40", "0.5 0.5 0.5 0.1 0.1", "0 nan 0.5 0.5 0.5"]
+    lines = [
+        "0 0.5 0.5 0.2 0.4",
+        "0 x 0.5 0.2 0.4",
+        "0 0.5 0.5",
+        "0 300 200 20 40",
+        "0.5 0.5 0.5 0.1 0.1",
+        "0 nan 0.5 0.5 0.5",
+    ]
     (folder / "labels/a/1.txt").write_text("\n".join(lines))
     assert len(run(folder, "yolo").boxes) == 1
     err = capsys.readouterr().err
     assert "5 lines are not" in err
     assert "1.txt:2, " in err
     (folder / "own.json").unlink()
-    (folder / "labels/a/1.xml").write_text(voc(("dog", 1, 1, 5, 5, 0)).replace("</annotation>", "<object/><object><name>x</name></object></annotation>"))
+    (folder / "labels/a/1.xml").write_text(
+        voc(("dog", 1, 1, 5, 5, 0)).replace("</annotation>", "<object/><object><name>x</name></object></annotation>")
+    )
     assert len(run(folder, "voc").boxes) == 1
     assert "2 objects have no name or no box" in capsys.readouterr().err
 

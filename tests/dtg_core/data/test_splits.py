@@ -1,4 +1,5 @@
 """Labelled and unlabelled splits: the published protocols' own numbers, whole groups, enough of each class."""
+
 from __future__ import annotations
 
 import json
@@ -27,12 +28,15 @@ def coco(folder: Path, images: int, rare: bool = False) -> Path:
     generator = np.random.default_rng(0)
     ids = generator.choice(images * 5, images, replace=False).tolist()
     classes = generator.integers(1, 4, images).tolist()
-    annotations = [{"id": n + 1, "image_id": ids[n], "category_id": classes[n], "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": n % 5 == 0,
+    annotations = [{"id": n + 1, "image_id": ids[n], "category_id": classes[n], "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": n % 5 == 0,  # noqa: E501
                     "segmentation": [[1, 2, 3, 4, 5, 6]]} for n in range(images) if n % 7]  # fmt: skip
     if rare:
-        annotations += [{"id": 10**6 + n, "image_id": ids[n], "category_id": 4, "bbox": [5, 6, 7, 8]} for n in range(1, images, images // 5)]
+        annotations += [
+            {"id": 10**6 + n, "image_id": ids[n], "category_id": 4, "bbox": [5, 6, 7, 8]}
+            for n in range(1, images, images // 5)
+        ]
     content = {
-        "images": [{"id": ids[n], "file_name": f"scene{n // 4}_view{n % 4}.jpg", "width": 640, "height": 480, "city": n // 10}
+        "images": [{"id": ids[n], "file_name": f"scene{n // 4}_view{n % 4}.jpg", "width": 640, "height": 480, "city": n // 10}  # noqa: E501
                    for n in range(images)],
         "annotations": annotations,
         "categories": [{"id": n, "name": name} for n, name in ((3, "c"), (1, "a"), (2, "b"), (4, "rare"))],
@@ -76,12 +80,12 @@ def test_one_command_makes_all_folds_of_coco(tmp_path: Path, capsys: pytest.Capt
     stored = [image["id"] for image in content["images"]]
     manifest = split(source, "--percent", 1, 10, "--folds", "1-2")
     assert [made["images"] for made in manifest["splits"]] == [1182, 1182, 11828, 11828]
-    assert "10p-fold1: 11828 labelled and 106459 other images" in capsys.readouterr().out
-    labeled, rest = ids_of(source, "10p-fold1-labeled.json"), ids_of(source, "10p-fold1-unlabeled.json")
+    assert "fold1_10: 11828 labelled and 106459 other images" in capsys.readouterr().out
+    labeled, rest = ids_of(source, "fold1_10_labeled.json"), ids_of(source, "fold1_10_unlabeled.json")
     assert set(labeled) == {stored[position] for position in draw("softteacher", COCO, 11828, 1)}
     assert {stored[105285], stored[107335], stored[49358]} <= set(labeled)
     assert sorted(labeled + rest) == sorted(stored)
-    assert set(ids_of(source, "10p-fold2-labeled.json")) != set(labeled)
+    assert set(ids_of(source, "fold2_10_labeled.json")) != set(labeled)
 
 
 def test_files_load_and_the_manifest_is_true(tmp_path: Path) -> None:
@@ -89,7 +93,11 @@ def test_files_load_and_the_manifest_is_true(tmp_path: Path) -> None:
     before = source.read_bytes()
     manifest = split(source, "--count", 40, "--folds", 3)
     folder = tmp_path / "splits"
-    assert sorted(path.name for path in folder.iterdir()) == ["40i-fold3-labeled.json", "40i-fold3-unlabeled.json", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "fold3_40images_labeled.json",
+        "fold3_40images_unlabeled.json",
+        "manifest.json",
+    ]
     (made,) = manifest["splits"]
     import hashlib
 
@@ -101,14 +109,14 @@ def test_files_load_and_the_manifest_is_true(tmp_path: Path) -> None:
     images.mkdir()
     for image in json.loads(before)["images"]:
         (images / image["file_name"]).touch()
-    labeled = load_coco(folder / "40i-fold3-labeled.json", images)
-    unlabeled = load_coco(folder / "40i-fold3-unlabeled.json", images, need_labels=False)
+    labeled = load_coco(folder / "fold3_40images_labeled.json", images)
+    unlabeled = load_coco(folder / "fold3_40images_unlabeled.json", images, need_labels=False)
     assert (len(labeled), len(unlabeled)) == (40, 360)
     counts = Counter(labeled.class_names[label] for label in labeled.labels[~labeled.crowd])
     assert made["boxes"] == {name: counts[name] for name in ("c", "a", "b", "rare")}
     assert labeled.crowd.any()
     whole = {image["id"]: image for image in json.loads(before)["images"]}
-    for record in json.loads((folder / "40i-fold3-labeled.json").read_text())["images"]:
+    for record in json.loads((folder / "fold3_40images_labeled.json").read_text())["images"]:
         assert record == whole[record["id"]]
 
 
@@ -118,15 +126,19 @@ def test_stac_and_ubteacher(tmp_path: Path) -> None:
     manifest = split(source, "--protocol", "stac", "--percent", 10, "--folds", 1)
     expected = np.unique(np.random.RandomState(1).choice(range(400), size=40))
     assert manifest["splits"][0]["images"] == len(expected)
-    labeled = ids_of(source, "10p-fold1-labeled.json")
+    labeled = ids_of(source, "fold1_10_labeled.json")
     assert labeled == [content["images"][position]["id"] for position in expected]
 
     boxed = sorted({a["image_id"] for a in content["annotations"] if not a["iscrowd"]})
     indices = tmp_path / "supervision.txt"
     indices.write_text(json.dumps({"10.0": {"0": [0, 5, len(boxed) - 1]}}))
     split(source, "--protocol", "ubteacher", "--percent", 10, "--folds", 0, "--indices", indices)
-    assert sorted(ids_of(source, "10p-fold0-labeled.json")) == [boxed[0], boxed[5], boxed[-1]]
-    for fold, text, problem in ((7, None, "no fold 7"), (0, {"10": {"0": [4000]}}, "another data set"), (0, [1], "another format")):
+    assert sorted(ids_of(source, "fold0_10_labeled.json")) == [boxed[0], boxed[5], boxed[-1]]
+    for fold, text, problem in (
+        (7, None, "no fold 7"),
+        (0, {"10": {"0": [4000]}}, "another data set"),
+        (0, [1], "another format"),
+    ):
         if text is not None:
             indices.write_text(json.dumps(text))
         with pytest.raises(UserError, match=problem):
@@ -138,7 +150,7 @@ def test_groups_stay_together(tmp_path: Path, by: str, size: int) -> None:
     source = coco(tmp_path, 400)
     manifest = split(source, "--count", 50, "--folds", 1, "--group-by", by)
     assert 50 <= manifest["splits"][0]["images"] < 50 + size
-    labeled = set(ids_of(source, "50i-fold1-labeled.json"))
+    labeled = set(ids_of(source, "fold1_50images_labeled.json"))
     groups = Counter(n // size for n, image in enumerate(json.loads(source.read_text())["images"]) if image["id"] in labeled)
     assert set(groups.values()) == {size}
 

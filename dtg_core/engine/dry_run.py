@@ -1,0 +1,110 @@
+"""What a run will cost, from two of its steps that are thrown away. Nothing is written."""
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dtg_core.config import Config
+from dtg_core.data.plan import StepData
+from dtg_core.data.sources import Sources
+from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.errors import UserError
+from dtg_core.models.student import StudentModule
+from dtg_core.models.teacher import make_teacher
+
+CHECKPOINTS = 3  # kept at once while a new one is written
+
+
+def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path, accelerator: Accelerator) -> list[str]:
+    """Make batches of the dearest kind of step, train on them, and forecast.
+
+    Args:
+        config: of the run. detector: the student's; it is changed. sources: the data. folder: of the run, which may not
+        exist.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        UserError: the disk has no room for the checkpoints, or an image of the batches cannot be used.
+    """
+    if config.run.channels_last:
+        detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = StudentModule(detector, config.guidance.stages)
+    teacher = make_teacher(detector).to(accelerator.device)
+    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
+    data = StepData(
+        sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
+        config.data.unlabeled_per_device, accelerator.process_index, accelerator.num_processes,
+    )
+    guidance = config.guidance
+    full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
+    student.train()
+    reading = training = 0.0
+    skipped = 0
+    for step in (full, full + 1):  # the first one also warms up; its times are overwritten
+        began = time.perf_counter()
+        batch = data[step]
+        reading = time.perf_counter() - began
+        figures = train_step(student, teacher, optimizer, [batch.to(accelerator.device)], config, accelerator)
+        skipped += int(figures["skipped"])  # sync: a step is over when its figures are there
+        training = time.perf_counter() - began - reading
+    step_seconds = max(training, reading / config.data.workers) if config.data.workers else training + reading
+    step_seconds += (config.optim.accumulate - 1) * step_seconds
+    size = _checkpoint_bytes(module, teacher, optimizer)
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < size * CHECKPOINTS:
+        raise UserError(f"{folder}: the disk has {free / 1e9:.2f} GB left, and the run needs about "
+                        f"{size * CHECKPOINTS / 1e9:.2f} GB - "
+                        "make room, or give another --output")
+    unlabeled = "none" if sources.unlabeled is None else f"{len(sources.unlabeled)}"
+    return [
+        f"data: {len(sources.labeled)} labelled, {unlabeled} unlabelled and {len(sources.val) if sources.val else 0} "
+        "validation images",
+        f"step: {training:.2f} s training, {reading:.2f} s reading with one process",
+        *(["losses were not finite - lower optim.lr, or check the data"] if skipped else []),
+        f"run: about {timedelta(seconds=round(step_seconds * config.run.steps))} for {config.run.steps} steps, evaluation "
+        "not counted",
+        f"memory: {_peak_memory(accelerator.device)}",
+        f"disk: {size / 1e6:.0f} MB a checkpoint, {free / 1e9:.1f} GB free",
+        "dry run: nothing was written",
+    ]
+
+
+def require_writable(folder: Path) -> None:
+    """UserError unless the folder can be made or written, which is found out without writing."""
+    place = _existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "no right to write" if place.is_dir() else "a file"
+        raise UserError(f"{folder}: it cannot be written ({place}: {found}) - give another --output")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
+
+
+def _checkpoint_bytes(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    tensors = [*student.state_dict().values(), *teacher.state_dict().values()]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU at most"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 1e9:.1f} GB of the process at most"

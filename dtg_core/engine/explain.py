@@ -1,0 +1,208 @@
+"""What the teacher tells the student of a batch, step by step, beside what sparse guidance would have told (Figs. 3 and 4).
+
+The functions of training are called one by one, so that what lies between them can be seen. Nothing here is fast.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from dtg_core.boxes import Hull, clip, paired_iou, project
+from dtg_core.config import StageRule
+from dtg_core.data.coco import CocoIndex
+from dtg_core.guidance import cluster_nms, correspond, inverse_nms, pseudo_labels, select_candidates
+from dtg_core.protocol import Detector
+from dtg_core.structures import (
+    Assignment,
+    Candidates,
+    Clusters,
+    Detections,
+    PairBatch,
+    Predictions,
+    Samples,
+    Supervision,
+    Targets,
+    ViewBatch,
+)
+
+BOTH, DENSE_ONLY, SPARSE_ONLY, OTHER_CLASS = "both", "dense only", "sparse only", "other class"
+SAME_OBJECT = 0.5  # IoU of a cluster's target with a pseudo box of its class, from which they mean the same
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a sample that either guidance makes a positive is labeled by both."""
+
+    sample: int
+    kind: str
+    reason: str  # empty for BOTH
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Dense and sparse guidance of one stage for a batch of N images. S samples of the student."""
+
+    candidates: Candidates  # teacher's view
+    clusters: Clusters
+    detections: Detections  # the teacher's final boxes over the lower threshold, in its view
+    samples: Samples  # of the student
+    dense: Assignment  # before background is drawn at random
+    sparse: Assignment
+    pseudo: Targets  # pseudo boxes in the student's view
+    student_logit: Tensor  # [P] of the class that dense guidance assigns
+    teacher_score: Tensor  # [N, S] best score of the teacher's samples that belong to a student's sample; -1: none does
+    num_classes: int
+    rule: StageRule
+
+    def differences(self, image: int) -> list[Difference]:
+        """Of all samples of an image that are positive by dense or sparse guidance."""
+        dense, sparse = (
+            {sample: row for row, (at, sample) in enumerate(zip(part.image.tolist(), part.sample.tolist())) if at == image}
+            for part in (self.dense, self.sparse)
+        )
+        found = []
+        for sample in sorted(dense.keys() | sparse.keys()):
+            if sample not in sparse:
+                found.append(Difference(sample, DENSE_ONLY, self._why_not_sparse(image, dense[sample])))
+            elif sample not in dense:
+                found.append(Difference(sample, SPARSE_ONLY, self._why_not_dense(image, sample)))
+            elif self.dense.label[dense[sample]] != self.sparse.label[sparse[sample]]:
+                found.append(Difference(sample, OTHER_CLASS, "the pseudo box is of another class"))
+            else:
+                found.append(Difference(sample, BOTH, ""))
+        return found
+
+    def _why_not_sparse(self, image: int, row: int) -> str:
+        same = (self.pseudo.image == image) & (self.pseudo.labels == self.dense.label[row])
+        boxes = self.pseudo.boxes[same]
+        if not len(boxes) or paired_iou(self.dense.box[row], boxes).max() < SAME_OBJECT:
+            return f"no pseudo box over {self.rule.pseudo_score:g} there"
+        if self.sparse.background[image, self.dense.sample[row]]:
+            return "too little overlap with the pseudo box"
+        return "not drawn, or ignored"
+
+    def _why_not_dense(self, image: int, sample: int) -> str:
+        score = float(self.teacher_score[image, sample])
+        if score < 0:
+            return "no teacher sample lands there"
+        if score <= self.rule.tau:
+            return f"teacher's score is under {self.rule.tau:g}"
+        return "its cluster left the view"
+
+
+@torch.no_grad()
+def explain(teacher: Detector, student: Detector, pair: PairBatch, name: str, rule: StageRule, hull: Hull) -> Explained:
+    """Guide one stage both ways.
+
+    Args:
+        teacher, student: in evaluation mode. pair: unlabeled views on their device.
+        name: of the stage. rule: of the stage; both of its thresholds are used. hull: how boxes are moved.
+
+    Returns:
+        Explained, on the CPU as far as the given views are.
+    """
+    outputs = teacher.run(pair.teacher)
+    stage, (samples, predictions) = teacher.stages[name], outputs[name]
+    grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
+
+    candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule)
+    groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
+    clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
+    moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
+    dense = inverse_nms(candidates, clusters, row, moved.num_samples, pair, hull)
+
+    detections = teacher.detect(outputs, pair.teacher, min(rule.tau, rule.pseudo_score))
+    pseudo = pseudo_labels(detections, rule.pseudo_score, pair, hull)
+    labels = pseudo.labels if stage.num_classes > 1 else torch.zeros_like(pseudo.labels)  # an RPN knows objects only
+    pseudo = Targets(pseudo.boxes, labels, pseudo.image)
+    sparse = stage.assign(moved, pseudo, pair.student.sizes, pair.student.seeds)
+
+    proposals = None if moved is grid else moved
+    learnt = student.run(pair.student, {name: Supervision(None, dense, proposals)})  # type: ignore[arg-type]
+    logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
+    usable = samples.usable(pair.teacher.sizes)
+    return Explained(
+        candidates, clusters, detections, moved, dense, sparse, pseudo, logits,
+        _best_scores(predictions, usable, row, moved.num_samples), stage.num_classes, rule,
+    )  # fmt: skip
+
+
+def _best_scores(predictions: Predictions, usable: Tensor, row: Tensor, num_samples: int) -> Tensor:
+    """[N, S] highest score of the teacher samples with a partner ``row`` [N, A]; -1 where a student sample has none."""
+    scores = torch.where(usable, predictions.logits.amax(2).float().sigmoid(), -1.0)
+    best = scores.new_full((len(row), num_samples + 1), -1.0)
+    return best.scatter_reduce(1, torch.where(row >= 0, row, num_samples), scores, "amax")[:, :num_samples]
+
+
+def agreement(first: Tensor, second: Tensor) -> float:
+    """Spearman's rank correlation of two lists [K] of scores; 1 for the same order. 0 for fewer than two."""
+    if len(first) < 2:
+        return 0.0
+    ranks = [scores.argsort().argsort().double() for scores in (first, second)]
+    return float(1 - 6 * (ranks[0] - ranks[1]).square().sum() / (len(first) * (len(first) ** 2 - 1)))
+
+
+@dataclass
+class Tally:
+    """Boxes of one kind, counted against hidden labels."""
+
+    images: int = 0
+    boxes: int = 0
+    objects: int = 0
+    right: int = 0
+    overlap: float = 0.0  # sum of the right boxes' IoU
+
+    @property
+    def precision(self) -> float:
+        return self.right / max(self.boxes, 1)
+
+    @property
+    def recall(self) -> float:
+        return self.right / max(self.objects, 1)
+
+    def add(self, boxes: Tensor, labels: Tensor, truth: Tensor, classes: Tensor, min_iou: float) -> None:
+        """One image: boxes [D, 4] of labels [D], best first, and objects [G, 4] of ``classes`` [G].
+
+        As in COCO a box takes the free object of its class with the largest IoU, if that is at least ``min_iou``.
+        """
+        overlap = torch.where(labels.unsqueeze(1) == classes, box_iou(boxes, truth), -1.0)
+        for row in range(len(boxes)):
+            best, place = overlap[row].max(0) if len(truth) else (overlap.new_tensor(-1.0), overlap.new_tensor(0))
+            if best >= min_iou:
+                self.right += 1
+                self.overlap += float(best)
+                overlap[:, int(place)] = -1.0
+        self.images, self.boxes, self.objects = self.images + 1, self.boxes + len(boxes), self.objects + len(truth)
+
+
+def tally(parts: Sequence[tuple[Explained, Targets]], score: float, min_iou: float = 0.5) -> dict[str, Tally]:
+    """Boxes with a score over ``score``, those that clusters keep and final ones, against objects in the teacher's view."""
+    counts = {"clusters": Tally(), "pseudo boxes": Tally()}
+    for explained, truth in parts:
+        candidates, keep, detections = explained.candidates, explained.clusters.keep, explained.detections
+        own = candidates.image[keep], candidates.box[keep], candidates.label[keep], candidates.logit[keep].sigmoid()
+        final = detections.image, detections.boxes, detections.labels, detections.scores
+        for count, (image, boxes, labels, scores) in zip(counts.values(), (own, final)):
+            known = explained.num_classes > 1  # an RPN knows objects only
+            for number in range(len(explained.teacher_score)):
+                here, there = (image == number) & (scores > score), truth.image == number
+                classes = truth.labels[there]
+                count.add(boxes[here], labels[here] * known, truth.boxes[there], classes * known, min_iou)
+    return counts
+
+
+def objects_in(views: ViewBatch, truth: CocoIndex, hull: Hull) -> Targets:
+    """The objects of ``truth`` in views whose ``image_ids`` are its file names."""
+    row = {name: number for number, name in enumerate(truth.file_names)}
+    boxes, labels, image = [], [], []
+    for number, name in enumerate(views.image_ids):
+        stored, classes = truth.objects(row[name])
+        moved = clip(project(torch.from_numpy(stored), views.view_from_image[number].cpu(), hull), views.sizes[number].cpu())
+        boxes.append(moved)
+        labels.append(torch.from_numpy(classes))
+        image.append(torch.full((len(stored),), number))
+    return Targets(torch.cat(boxes), torch.cat(labels), torch.cat(image)).to(views.pixels.device)

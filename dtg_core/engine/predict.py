@@ -1,0 +1,149 @@
+"""Trained weights as a detector that takes images and gives boxes in their pixels.
+
+    from dtg_core import load_detector
+    found = load_detector("runs/mine").predict(["a.jpg", "b.jpg"])
+
+A weights file tells all that is needed: the detector's name, its settings, and the user's classes.
+"""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dtg_core.boxes import clip, project
+from dtg_core.config import Config
+from dtg_core.data.images import read_image
+from dtg_core.data.plan import NO_BOXES, NO_LABELS
+from dtg_core.data.views import collate, test_view
+from dtg_core.engine.checkpoint import load_into, load_weights
+from dtg_core.engine.compare import flat
+from dtg_core.errors import UserError
+from dtg_core.settings import load_config, plain_yaml, yaml_scalar
+
+#: {name in a weights file: its package and class of settings}. The core imports no detector; this is the only place that
+#: knows some by name, because a weights file has nothing but a name to go by. They are looked up when it is opened.
+PACKAGES = {"gfl": ("gfl_dtg", "GFLConfig"), "faster_rcnn": ("faster_rcnn_dtg", "FasterRCNNConfig")}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in one image, best first. D boxes."""
+
+    size: tuple[int, int]  # (height, width) of the image, upright
+    boxes: np.ndarray  # [D, 4] float32 (x1, y1, x2, y2) in the image's pixels, clipped to it
+    scores: np.ndarray  # [D] float32
+    labels: np.ndarray  # [D] int64, rows of ``class_names`` and ``category_ids``
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A detector in evaluation mode, with what its run knew."""
+
+    detector: nn.Module
+    settings: Config
+    class_names: tuple[str, ...]
+    category_ids: list[Any]  # as the user wrote them
+    device: torch.device
+
+    @torch.no_grad()
+    def predict(
+        self, images: Sequence[str | Path | Image.Image], score_threshold: float | None = None, batch: int = 8
+    ) -> list[Found]:
+        """Boxes of each image.
+
+        Args:
+            images: files, or RGB images of PIL. score_threshold: of boxes that are kept; None: the run's.
+            batch: images at once.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        threshold = self.settings.run.score_threshold if score_threshold is None else score_threshold
+        found: list[Found] = []
+        for start in range(0, len(images), batch):
+            found += self._batch([self._opened(image) for image in images[start : start + batch]], threshold)
+        return found
+
+    def _opened(self, image: str | Path | Image.Image) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return image.convert("RGB")
+        return read_image(Path(image), rules=self.settings.data.rules)
+
+    def _batch(self, images: Sequence[Image.Image], threshold: float) -> list[Found]:
+        made = [test_view(image, NO_BOXES, NO_LABELS, self.settings.views) for image in images]
+        views = collate(made, [0] * len(images), range(len(images)))
+        moved = views.to(self.device)
+        detections = self.detector.detect(self.detector.run(moved), moved, threshold).to("cpu")  # type: ignore[operator]
+        back = torch.from_numpy(np.linalg.inv(np.stack([view.view_from_image for view in made])))
+        sizes = torch.tensor([(image.height, image.width) for image in images], dtype=torch.float64)
+        boxes = clip(project(detections.boxes.double(), back[detections.image], "corners"), sizes[detections.image]).float()
+        parts = [(detections.image == number).nonzero().squeeze(1) for number in range(len(images))]
+        return [
+            Found((image.height, image.width), boxes[rows].numpy(), detections.scores[rows].float().numpy(),
+                  detections.labels[rows].numpy())
+            for image, rows in zip(images, parts)
+        ]  # fmt: skip
+
+
+def load_detector(path: Path, device: str | None = None, which: str = "teacher") -> Predictor:
+    """Rebuild a detector from a weights file alone.
+
+    Args:
+        path: a file of ``weights/`` in a run folder, or the run folder. device: None: an accelerator, else the CPU.
+        which: "teacher" or "student" of a run folder.
+
+    Raises:
+        UserError: not a weights file of this project, damaged, of settings that are not known any more, or no such device.
+    """
+    if path.is_dir():
+        path = path / "weights" / f"{which}.safetensors"
+    tensors, metadata = load_weights(path)
+    missing = {"detector", "class_names", "category_ids", "config"} - metadata.keys()
+    if missing or metadata["detector"] not in PACKAGES:
+        raise UserError(f"{path}: does not say which detector it belongs to - give weights/*.safetensors of a run folder")
+    name, class_names = metadata["detector"], tuple(metadata["class_names"])
+    package, settings = _settings(path, name, metadata["config"])
+    bare = replace(settings.backbone, pretrained=False, weights=None)
+    detector = package.build(getattr(settings, name), bare, len(class_names))
+    load_into(detector, tensors, path)
+    where = pick_device(device)
+    return Predictor(detector.eval().to(where), settings, class_names, list(metadata["category_ids"]), where)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """A device by its name; None: an accelerator if there is one. Raises UserError when it cannot be used."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--device {name}: cannot be used ({reason}) - use cpu") from error
+    return device
+
+
+def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:
+    """The detector's package, and the core's settings with the detector's own section under its name."""
+    package_name, kind = PACKAGES[name]
+    try:
+        package = importlib.import_module(package_name)
+        section = getattr(package, kind)
+    except ImportError as error:
+        raise UserError(f"{path}: its package {package_name} cannot be imported ({error}) - install it") from error
+    settings = make_dataclass("Settings", [(name, section, field(default_factory=section))], bases=(Config,), frozen=True)
+    known = {entry.name for entry in fields(settings)}
+    try:
+        told = flat(plain_yaml(text, "its settings"))
+        own = [f"{key}={yaml_scalar(value)}" for key, value in told.items() if key.split(".")[0] in known]
+        return package, load_config(settings, None, own)[0]
+    except UserError as error:
+        raise UserError(f"{path}: its settings are of another version ({error})") from error

@@ -1,0 +1,147 @@
+"""What the teacher of a run teaches on unlabeled images, and where sparse guidance would have taught something else.
+
+    python scripts/show_guidance.py RUN_OR_WEIGHTS --output DIR [--step N] [--truth JSON]
+
+For each stage a sheet ``DIR/<stage>.png``: the teacher's candidates colored by NMS cluster with the kept box thick; the
+student's view with targets and samples in the same colors; the ranks within the largest clusters by teacher and by student
+(the paper's Fig. 4); and the samples that dense and sparse guidance label differently, with the reasons (Fig. 3).
+
+With hidden labels (the embedded data set has them) it tells precision and recall of the clusters' kept boxes beside those of
+the pseudo boxes. A weights file alone serves as teacher and student at once.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common import Parser, main_guard, one_of
+
+from dtg_core.errors import UserError
+
+if TYPE_CHECKING:
+    from dtg_core.config import Config, DataConfig
+    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.plan import StepData
+    from dtg_core.engine.explain import Tally
+    from dtg_core.engine.predict import Predictor
+    from dtg_core.structures import PairBatch
+
+
+def parser() -> Parser:
+    result = Parser("Show what the teacher of a run teaches its student.")
+    add = result.add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
+    add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this one")
+    add("--count", type=int, default=4, metavar="N", help="images on a sheet (default: 4)")
+    add("--step", type=int, default=0, metavar="N", help="draw images and views of this step of training (default: 0)")
+    add("--unlabeled", metavar="DIR|JSON", help="other unlabeled images than the run's")
+    add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabeled images, COCO format")
+    add("--measure", type=int, default=100, metavar="N", help="images that are counted against the truth (default: 100)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    for flag in ("count", "measure"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag}: use at least 1 (found {getattr(arguments, flag)})")
+    if arguments.step < 0:
+        raise UserError(f"--step: use 0 or more (found {arguments.step})")
+
+    from dtg_core.data.plan import StepData
+    from dtg_core.data.sources import open_sources
+    from dtg_core.engine.explain import explain, objects_in, tally
+    from dtg_core.engine.pictures import guidance_sheet
+    from dtg_core.engine.predict import load_detector
+
+    teacher = load_detector(arguments.weights, arguments.device)
+    student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
+    models, settings = (teacher.detector, student.detector), teacher.settings
+    stages = stages_of(teacher, arguments.stage)
+    sources = open_sources(unlabeled_data(settings.data, arguments.unlabeled), False)
+    assert sources.unlabeled is not None
+    images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
+    truth = hidden_labels(arguments.truth, settings, images, teacher.class_names)
+    data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.count)
+    hull = settings.views.box_hull
+
+    pair = unlabeled(data, arguments.step).to(teacher.device)
+    for name in stages:
+        explained = explain(*models, pair, name, settings.guidance.stages[name], hull)
+        path = arguments.output / f"{name}.png"
+        try:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            guidance_sheet(explained, pair, teacher.class_names, range(arguments.count)).save(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}) - give another --output") from error
+        print(f"written to {path}")
+    if truth is None:
+        return 0
+
+    steps = range(arguments.step, arguments.step + -(-arguments.measure // arguments.count))
+    pairs = [unlabeled(data, step).to(teacher.device) for step in steps]
+    print(f"against the hidden labels of {len(pairs) * arguments.count} images, IoU 0.5:")
+    for name in stages:
+        rule = settings.guidance.stages[name]
+        parts = [(explain(*models, pair, name, rule, hull), objects_in(pair.teacher, truth, hull)) for pair in pairs]
+        for score in sorted({rule.tau, rule.pseudo_score}):
+            for kind, count in tally(parts, score).items():
+                print(line(f"{name}, {kind} over {score:g}", count))
+    return 0
+
+
+def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:
+    names = list(predictor.detector.stages)
+    if wanted is not None and wanted not in names:
+        raise UserError(f"--stage {wanted}: the detector has no such stage - choose from {', '.join(names)}")
+    return names if wanted is None else [wanted]
+
+
+def unlabeled_data(config: DataConfig, other: str | None) -> DataConfig:
+    """The run's data without its validation set, or with other unlabeled images."""
+    config = replace(config, unlabeled=other, unlisted="ignore") if other else config
+    if config.labeled is not None and config.unlabeled is None and config.unlisted == "ignore":
+        raise UserError("--unlabeled: missing, and the run had no unlabeled images - give a folder of images")
+    return replace(config, val=None)
+
+
+def unlabeled(data: StepData, step: int) -> PairBatch:
+    pair = data[step].unlabeled
+    assert pair is not None
+    return pair
+
+
+def hidden_labels(
+    path: Path | None, settings: Config, images: CocoIndex, class_names: tuple[str, ...]
+) -> CocoIndex | None:
+    """The truth of the unlabeled images: given, of the embedded data set, or None."""
+    from dtg_core.data.coco import load_coco, with_classes
+    from dtg_core.data.shapes import make_shapes
+
+    data = settings.data
+    if path is None:
+        if data.labeled is not None or len(images) != data.shapes_unlabeled:
+            return None
+        counts = data.shapes_labeled, data.shapes_unlabeled, data.shapes_val
+        path = make_shapes(None, *counts, data.shapes_seed).unlabeled_truth
+    truth = load_coco(path, images.root)
+    if set(truth.class_names) != set(class_names):
+        raise UserError(f"{path}: its classes are not the detector's - use the same categories")
+    absent = set(images.file_names) - set(truth.file_names)
+    if absent:
+        raise UserError(f"{path}: {len(absent)} of {len(images)} unlabeled images are not in it (e.g. {min(absent)!r}) - "
+                        "give the labels of all of them")
+    return with_classes(truth, class_names)
+
+
+def line(name: str, count: Tally) -> str:
+    return (f"  {name:<34} {count.boxes / max(count.images, 1):5.2f} per image   precision {100 * count.precision:5.1f}   "
+            f"recall {100 * count.recall:5.1f}   IoU of the right ones {count.overlap / max(count.right, 1):.3f}")
+
+
+if __name__ == "__main__":
+    main_guard(main)

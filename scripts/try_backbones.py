@@ -1,0 +1,80 @@
+"""Train backbones for a few steps each from random weights, to see that they fit and what a step costs.
+
+    python scripts/try_backbones.py [NAME ...] [--detector gfl|faster_rcnn] [--steps 20] [--set dotted.key=value ...]
+
+Prints a Markdown table: parameters of the whole detector, median time of a step with teacher and student, and the labelled
+loss at the first and over the last five steps, on the embedded data set with configs/quickstart.yaml.
+"""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+from common import DETECTORS, Parser, load_settings, main_guard, one_of, train_parser
+
+#: One small model of each family that detectors are often built on.
+FAMILIES = {
+    "resnet": "resnet18", "resnext": "resnext26ts", "convnext": "convnext_atto", "efficientnet": "efficientnet_lite0",
+    "mobilenetv3": "mobilenetv3_small_100", "mobilenetv4": "mobilenetv4_conv_small", "regnet": "regnetx_002",
+    "hgnetv2": "hgnetv2_b0", "swin": "swin_tiny_patch4_window7_224", "pvt_v2": "pvt_v2_b0", "vit": "vit_tiny_patch16_224",
+}  # fmt: skip
+
+
+def parser() -> Parser:
+    result = Parser("Train backbones for a few steps each.")
+    result.add_argument("names", nargs="*", metavar="NAME", help="timm models (default: one of each of eleven families)")
+    result.add_argument("--detector", type=one_of(tuple(DETECTORS)), default="gfl", metavar="gfl|faster_rcnn")
+    result.add_argument("--steps", type=int, default=20, metavar="N")
+    result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    families = {name: family for family, name in FAMILIES.items()}
+    print("| family | model | parameters | step | loss at step 1 | loss at the end |\n|---|---|---|---|---|---|")
+    for name in arguments.names or FAMILIES.values():
+        parameters, seconds, losses = _train(arguments.detector, name, arguments.steps, arguments.set)
+        family, end = families.get(name, name.split("_")[0]), sum(losses[-5:]) / len(losses[-5:])
+        print(f"| {family} | {name} | {parameters / 1e6:.1f} M | {seconds:.2f} s | {losses[0]:.2f} | {end:.2f} "
+              "|", flush=True)
+    return 0
+
+
+def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tuple[int, float, list[float]]:
+    """Number of parameters, median seconds of a step, labelled loss of each step."""
+    import torch
+    from accelerate import Accelerator
+
+    from dtg_core.data.plan import StepData
+    from dtg_core.data.sources import open_sources
+    from dtg_core.engine.loop import make_optimizer, train_step
+    from dtg_core.models.student import StudentModule
+    from dtg_core.models.teacher import make_teacher
+
+    scratch = ["backbone.pretrained=false", "backbone.freeze_to_stride=0", "backbone.batch_norm=train", "data.workers=0",
+               "guidance.start_step=0", "guidance.ramp_steps=0", "optim.warmup_steps=0"]  # fmt: skip
+    line = ["--detector", detector, "--backbone", name, "--steps", str(steps), "--set", *scratch, *overrides]
+    settings, _, _ = load_settings(train_parser().parse(line))
+    sources = open_sources(settings.data, supervised=False)
+    torch.manual_seed(0)
+    student = StudentModule(DETECTORS[detector](settings, len(sources.labeled.class_names)), settings.guidance.stages)
+    accelerator = Accelerator()
+    teacher = make_teacher(student.detector).to(accelerator.device)
+    module, optimizer = accelerator.prepare(student, make_optimizer(student, settings.optim))
+    data = StepData(sources.labeled, sources.unlabeled, settings.views, 0, settings.data.labeled_per_device,
+                    settings.data.unlabeled_per_device)  # fmt: skip
+    losses, times = [], []
+    module.train()
+    for step in range(steps):
+        batch = data[step].to(accelerator.device)
+        began = time.perf_counter()
+        figures = train_step(module, teacher, optimizer, [batch], settings, accelerator)
+        losses.append(sum(float(value) for key, value in figures.items() if key.startswith("labeled/")))
+        times.append(time.perf_counter() - began)
+    return sum(parameter.numel() for parameter in student.parameters()), statistics.median(times), losses
+
+
+if __name__ == "__main__":
+    main_guard(main)

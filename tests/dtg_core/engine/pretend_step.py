@@ -1,0 +1,88 @@
+"""Counts the host waits of one dense training step on a pretended device, with 1 and with 4 unlabelled images.
+
+    python pretend_step.py gfl|faster_rcnn
+
+Not a test: ``test_loop.py`` runs it in a process of its own.
+"""
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from conftest import make_pair, make_views, tiny_detector
+from pretend_device import DEVICE, PretendDevice, module_to_device, to_device
+
+from dtg_core.config import Config, GuidanceConfig, OptimConfig, paper_stages
+from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.models.student import StudentModule
+from dtg_core.models.teacher import make_teacher
+from dtg_core.structures import Movable, StepBatch
+
+torch.get_device_module("pretend").get_amp_supported_dtype = lambda: [torch.bfloat16]
+ROOT = Path(__file__).resolve().parents[3]
+BOXES, LABELS = [[[4.0, 4, 30, 34]], [[20.0, 10, 60, 50], [2, 30, 20, 60]]], [[0], [1, 2]]
+
+
+class OneProcess:
+    """What ``train_step`` needs of an Accelerator."""
+
+    num_processes, scaler, device = 1, None, DEVICE
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def reduce(self, tensor, reduction):
+        return tensor
+
+    def backward(self, loss):
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters, limit):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=False)
+
+    def unwrap_model(self, model):
+        return model
+
+
+def moved(batch):
+    """``Movable.to``, to the pretended device."""
+    changed = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, Movable):
+            changed[name] = moved(value)
+        elif isinstance(value, torch.Tensor):
+            changed[name] = to_device(value)
+    return replace(batch, **changed)
+
+
+def count(name: str, images: int) -> PretendDevice:
+    detector = tiny_detector(name)
+    with torch.no_grad():
+        for key, parameter in detector.named_parameters():
+            if key.endswith("bias") and parameter.min() < -2:
+                parameter.fill_(0.3)
+    stages = {stage: replace(rule, tau=0.5) for stage, rule in paper_stages().items()}
+    guidance = GuidanceConfig(start_step=0, ramp_steps=1, stages=stages)
+    config = Config(guidance=guidance, optim=OptimConfig(lr=1e-4, momentum=0.9, warmup_steps=0))
+    student = StudentModule(detector, stages).train()
+    teacher = make_teacher(detector)
+    module_to_device(student)
+    module_to_device(teacher)
+    optimizer = make_optimizer(student, config.optim)
+    batch = moved(StepBatch(0, make_views(2, 64, 64, BOXES, LABELS), make_pair(images, 64, 64)))
+    train_step(student, teacher, optimizer, [batch], config, OneProcess())  # fills the caches of anchors
+    with PretendDevice() as device:
+        figures = train_step(student, teacher, optimizer, [batch], config, OneProcess())
+    assert figures["skipped"] == 0
+    assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in detector.stages)
+    return device
+
+
+for number in (1, 4):
+    found = count(sys.argv[1], number)
+    print(f"images {number} {sum(found.syncs.values())} host waits, {sum(found.kernels.values())} operations")
+    for site, times in sorted(found.sites.items()):
+        print(f"    {times} x {site.replace(f'{ROOT}/', '')}")

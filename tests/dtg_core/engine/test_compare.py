@@ -1,0 +1,162 @@
+"""Comparison of runs: grouping, means against pencil cases, refusals, and pages that stand alone."""
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from dtg_core.engine.compare import FIGURES, compare, draw_curves, effective, flat, tables, to_html, to_markdown
+from dtg_core.errors import UserError
+from dtg_core.settings import plain_yaml, to_yaml
+
+sys.path[:0] = [str(ROOT / "scripts")]
+import compare as compare_script  # noqa: E402
+from common import STAGES  # noqa: E402
+from run_settings import RunSettings  # noqa: E402
+
+
+def write_run(
+    folder: Path, ap: float, *, paradigm: str = "dense", seed: int = 0, fold: int = 0, labeled: str | None = None,
+    alpha: float = 2.0, tau: float = 0.4, step: int | None = 100, output: str = "",
+    classes: tuple[str, ...] = ("cat", "dog"),
+) -> Path:
+    settings = RunSettings()
+    stages = {
+        name: replace(rule, paradigm="none" if paradigm == "supervised" else paradigm, tau=tau)
+        for name, rule in settings.guidance.stages.items()
+    }
+    settings = replace(
+        settings, detector="gfl", paradigm=paradigm,
+        run=replace(settings.run, steps=100, seed=seed, output=output or str(folder)),
+        guidance=replace(settings.guidance, alpha=alpha, stages=stages),
+        data=replace(settings.data, shapes_seed=fold, labeled=labeled),
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    told = {name: ap + number for number, name in enumerate(FIGURES)} | {"classes": {name: ap for name in classes}}
+    if step is not None:
+        (folder / "results.json").write_text(json.dumps({"step": step, "teacher": told, "student": told}))
+    lines = [{"step": 50, "step_seconds": 0.6}, {"step": 50, "teacher/AP": ap / 2}, {"step": 100, "step_seconds": 1.8},
+             {"step": 100, "teacher/AP": ap}]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def results(*paths: Path) -> list[list[str]]:
+    return tables(compare(paths, STAGES))["Results"]
+
+
+def test_means_spreads_and_differences(tmp_path):
+    sparse = [write_run(tmp_path / f"s{seed}", ap, paradigm="sparse", seed=seed) for seed, ap in enumerate((30, 32, 34))]
+    dense = [write_run(tmp_path / f"d{seed}", ap, seed=seed) for seed, ap in enumerate((31, 33.5, 34.5))]
+    header, first, second = results(*sparse, *dense)
+    assert header[:5] == ["", "AP", "AP50", "AP75", "difference"]
+    assert first[:5] == ["gfl, sparse", "32.00 ± 2.00", "33.00 ± 2.00", "34.00 ± 2.00", ""]
+    assert second[:2] == ["gfl, dense", "33.00 ± 1.80"]
+    assert second[4] == "+1.00 ± 0.50"  # of 1.0, 1.5 and 0.5, seed by seed
+    assert (first[-2], first[-1]) == ("3", "2.0")  # 50 steps of 0.6 s and 50 of 1.8 s
+
+
+def test_other_seeds_have_no_paired_spread(tmp_path):
+    runs = [write_run(tmp_path / "a", 30, paradigm="sparse", seed=0),
+            write_run(tmp_path / "b", 31, paradigm="sparse", seed=1),
+            write_run(tmp_path / "c", 33, seed=0), write_run(tmp_path / "d", 34, seed=2)]  # fmt: skip
+    comparison = compare(runs, STAGES)
+    assert tables(comparison)["Results"][2][4] == "+3.00"
+    assert any("not those of the first row" in note for note in comparison.notes)
+
+
+def test_folds_are_one_row_and_shares_are_not(tmp_path):
+    files = ["fold1_1_labeled.json", "fold2_1_labeled.json", "fold1_10_labeled.json"]
+    runs = [write_run(tmp_path / str(number), 20, labeled=name) for number, name in enumerate(files)]
+    assert [row[-2] for row in results(*runs)[1:]] == ["2", "1"]
+    runs = [write_run(tmp_path / f"e{number}", 20, fold=number) for number in range(3)]
+    assert [row[-2] for row in results(*runs)[1:]] == ["3"]
+    runs = [write_run(tmp_path / f"s{n}", 20, labeled=f"x/instances_train2017.{n}@10.json") for n in (1, 2)]
+    assert len(results(*runs)) == 2
+
+
+def test_settings_without_effect_do_not_part_runs(tmp_path):
+    runs = [write_run(tmp_path / "a", 20, paradigm="sparse", seed=0, tau=0.4),
+            write_run(tmp_path / "b", 22, paradigm="sparse", seed=1, tau=0.3)]  # fmt: skip
+    assert [row[:2] for row in results(*runs)[1:]] == [["gfl, sparse", "21.00 ± 1.41"]]
+    runs = [write_run(tmp_path / "c", 20, tau=0.4), write_run(tmp_path / "d", 22, seed=1, tau=0.3)]
+    assert [row[0] for row in results(*runs)[1:]] == ["gfl, dense, head.tau=0.4", "gfl, dense, head.tau=0.3"]
+    # Without unlabelled images alpha means nothing.
+    runs = [write_run(tmp_path / "e", 20, paradigm="supervised"),
+            write_run(tmp_path / "f", 20, paradigm="supervised", seed=1, alpha=9.0)]  # fmt: skip
+    assert len(results(*runs)) == 2
+
+
+def test_it_says_which_settings_differ(tmp_path):
+    runs = [write_run(tmp_path / "a", 20), write_run(tmp_path / "b", 21, alpha=4.0),
+            write_run(tmp_path / "c", 21, paradigm="sparse")]  # fmt: skip
+    comparison = compare(runs, STAGES)
+    assert comparison.differing == {
+        "guidance.alpha": ["2.0", "4.0", "2.0"], "guidance.stages.head.paradigm": ["dense", "dense", "sparse"],
+    }  # fmt: skip
+    names = [row.name for row in comparison.rows]
+    assert names == ["gfl, dense, guidance.alpha=2.0", "gfl, dense, guidance.alpha=4.0", "gfl, sparse"]
+    over = compare(runs[:2], STAGES, ["guidance.alpha"])
+    assert len(over.rows) == 1
+    with pytest.raises(UserError, match="alfa"):
+        compare(runs, STAGES, ["guidance.alfa"])
+
+
+def test_effective_settings_of_a_detector():
+    settings = flat(plain_yaml(to_yaml(RunSettings(detector="faster_rcnn")), "text"))
+    kept = effective(settings, STAGES)
+    assert {"faster_rcnn.rpn.pre_nms", "guidance.stages.rpn.tau", "optim.lr"} <= kept.keys()
+    assert not any(key.startswith(("gfl.", "guidance.stages.head.")) for key in kept)
+    assert not {"run.output", "guidance.stages.rcnn.pseudo_score", "paradigm"} & kept.keys()
+    assert any(key.startswith("guidance.stages.head.") for key in effective(settings, {}))  # a detector nobody knows
+
+
+def test_refusals(tmp_path):
+    good = write_run(tmp_path / "good", 20)
+    for folder, words in (
+        (write_run(tmp_path / "unfinished", 20, seed=1, step=50), "not finished .evaluated at step 50 of 100"),
+        (write_run(tmp_path / "silent", 20, seed=1, step=None), "no results.json"),
+        (write_run(tmp_path / "twice", 20, output="elsewhere"), "count one run twice"),
+        (write_run(tmp_path / "other", 20, classes=("cat", "cow")), "other images or classes"),
+        (tmp_path / "nowhere", "no such run folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare([good, folder], STAGES)
+    (tmp_path / "other" / "results.json").write_text("[1]")
+    with pytest.raises(UserError, match="not the results"):
+        compare([tmp_path / "other"], STAGES)
+
+
+def test_pages(tmp_path):
+    runs = [write_run(tmp_path / f"<b>{seed}", 20 + seed, seed=seed) for seed in range(2)]
+    comparison = compare(runs, STAGES)
+    widths = {len(line) for line in to_markdown(comparison).splitlines() if line.startswith("| ")}
+    assert len(widths) <= len(tables(comparison))  # columns are aligned
+    page = to_html(comparison, b"\x89PNG")
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:)|http", page)
+
+
+def test_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / str(seed), 20 + seed, seed=seed) for seed in range(2)]
+    comparison = compare(runs, STAGES)
+    assert comparison.rows[0].runs[0].curve == [(50, pytest.approx(30.0), 10.0), (100, pytest.approx(120.0), 20.0)]
+    assert (draw_curves(comparison) or b"").startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = write_run(tmp_path / "run", 20)
+    assert compare_script.main([str(run), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert sum("dtg-ssod[report]" in line for line in shown.splitlines()) == 1
+    assert "<img" not in (tmp_path / "out" / "compare.html").read_text()
+    assert (tmp_path / "out" / "compare.md").read_text() in shown

@@ -1,0 +1,159 @@
+"""Explained guidance: equal to what training does, differences by brute force, pencil cases of ranks and counts, pictures."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pair, tiny_detector
+from PIL import Image
+
+from dtg_core.config import StageRule, ViewsConfig
+from dtg_core.data.coco import load_coco
+from dtg_core.data.shapes import make_shapes
+from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Tally, agreement, explain, objects_in, tally
+from dtg_core.engine.pictures import draw_found, guidance_sheet, views_sheet
+from dtg_core.engine.predict import Found
+from dtg_core.guidance import teach
+from dtg_core.structures import Targets
+
+STAGES = [("gfl", "head"), ("faster_rcnn", "rpn"), ("faster_rcnn", "rcnn")]
+MATRIX = torch.tensor([[-1.0, 0, 96], [0, 1, 3], [0, 0, 1]])
+
+
+def noisy(name: str, seed: int) -> torch.nn.Module:
+    model = tiny_detector(name).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return model
+
+
+def case(name: str, stage: str, tau: float | None = None):
+    teacher, student, pair = noisy(name, 1), noisy(name, 2), make_pair(2, 64, 96, MATRIX)
+    with torch.no_grad():
+        scores = teacher.run(pair.teacher)[stage][1].logits.amax(2).sigmoid()
+    tau = float(scores.quantile(0.9)) if tau is None else tau
+    rule = StageRule(tau=tau, nms_iou=0.5, pseudo_score=0.01)
+    return teacher, student, pair, rule, explain(teacher, student, pair, stage, rule, "ellipse")
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_it_is_what_training_does(name, stage):
+    teacher, _, pair, rule, explained = case(name, stage)
+    others = dict.fromkeys(teacher.stages, StageRule("none"))
+    dense = teach(teacher, pair, others | {stage: rule})[0][stage].assignment
+    assert len(dense.image)
+    for field in ("image", "sample", "label", "box", "background"):
+        assert torch.equal(getattr(dense, field), getattr(explained.dense, field)), field
+    sparse = teach(teacher, pair, others | {stage: replace(rule, paradigm="sparse")})[0][stage].targets
+    assert torch.equal(sparse.boxes, explained.pseudo.boxes)
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_differences_name_every_positive_once(name, stage):
+    *_, explained = case(name, stage)
+    for image in range(2):
+        own = [set(part.sample[part.image == image].tolist()) for part in (explained.dense, explained.sparse)]
+        found = explained.differences(image)
+        assert [difference.sample for difference in found] == sorted(own[0] | own[1])
+        for difference in found:
+            inside = difference.sample in own[0], difference.sample in own[1]
+            assert (difference.kind == DENSE_ONLY) == (inside == (True, False))
+            assert (difference.kind == SPARSE_ONLY) == (inside == (False, True))
+            assert bool(difference.reason) == (difference.kind != BOTH)
+
+
+def test_best_teacher_score_of_a_student_sample():
+    """By a loop over the teacher's samples."""
+    from dtg_core.guidance import correspond
+
+    teacher, _, pair, rule, explained = case("gfl", "head")
+    with torch.no_grad():
+        samples, predictions = teacher.run(pair.teacher)["head"]
+    _, row = correspond(samples, teacher.grid(pair.student.canvas, torch.device("cpu")), pair, rule.min_iou, "ellipse")
+    expected = torch.full_like(explained.teacher_score, -1.0)
+    for image, sample in (row >= 0).nonzero().tolist():
+        place = image, int(row[image, sample])
+        expected[place] = max(expected[place], predictions.logits[image, sample].max().sigmoid())
+    torch.testing.assert_close(explained.teacher_score, expected)
+
+
+def test_agreement():
+    scores = torch.tensor([0.9, 0.5, 0.7, 0.1])
+    assert agreement(scores, scores * 2 - 3) == pytest.approx(1)
+    assert agreement(scores, -scores) == pytest.approx(-1)
+    assert agreement(torch.tensor([3.0, 2, 1]), torch.tensor([2.0, 3, 1])) == pytest.approx(0.5)  # 1 - 6 * 2 / 24
+    assert agreement(scores[:1], scores[:1]) == 0
+
+
+def test_tally_counts_each_object_once():
+    truth, classes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]), torch.tensor([0, 1])
+    boxes = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]])
+    count = Tally()
+    count.add(boxes, torch.tensor([0, 0, 0, 1]), truth, classes, 0.5)  # right; taken; another class; nothing there
+    assert (count.boxes, count.objects, count.right) == (4, 2, 1)
+    assert count.overlap == pytest.approx(0.8)
+    assert (count.precision, count.recall) == (0.25, 0.5)
+    count.add(boxes[:0], classes[:0], truth[:0], classes[:0], 0.5)
+    count.add(boxes, torch.tensor([0, 0, 0, 1]), truth[:0], classes[:0], 0.5)
+    assert (count.images, count.boxes, count.objects, count.right) == (3, 8, 2, 1)
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_tally_of_perfect_labels(name, stage):
+    """The clusters' own boxes as the truth."""
+    *_, explained = case(name, stage)
+    keep = explained.clusters.keep
+    candidates = explained.candidates
+    truth = Targets(candidates.box[keep], candidates.label[keep], candidates.image[keep])
+    count = tally([(explained, truth)], 0.0)["clusters"]
+    assert count.boxes == len(keep) > 0
+    assert count.precision == count.recall == 1
+    assert tally([(explained, truth)], 0.9999)["clusters"].boxes == 0
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("cache"), 3, 2, 1)
+
+
+def test_objects_follow_their_view(shapes):
+    truth = load_coco(shapes.unlabeled_truth, shapes.unlabeled)
+    pair = make_pair(2, 64, 96)
+    flip = torch.tensor([[-1.0, 0, 160], [0, 1, 0], [0, 0, 1]])
+    sizes = torch.full((2, 2), 160.0)
+    views = replace(pair.teacher, image_ids=(truth.file_names[1], truth.file_names[0]), sizes=sizes, view_from_image=flip.repeat(2, 1, 1))
+    found = objects_in(views, truth, "corners")
+    boxes, labels = truth.objects(1)
+    own = found.image == 0
+    np.testing.assert_allclose(found.boxes[own].numpy(), np.stack((160 - boxes[:, 2], boxes[:, 1], 160 - boxes[:, 0], boxes[:, 3]), 1))
+    assert (found.labels[own].numpy() == labels).all()
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+@pytest.mark.parametrize("tau", [None, 0.9999], ids=["some", "no candidate"])
+def test_guidance_sheet(name, stage, tau):
+    _, _, pair, _, explained = case(name, stage, tau)
+    picture = guidance_sheet(explained, pair, ["a", "b", "c"], range(2))
+    assert picture.width > 4 * picture.height / 4
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+
+
+def test_views_sheet(shapes):
+    index = load_coco(shapes.labeled, shapes.images)
+    config = ViewsConfig(short_edge=(80, 80), long_edge=160)
+    picture = views_sheet(index, [0, 2], config, 0)
+    assert picture.width > 5 * 300
+    assert np.array_equal(np.asarray(picture), np.asarray(views_sheet(index, [0, 2], config, 0)))
+    assert not np.array_equal(np.asarray(picture), np.asarray(views_sheet(index, [0, 2], config, 1)))
+
+
+def test_predictions_on_small_and_large_images():
+    found = Found((20, 40), np.array([[0, 0, 40, 20], [5, 5, 5, 5]], np.float32), np.array([0.9, 0.4]), np.array([1, 0]))
+    small = draw_found(Image.new("RGB", (40, 20)), found, ["a", "long name"])
+    assert small.size == (960, 480)
+    assert (np.asarray(small)[:, 0] != 0).any()  # the first box' left side
+    assert draw_found(Image.new("RGB", (1200, 30)), found, ["a", "b"]).size == (1200, 30)

@@ -1,0 +1,331 @@
+"""One training step: accumulation, precision, steps that are not finite, and the window of figures."""
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import make_pair, make_views, tiny_detector
+from torch import Tensor, nn
+
+from dtg_core.config import Config, GuidanceConfig, OptimConfig, StageRule, paper_stages
+from dtg_core.engine.loop import Window, heal_statistics, is_finite, make_optimizer, train_step
+from dtg_core.engine.signals import StopSignals
+from dtg_core.guidance import teach
+from dtg_core.models.student import StudentModule
+from dtg_core.models.teacher import make_teacher
+from dtg_core.structures import PairBatch, StepBatch, ViewBatch
+
+DETECTORS = ["gfl", "faster_rcnn"]
+BOXES = [[[4.0, 4, 30, 34]], [], [[20.0, 10, 60, 50], [2, 30, 20, 60]], [[10.0, 20, 50, 60]]]
+LABELS = [[0], [], [1, 2], [2]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def config(paradigm: str = "dense", **optim: Any) -> Config:
+    changes: dict[str, Any] = {"paradigm": paradigm, "tau": 0.5, "pseudo_score": 0.5}
+    stages: dict[str, StageRule] = {name: replace(rule, **changes) for name, rule in paper_stages().items()}
+    guidance = GuidanceConfig(alpha=2.0, start_step=0, ramp_steps=1, stages=stages)
+    return Config(guidance=guidance, optim=OptimConfig(warmup_steps=0, **optim))
+
+
+class Parts:
+    """A student, its teacher and an optimizer, with class biases that make an untrained teacher find something."""
+
+    def __init__(self, name: str, settings: Config, accelerator: Accelerator, batch_norm: str = "frozen") -> None:
+        detector = tiny_detector(name, batch_norm=batch_norm)
+        with torch.no_grad():
+            for key, parameter in detector.named_parameters():
+                if key.endswith("bias") and parameter.min() < -2:
+                    parameter.fill_(0.3)
+        self.detector, self.settings, self.accelerator = detector, settings, accelerator
+        module = StudentModule(detector, settings.guidance.stages).train()
+        self.teacher = make_teacher(detector)
+        self.student, self.optimizer = accelerator.prepare(module, make_optimizer(module, settings.optim))
+
+    def step(self, batches: Sequence[StepBatch], signals: StopSignals | None = None) -> dict[str, float]:
+        figures = train_step(
+            self.student, self.teacher, self.optimizer, batches, self.settings, self.accelerator, signals
+        )
+        return {name: float(value) for name, value in figures.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
+
+
+def images(views: ViewBatch, first: int, last: int) -> ViewBatch:
+    """Some images of a batch."""
+    rows = (views.targets.image >= first) & (views.targets.image < last)
+    targets = replace(
+        views.targets, boxes=views.targets.boxes[rows], labels=views.targets.labels[rows],
+        image=views.targets.image[rows] - first,
+    )
+    part = slice(first, last)
+    return replace(
+        views, pixels=views.pixels[part], sizes=views.sizes[part], targets=targets, seeds=views.seeds[part],
+        view_from_image=views.view_from_image[part], image_ids=views.image_ids[part],
+    )  # fmt: skip
+
+
+def four_images(step: int = 0) -> StepBatch:
+    pair = make_pair(4, 64, 64, seed=7)
+    return StepBatch(step, make_views(4, 64, 64, BOXES, LABELS), replace(pair, student=make_views(4, 64, 64, seed=9)))
+
+
+def split(batch: StepBatch, parts: int) -> list[StepBatch]:
+    size = 4 // parts
+    pair = batch.unlabeled
+    assert pair is not None
+    return [
+        StepBatch(
+            batch.step, images(batch.labeled, first, first + size),
+            PairBatch(images(pair.teacher, first, first + size), images(pair.student, first, first + size),
+                      pair.student_from_teacher[first : first + size]),
+        )
+        for first in range(0, 4, size)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("paradigm", ["dense", "sparse"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
+    """Also where one of them has no object at all."""
+    accelerator, settings = Accelerator(cpu=True), config(paradigm, lr=0.01)
+    one, four = Parts(name, settings, accelerator), Parts(name, settings, accelerator)
+    first = one.weights()
+    for step in range(3):
+        together, apart = one.step([four_images(step)]), four.step(split(four_images(step), 4))
+        for key, value in together.items():
+            if not key.startswith("guidance/"):
+                assert apart[key] == pytest.approx(value, rel=1e-5, abs=1e-7), (step, key)
+    assert any(key.startswith("unlabeled/") and value > 0 for key, value in together.items())
+    changed = 0.0
+    for key, tensor in four.weights().items():
+        torch.testing.assert_close(tensor, one.weights()[key], rtol=1e-4, atol=1e-6, msg=key)
+        changed = max(changed, float((tensor - first[key]).abs().max()))
+    assert changed > 1e-3
+
+
+def test_counting_ahead_leaves_batch_statistics_alone() -> None:
+    accelerator, settings = Accelerator(cpu=True), config("none", lr=1e-9)
+    parts, twice = (Parts("gfl", settings, accelerator, "train") for _ in range(2))
+    batch = four_images()
+    parts.step(split(batch, 2))
+    for part in split(batch, 2):
+        twice.step([part])  # each one forward pass
+    for (key, buffer), other in zip(parts.detector.named_buffers(), twice.detector.buffers()):
+        torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_gradient_clipping(name: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    free = Parts(name, config(lr=0.1, momentum=0.0, weight_decay=0.0), accelerator)
+    clipped = Parts(name, config(lr=0.1, momentum=0.0, weight_decay=0.0, clip_norm=1e-3), accelerator)
+
+    def move(parts: Parts) -> float:
+        before = parts.weights()
+        parts.step([four_images()])
+        return sum(float((after - before[key]).square().sum()) for key, after in parts.weights().items()) ** 0.5
+
+    assert move(free) > 1e-3
+    assert move(clipped) == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_bfloat16_trains_and_guides_as_float32_does(name: str) -> None:
+    """Boxes and matches do not depend on the precision of the networks: given the same predictions they are identical."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    parts = Parts(name, config(lr=0.01), accelerator)
+    figures = [parts.step([four_images(step)]) for step in range(6)]
+    total = [sum(value for key, value in of_step.items() if key.startswith("labeled/")) for of_step in figures]
+    assert all(of_step["skipped"] == 0 for of_step in figures)
+    assert total[-1] < total[0]
+    assert {tensor.dtype for tensor in parts.detector.parameters()} == {torch.float32}
+
+    parts = Parts(name, config(), accelerator)  # untrained, so that it has many candidates
+
+    class Rounded:
+        """The teacher with predictions made once, under autocast; only what comes after can differ."""
+
+        def __init__(self, teacher: nn.Module, outputs: Any) -> None:
+            self.teacher, self.outputs = teacher, outputs
+
+        def __getattr__(self, key: str) -> Any:
+            return getattr(self.teacher, key)
+
+        def run(self, views: ViewBatch) -> Any:
+            return self.outputs
+
+    pair = four_images().unlabeled
+    assert pair is not None
+    with torch.no_grad(), accelerator.autocast():
+        outputs = parts.teacher.run(pair.teacher)
+    frozen, rules = Rounded(parts.teacher, outputs), parts.settings.guidance.stages
+    half, _ = teach(frozen, pair, rules, autocast=accelerator.autocast())  # type: ignore[arg-type]
+    with torch.autocast("cpu", enabled=False):
+        full, _ = teach(frozen, pair, rules)  # type: ignore[arg-type]
+    for stage in full:
+        mine, other = half[stage].assignment, full[stage].assignment
+        assert mine.box.dtype == torch.float32
+        assert mine.box.shape[0] > 0
+        for field in ("image", "sample", "label", "box", "background"):
+            assert torch.equal(getattr(mine, field), getattr(other, field)), field
+        assert torch.equal(mine.dense.teacher_logit, other.dense.teacher_logit)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_matches_of_a_bfloat16_student_are_those_of_float32(name: str) -> None:
+    """The student's own assignment: a whole forward pass under autocast takes the same samples for the same boxes."""
+    from dtg_core.structures import Supervision
+
+    detector = tiny_detector(name)
+    views = make_views(4, 64, 64, BOXES, LABELS)
+    stage_name = next(iter(detector.stages))
+    chosen = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            samples, _ = detector.run(views, {stage_name: Supervision(views.targets)})[stage_name]
+        chosen[enabled] = detector.stages[stage_name].assign(samples, views.targets, views.sizes, views.seeds)
+        assert samples.anchors.dtype == torch.float32
+    for field in ("image", "sample", "label", "box", "background"):
+        assert torch.equal(getattr(chosen[True], field), getattr(chosen[False], field)), field
+    assert chosen[True].sample.shape[0] > 0
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    parts = Parts(name, config(lr=0.01), accelerator)
+    parts.step([four_images(0)])
+    before, teacher = parts.weights(), copy.deepcopy(parts.teacher.state_dict())
+    momentum = copy.deepcopy(parts.optimizer.state_dict())
+    with torch.no_grad():
+        kept = next(p for p in parts.detector.parameters() if p.requires_grad)
+        kept[(0,) * kept.dim()] += float("nan")
+    assert parts.step([four_images(1)])["skipped"] == 1
+    with torch.no_grad():
+        kept.copy_(before[next(key for key, p in parts.detector.named_parameters() if p is kept)])
+    for key, tensor in parts.weights().items():
+        assert torch.equal(tensor, before[key]), key
+    for key, tensor in parts.teacher.state_dict().items():
+        assert torch.equal(tensor, teacher[key]), key
+    assert all(torch.equal(new["momentum_buffer"], momentum["state"][number]["momentum_buffer"])
+               for number, new in parts.optimizer.state_dict()["state"].items())  # fmt: skip
+    assert parts.step([four_images(1)])["skipped"] == 0
+    assert is_finite(parts.teacher)
+
+
+def test_the_teacher_does_not_follow_a_student_that_overflows() -> None:
+    accelerator = Accelerator(cpu=True)
+    parts = Parts("gfl", config(lr=3e38), accelerator)
+    teacher = copy.deepcopy(parts.teacher.state_dict())
+    figures = parts.step([four_images()])
+    assert not is_finite(parts.detector)
+    assert figures["skipped"] == 1
+    assert all(torch.equal(tensor, teacher[key]) for key, tensor in parts.teacher.state_dict().items())
+
+
+def test_spoilt_batch_statistics_come_back_from_the_teacher() -> None:
+    detector = tiny_detector("gfl", batch_norm="train")
+    teacher = make_teacher(detector)
+    name, buffer = next((name, buffer) for name, buffer in detector.named_buffers() if name.endswith("running_var"))
+    good = buffer.clone()
+    buffer[0], buffer[1] = float("nan"), 5.0
+    heal_statistics(detector, teacher)
+    assert buffer[0] == good[0]
+    assert buffer[1] == 5
+    assert is_finite(detector), name
+
+
+def test_signals_are_agreed_upon_within_the_step() -> None:
+    parts, signals = Parts("gfl", config(), Accelerator(cpu=True)), StopSignals()
+    parts.step([four_images()], signals)
+    assert signals.agreed == 0
+    signals.received = 15
+    parts.step([four_images()], signals)
+    assert signals.agreed == 15
+
+
+def test_window_takes_means_and_of_skipped_steps_only_that() -> None:
+    accelerator, window = Accelerator(cpu=True), Window()
+    for value, skipped in ((1.0, 0.0), (float("nan"), 1.0), (2.0, 0.0)):
+        window.add({"loss": torch.tensor(value), "guidance/head/clusters": value, "skipped": skipped})
+    assert window.means(accelerator) == {"loss": 1.5, "guidance/head/clusters": 1.5, "skipped": pytest.approx(1 / 3)}
+    again = Window(window.floats(accelerator), dict(window.counts))
+    for one in (window, again):
+        one.add({"loss": torch.tensor(0.1), "guidance/head/clusters": 1 / 3, "skipped": 0.0})
+    assert again.means(accelerator) == window.means(accelerator)
+    window.clear()
+    assert window.means(accelerator) == {}
+
+
+def test_memory_does_not_grow() -> None:
+    """3,000 steps with DTG_TEST_LONG=1, fewer otherwise; batches repeat, so that nothing but the steps can grow."""
+    steps = 3000 if os.environ.get("DTG_TEST_LONG") else 60
+    grown = {}
+    for name in DETECTORS:
+        parts, window, process = Parts(name, config(lr=1e-4), Accelerator(cpu=True)), Window(), psutil.Process()
+        batches, start = itertools.cycle([make_small(step) for step in range(4)]), 0
+        for step in range(steps + 50):
+            if step == 50:
+                start = process.memory_info().rss
+            batch = replace(next(batches), step=step)
+            window.add(train_step(parts.student, parts.teacher, parts.optimizer, [batch], parts.settings, parts.accelerator))
+            if step % 50 == 0:
+                window.means(parts.accelerator)
+                window.clear()
+        grown[name] = (process.memory_info().rss - start) / 2**20
+    print(f"MB over {steps} steps: {grown}")
+    assert max(grown.values()) < 20
+
+
+def make_small(step: int) -> StepBatch:
+    return StepBatch(step, make_views(1, 64, 64, BOXES[:1], LABELS[:1], seed=step), make_pair(1, 64, 64, seed=step))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_device_purity_and_waits(name: str, shared: Path) -> None:
+    """In a process of its own, because the pretend device stays registered."""
+    import subprocess
+    import sys
+
+    script = Path(__file__).with_name("pretend_step.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parents[3]), str(Path(__file__).parents[2]), str(shared / "tools")])}  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, str(script), name], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    print(ended.stdout)
+    waits = [int(line.split()[2]) for line in ended.stdout.splitlines() if line.startswith("images")]
+    assert len(waits) == 2
+    assert waits[0] == waits[1] <= {"gfl": 8, "faster_rcnn": 16}[name]
+
+
+def test_batches_are_pinned_with_all_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device there is no page-locked memory, so the tensors' own method is replaced."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = make_small(0)
+    again = batch.pin_memory()
+    assert again.step == 0
+    assert again.unlabeled is not None
+    views = (batch.labeled, batch.unlabeled.teacher, batch.unlabeled.student)  # type: ignore[union-attr]
+    for tensor in [view.pixels for view in views] + [view.targets.boxes for view in views]:
+        assert any(tensor is other for other in pinned)

@@ -1,0 +1,98 @@
+"""A weights file alone as a detector: what it holds, boxes in the images' own pixels, and what is refused."""
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_views
+from looking import CLASSES, IDS, common, tiny_settings, write_weights
+from PIL import Image
+
+from dtg_core import load_detector
+from dtg_core.engine.checkpoint import load_weights, save_weights
+from dtg_core.errors import UserError
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", ["gfl", "faster_rcnn"])
+def test_it_is_what_the_scripts_load(name, tmp_path):
+    folder = write_weights(tmp_path, name)
+    ours, theirs = load_detector(folder, "cpu"), common.load_weights_detector(folder / "weights" / "teacher.safetensors")
+    assert (ours.class_names, ours.category_ids) == (tuple(CLASSES), IDS)
+    assert not ours.detector.training
+    for key, tensor in theirs.detector.state_dict().items():
+        assert torch.equal(tensor, ours.detector.state_dict()[key]), key
+    for section in ("views", "data", "guidance", "run", "backbone", name):
+        assert getattr(ours.settings, section) == getattr(theirs.settings, section)
+
+
+@pytest.mark.parametrize("name", ["gfl", "faster_rcnn"])
+def test_boxes_are_in_the_pixels_of_the_image(name, tmp_path):
+    predictor = load_detector(write_weights(tmp_path, name), "cpu")
+    image = noise(64, 96)
+    (found,) = predictor.predict([image])
+    views = make_views(1, 64, 96)
+    views.pixels[0] = torch.from_numpy(np.array(image).transpose(2, 0, 1))
+    with torch.no_grad():
+        direct = predictor.detector.detect(predictor.detector.run(views), views, 0.005)
+    assert len(found.boxes) == len(direct.boxes) > 0
+    torch.testing.assert_close(torch.from_numpy(found.boxes), direct.boxes)
+    torch.testing.assert_close(torch.from_numpy(found.scores), direct.scores)
+
+    # Each pixel four times: after shrinking it is the same view, so the boxes are twice as large.
+    (large,) = predictor.predict([Image.fromarray(np.array(image).repeat(2, 0).repeat(2, 1))])
+    assert large.size == (128, 192)
+    near = np.abs(large.boxes[0] - 2 * found.boxes).max(1)
+    assert near.min() < 4
+    assert (large.boxes <= np.array([192, 128, 192, 128])).all()
+
+
+def test_files_batches_and_empty_input(tmp_path):
+    predictor = load_detector(write_weights(tmp_path), "cpu")
+    images = [noise(64, 80, seed) for seed in range(3)]
+    for seed, image in enumerate(images):
+        image.save(tmp_path / f"{seed}.png")
+    alone = [predictor.predict([image])[0] for image in images]
+    for some in (predictor.predict(images, batch=2), predictor.predict([tmp_path / f"{seed}.png" for seed in range(3)])):
+        for one, other in zip(alone, some):
+            np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
+            assert (one.labels == other.labels).all()
+    assert predictor.predict([]) == []
+    assert len(predictor.predict(images[:1], 0.999)[0].boxes) == 0
+    with pytest.raises(UserError, match="no such image"):
+        predictor.predict([tmp_path / "absent.png"])
+
+
+def test_refusals(tmp_path):
+    folder = write_weights(tmp_path)
+    with pytest.raises(UserError, match="no such weights"):
+        load_detector(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot be used"):
+        load_detector(folder, "warp9")
+    tensors, told = load_weights(folder / "weights" / "teacher.safetensors")
+    module = torch.nn.Module()
+    module.state_dict = lambda: tensors  # type: ignore[method-assign]
+    for change, words in (
+        ({"detector": "yolo"}, "which detector"), ({"config": "gfl: {towers: 3}"}, "another version.*towers"),
+        ({"config": "{"}, "another version"), ({"class_names": ["one"]}, "does not fit"),
+    ):
+        save_weights(tmp_path / "odd.safetensors", module, {**told, **change})
+        with pytest.raises(UserError, match=words):
+            load_detector(tmp_path / "odd.safetensors", "cpu")
+
+
+def test_the_package_is_light():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dtg_core; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_settings_survive(tmp_path):
+    settings = tiny_settings("gfl", 96)
+    predictor = load_detector(write_weights(tmp_path, "gfl", settings), "cpu")
+    assert predictor.settings.views.test_short_edge == 96

@@ -1,0 +1,182 @@
+"""Several processes do what one process with all their images does, stop together, and never wait for each other in vain."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import DETECTORS, ROOT, TinyData, command, errors, lines, run, start_many, weights
+from safetensors.torch import load_file
+
+from dtg_core.data.plan import NO_BOXES, NO_LABELS, StepData
+from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+from dtg_core.structures import PairBatch, ViewBatch
+
+SGD = ["optim.name=sgd", "optim.lr=0.002", "run.evaluate_batch=2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return TinyData.write(tmp_path_factory.mktemp("data"))
+
+
+def without_objects(labeled_from: int, unlabeled_from: int) -> Callable[[], None]:
+    """Labelled slots from the one on have no box, and unlabelled ones nothing that the teacher could find."""
+
+    def prepare() -> None:
+        from dtg_core.data import plan
+
+        labeled, unlabeled, objects = StepData._labeled_batch, StepData._unlabeled_batch, plan.CocoIndex.objects
+
+        def labeled_batch(self: StepData, step: int) -> ViewBatch:
+            share = self._slots(self.labeled_per_device)
+            slots = iter(share)
+            plan.CocoIndex.objects = lambda index, row: (
+                (NO_BOXES, NO_LABELS) if next(slots) >= labeled_from else objects(index, row))
+            batch = labeled(self, step)
+            plan.CocoIndex.objects = objects
+            return batch
+
+        def unlabeled_batch(self: StepData, step: int) -> PairBatch | None:
+            pair = unlabeled(self, step)
+            if pair is None:
+                return None
+            empty = torch.tensor([slot >= unlabeled_from for slot in self._slots(self.unlabeled_per_device)])
+            sizes = torch.where(empty[:, None], 0.0, pair.teacher.sizes)
+            return replace(pair, teacher=replace(pair.teacher, sizes=sizes))
+
+        StepData._labeled_batch, StepData._unlabeled_batch = labeled_batch, unlabeled_batch
+
+    return prepare
+
+
+def compare(one: Path, other: Path, steps: int) -> tuple[float, float]:
+    """Largest differences of the losses, relative, and of the weights."""
+    losses = weight = 0.0
+    together, apart = lines(one), lines(other)
+    assert len(together) == len(apart) == steps + 1
+    for line, own in zip(together[:-1], apart[:-1]):
+        names = [name for name in line if name.startswith(("labeled/", "unlabeled/"))]
+        assert names == [name for name in own if name.startswith(("labeled/", "unlabeled/"))]
+        losses = max(losses, *(abs(line[name] - own[name]) / max(abs(line[name]), 0.1) for name in names))
+    for which in ("teacher", "student"):
+        first, second = (load_file(folder / "weights" / f"{which}.safetensors") for folder in (one, other))
+        weight = max(weight, *(float((first[name] - second[name]).abs().max()) for name in first if first[name].numel()))
+    return losses, weight
+
+
+@pytest.mark.parametrize(("paradigm", "empty"), [("dense", False), ("dense", True), ("sparse", True)])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_two_processes_are_one(data: TinyData, tmp_path: Path, name: str, paradigm: str, empty: bool) -> None:
+    prepare = without_objects(1, 2) if empty else None
+    sizes = {processes: [f"data.labeled_per_device={2 // processes}", f"data.unlabeled_per_device={4 // processes}"]
+             for processes in (1, 2)}  # fmt: skip
+    arguments = {
+        processes: command(data, name, tmp_path / str(processes), *SGD, *sizes[processes], steps=20, paradigm=paradigm)
+        for processes in sizes
+    }
+    assert run(arguments[1], tmp_path / "logs", prepare=prepare).status == 0
+    for process in start_many(arguments[2], tmp_path / "logs", 2, prepare):
+        assert process.wait().status == 0, process.err
+    losses, weight = compare(tmp_path / "1", tmp_path / "2", 20)
+    print(f"{name} {paradigm} empty={empty}: losses {losses:.2g}, weights {weight:.2g}")
+    assert losses < 1e-5
+    assert weight < 1e-4
+    if paradigm == "dense":
+        stage = {"gfl": "head", "faster_rcnn": "rcnn"}[name]
+        found = [line[f"guidance/{stage}/candidates"] for line in lines(tmp_path / "2")[1:-1]]
+        assert np.mean(found) > 0
+    assert lines(tmp_path / "1")[-1] == pytest.approx(lines(tmp_path / "2")[-1], abs=0.5)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_micro_batches_on_the_command_line(data: TinyData, tmp_path: Path, name: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    together = command(data, name, one, *SGD, "data.labeled_per_device=2", "data.unlabeled_per_device=4", steps=6)
+    apart = command(data, name, two, *SGD, "data.unlabeled_per_device=2", "optim.accumulate=2", steps=6)
+    assert run(together, tmp_path / "logs").status == 0
+    assert run(apart, tmp_path / "logs").status == 0
+    losses, weight = compare(one, two, 6)
+    assert losses < 1e-5
+    assert weight < 1e-4
+    launcher = run(command(data, name, tmp_path / "three", *SGD, steps=6), tmp_path / "logs",
+                   env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"})  # fmt: skip
+    assert launcher.status == 0
+    assert weights(tmp_path / "three") == weights(two)
+    assert "accumulate: 2" in (tmp_path / "three" / "config.yaml").read_text()
+
+
+def test_all_processes_stop_when_one_is_told(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        train_step = module.train_step
+
+        def stepping(*arguments: object) -> object:
+            if os.environ["RANK"] == "1" and arguments[3][0].step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(*arguments)
+
+        module.train_step = stepping
+
+    arguments = command(data, "gfl", tmp_path / "run", "run.log_every=3", steps=12)
+    stopped = start_many(arguments, tmp_path / "logs", 2, prepare)
+    assert [process.wait().status for process in stopped] == [143, 143], stopped[0].err + stopped[1].err
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert checkpoint_state(found)["step"] == 5
+    resumed = start_many([*arguments, "--resume", "auto"], tmp_path / "logs", 2)
+    assert [process.wait().status for process in resumed] == [0, 0], resumed[0].err
+    unbroken = start_many(command(data, "gfl", tmp_path / "other", "run.log_every=3", steps=12), tmp_path / "logs", 2)
+    assert [process.wait().status for process in unbroken] == [0, 0]
+    assert weights(tmp_path / "run") == weights(tmp_path / "other")
+
+
+def test_a_mistake_of_the_main_process_ends_all(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").write_text("")
+    processes = start_many(command(data, "gfl", tmp_path / "run"), tmp_path / "logs", 2)
+    assert [process.wait().status for process in processes] == [2, 2]
+    assert len(errors(processes[0])) == 1
+    assert "holds something already" in processes[0].err
+    assert processes[1].err == ""
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        from dtg_core.engine import loop
+
+        forward = loop._forward
+
+        def spoilt(student: object, lesson: loop.Lesson, *rest: object) -> object:
+            terms = forward(student, lesson, *rest)
+            if lesson.batch.step == 2 and os.environ.get("RANK") == "1":
+                name = next(iter(terms))
+                terms[name] = replace(terms[name], total=terms[name].total * float("nan"))
+            return terms
+
+        loop._forward = spoilt
+
+    processes = start_many(command(data, "gfl", tmp_path / "run", steps=5), tmp_path / "logs", 2, prepare)
+    assert [process.wait().status for process in processes] == [0, 0], processes[0].err + processes[1].err
+    assert [line["skipped"] for line in lines(tmp_path / "run")[:-1]] == [0, 0, 1, 0, 0]
+
+
+def test_torchrun(data: TinyData, tmp_path: Path) -> None:
+    """The real launcher."""
+    arguments = command(data, "gfl", tmp_path / "run", steps=3)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    ended = subprocess.run(
+        [*launch, str(ROOT / "scripts" / "train.py"), *arguments], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("step 3/3") == 1
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 3]

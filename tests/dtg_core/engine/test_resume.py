@@ -1,0 +1,388 @@
+"""A run that is broken off and resumed ends as if nothing had happened; one with other settings or data does not resume."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import DETECTORS, Process, TinyData, command, errors, lines, run, start, start_many, weights, write_coco
+
+from dtg_core.engine import checkpoint
+from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+
+KILLS = int(os.environ.get("DTG_TEST_KILLS", "3"))  # 30 for the whole campaign
+TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return TinyData.write(tmp_path_factory.mktemp("data"))
+
+
+def die_after(step: int, moment: str) -> Callable[[], None]:
+    """Kill the process at a checkpoint's ``moment``: "before", "inside" or "after" it is written at ``step``."""
+
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        save, write = module.save_checkpoint, checkpoint._write
+
+        def half_of_it(path: Path, data: bytes) -> None:
+            write(path, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def saving(folder: Path, done: int, *rest: object) -> Path:
+            if done == step and moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if done == step and moment == "inside":
+                checkpoint._write = half_of_it
+            path = save(folder, done, *rest)
+            if done == step and moment == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return path
+
+        module.save_checkpoint = saving
+
+    return prepare
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_same_seed_twice_and_other_workers(data: TinyData, tmp_path: Path, name: str) -> None:
+    for output, workers in (("one", 0), ("two", 0), ("three", 1), ("four", 4)):
+        assert run(command(data, name, tmp_path / output, f"data.workers={workers}"), tmp_path / "logs").status == 0
+    first = lines(tmp_path / "one")
+    assert [line["step"] for line in first] == [1, 2, 3, 4, 5, 6, 6]
+    for other in ("two", "three", "four"):
+        assert lines(tmp_path / other) == first
+        assert weights(tmp_path / other) == weights(tmp_path / "one")
+    other_seed = command(data, name, tmp_path / "five")
+    assert run([*other_seed, "--seed", "1"], tmp_path / "logs").status == 0
+    assert lines(tmp_path / "five") != first
+
+
+@pytest.mark.parametrize("moment", ["before", "inside", "after"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_killed_at_a_checkpoint(data: TinyData, tmp_path: Path, name: str, moment: str) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert run(command(data, name, unbroken, *TINY_LINES, steps=8), tmp_path / "logs").status == 0
+    arguments = command(data, name, broken, *TINY_LINES, steps=8)
+    assert run(arguments, tmp_path / "logs", prepare=die_after(4, moment)).status == -signal.SIGKILL
+    resumed = run([*arguments, "--resume", "auto"], tmp_path / "logs")
+    assert resumed.status == 0, resumed.err
+    assert f"at step {4 if moment == 'after' else 2}" in resumed.err
+    assert lines(broken) == lines(unbroken)  # a log line of 3 steps spans the checkpoint
+    assert weights(broken) == weights(unbroken)
+    assert not list(broken.glob("**/*.tmp"))
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_killed_at_random_moments(data: TinyData, tmp_path: Path, seed: int) -> None:
+    """SIGKILL at random moments, every other one while a checkpoint is being written, until the run is through."""
+    rng = random.Random(seed)
+    name, paradigm = DETECTORS[seed % 2], ["dense", "sparse"][seed // 2 % 2]
+    settings = ["run.log_every=3", "run.checkpoint_every=1", "run.evaluate_every=4", f"data.workers={seed % 3}"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    began = time.monotonic()
+    assert run(command(data, name, unbroken, *settings, steps=10, paradigm=paradigm), tmp_path / "logs").status == 0
+    usual = time.monotonic() - began
+    arguments = command(data, name, broken, *settings, steps=10, paradigm=paradigm)
+    kills, writing = 0, 0
+    while True:
+        process = start([*arguments, "--resume", "auto"], tmp_path / "logs")
+        until = time.monotonic() + rng.uniform(0.1, 1.2 * usual)
+        in_writing = rng.random() < 0.5
+        while process.poll() is None and kills < 8:
+            if time.monotonic() > until and (not in_writing or list(broken.glob("checkpoints/*.tmp"))):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        if process.wait().status == 0:
+            break
+        assert process.status == -signal.SIGKILL, process.err
+        kills, writing = kills + 1, writing + bool(list(broken.glob("checkpoints/*.tmp")))
+        if list(broken.glob("checkpoints/step_????????")):
+            assert newest_checkpoint(broken / "checkpoints", lambda text: pytest.fail(text)) is not None
+    print(f"campaign {seed}: {name} {paradigm}, {kills} kills, {writing} of them while writing")
+    assert lines(broken) == lines(unbroken)
+    assert weights(broken) == weights(unbroken)
+
+
+@pytest.fixture(scope="module")
+def half(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps."""
+    folder = tmp_path_factory.mktemp("half")
+    settings = ["run.checkpoint_every=2", "data.labeled_per_device=2"]
+    assert run(command(data, "gfl", folder / "run", *settings, steps=4), folder / "logs").status == 0
+    return folder / "run"
+
+
+def resume(
+    data: TinyData, half: Path, tmp_path: Path, *settings: str, flags: tuple[str, ...] = (), processes: int = 1
+) -> list[Process]:
+    output = tmp_path / "run"
+    if not output.exists():
+        shutil.copytree(half, output)
+    arguments = [*command(data, "gfl", output, "data.labeled_per_device=2", *settings, steps=6), "--resume", "auto", *flags]
+    if processes == 1:
+        return [run(arguments, tmp_path / "logs")]
+    return [process.wait() for process in start_many(arguments, tmp_path / "logs", processes)]
+
+
+def test_free_settings_may_change(data: TinyData, half: Path, tmp_path: Path) -> None:
+    free = ["run.log_every=2", "run.evaluate_every=5", "data.workers=1", "run.checkpoint_every=1"]
+    (ended,) = resume(data, half, tmp_path, *free)
+    assert ended.status == 0, ended.err
+    assert "changes" not in ended.err
+
+
+def test_other_settings_stop_with_a_list_unless_insisted(data: TinyData, half: Path, tmp_path: Path) -> None:
+    changes = ["optim.lr=0.5", "guidance.stages.head.tau=0.25", "optim.milestones=[5]"]
+    (ended,) = resume(data, half, tmp_path, *changes)
+    assert ended.status == 2
+    assert len(errors(ended)) == 1
+    for part in ("optim.lr: 0.0005 -> 0.5", "guidance.stages.head.tau: 0.005 -> 0.25", "optim.milestones: [] -> [5]",
+                 "--resume-with-changes"):  # fmt: skip
+        assert part in ended.err
+    assert lines(tmp_path / "run") == lines(half)
+    (ended,) = resume(data, half, tmp_path, *changes, flags=("--resume-with-changes",))
+    assert ended.status == 0, ended.err
+    assert "resuming with changes: optim.lr: 0.0005 -> 0.5" in ended.err
+
+
+def test_another_number_of_processes_with_the_same_global_batch(data: TinyData, half: Path, tmp_path: Path) -> None:
+    same = ["data.labeled_per_device=1", "data.unlabeled_per_device=1"]
+    first, second = resume(data, half, tmp_path, *same, processes=2)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "2 processes instead of 1" in first.err
+    (one,) = resume(data, half, tmp_path / "one", "optim.accumulate=1")
+    assert one.status == 0
+    for line, other in zip(lines(tmp_path / "run"), lines(tmp_path / "one" / "run")):
+        for key in line:
+            assert line[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), (line["step"], key)
+
+
+def test_another_global_batch_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
+    (ended,) = resume(data, half, tmp_path, "data.labeled_per_device=4")
+    assert ended.status == 2
+    assert "labeled images of a step: 2 -> 4" in ended.err
+
+
+def test_changed_data_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
+    more = write_coco(tmp_path / "more", 6, 1)
+    changed = TinyData(more, data.unlabeled, data.val)
+    (ended,) = resume(changed, half, tmp_path)
+    assert ended.status == 2
+    assert "labeled data: 5 images with 10 boxes -> 6 images with 12 boxes" in ended.err
+    (ended,) = resume(changed, half, tmp_path, flags=("--resume-with-changes",))
+    assert ended.status == 0, ended.err
+
+
+def test_moved_data_resumes(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """Paths are not part of what a checkpoint was made with."""
+    moved = [shutil.copytree(file.parent, tmp_path / file.parent.name) / file.name
+             for file in (data.labeled, data.unlabeled, data.val)]  # fmt: skip
+    (ended,) = resume(TinyData(*moved), half, tmp_path)
+    assert ended.status == 0, ended.err
+
+
+def test_a_finished_run_says_so(data: TinyData, half: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(half, tmp_path / "run")
+    ended = run([*command(data, "gfl", output, "data.labeled_per_device=2", steps=4), "--resume", "auto"], tmp_path / "logs")
+    assert ended.status == 0
+    assert "finished already, at step 4" in ended.err
+    assert lines(output) == lines(half)
+
+
+def test_killed_in_the_last_evaluation(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """The last checkpoint is there, the results are not: resuming evaluates, and nothing stands twice in the metrics."""
+    output = shutil.copytree(half, tmp_path / "run")
+    (output / "results.json").unlink()
+    shutil.rmtree(output / "weights")
+    ended = run([*command(data, "gfl", output, "data.labeled_per_device=2", steps=4), "--resume", "auto"], tmp_path / "logs")
+    assert ended.status == 0, ended.err
+    assert lines(output) == lines(half)
+    assert weights(output) == weights(half)
+    assert json.loads((output / "results.json").read_text()) == json.loads((half / "results.json").read_text())
+
+
+def test_other_torch_is_told(data: TinyData, half: Path, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import torch
+
+        torch.__version__ = "9.9"
+
+    output = shutil.copytree(half, tmp_path / "run")
+    arguments = [*command(data, "gfl", output, "data.labeled_per_device=2", steps=5), "--resume", "auto"]
+    ended = run(arguments, tmp_path / "logs", prepare=prepare)
+    assert ended.status == 0, ended.err
+    assert re.search(r"made by torch \S+, this is 9.9", ended.err)
+
+
+def test_missing_and_damaged_checkpoints(data: TinyData, half: Path, tmp_path: Path) -> None:
+    output = tmp_path / "fresh"
+    arguments = command(data, "gfl", output, "data.labeled_per_device=2", steps=2)
+    named = run([*arguments, "--resume", str(tmp_path / "step_00000007")], tmp_path / "logs")
+    assert named.status == 2
+    assert "no such checkpoint" in named.err
+    assert len(errors(named)) == 1
+    auto = run([*arguments, "--resume", "auto"], tmp_path / "logs")
+    assert auto.status == 0
+    assert "no checkpoint yet - starting at step 0" in auto.err
+
+    shutil.copytree(half, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step_00000004" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    (ended,) = resume(data, half, tmp_path)
+    assert ended.status == 0, ended.err
+    assert "step_00000004/student.safetensors: damaged" in ended.err
+    assert "resuming from" in ended.err
+    assert "step_00000002 at step 2" in ended.err
+
+
+def test_first_step_after_a_late_resume_is_not_late(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """No step before it is replayed: step 100,000 comes as soon as step 0."""
+    output = shutil.copytree(half, tmp_path / "run")
+    late = output / "checkpoints" / "step_00100000"
+    os.rename(output / "checkpoints" / "step_00000004", late)
+    state = json.loads((late / "state.json").read_text())
+    (late / "state.json").write_text(json.dumps({**state, "step": 100_000}))
+    entries = json.loads((late / "manifest.json").read_text())["files"]
+    content = (late / "state.json").read_bytes()
+    entries["state.json"] = {"size": len(content), "sha256": checkpoint.hashlib.sha256(content).hexdigest()}
+    (late / "manifest.json").write_bytes(checkpoint._manifest(entries))
+    assert checkpoint_state(late)["step"] == 100_000
+
+    seconds = {}
+    for where, first, flags in ((output, 100_000, ("--resume", "auto")), (tmp_path / "new", 0, ())):
+        arguments = command(data, "gfl", where, "data.labeled_per_device=2", steps=first + 2)
+        began = time.monotonic()
+        ended = run([*arguments, *flags], tmp_path / "logs")
+        seconds[first] = time.monotonic() - began
+        assert ended.status == 0, ended.err
+        assert lines(where)[-2]["step"] == first + 2
+    print(f"whole runs of 2 steps: {seconds}")
+    assert seconds[100_000] < seconds[0] + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_stops_after_the_step_and_can_be_resumed(data: TinyData, tmp_path: Path, number: int, workers: int) -> None:
+    settings = ["run.log_every=7", f"data.workers={workers}"]
+    arguments = command(data, "gfl", tmp_path / "broken", *settings, steps=20)
+    process = start(arguments, tmp_path / "logs", prepare=send_to_group_after(5, number))
+    assert process.wait().status == 128 + number, process.err
+    state = checkpoint_state(newest_checkpoint(tmp_path / "broken" / "checkpoints"))
+    assert state["step"] in (5, 6)
+    assert "--resume auto continues" in process.err
+    assert "Traceback" not in process.err
+    assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
+    assert run(command(data, "gfl", tmp_path / "unbroken", *settings, steps=20), tmp_path / "logs").status == 0
+    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+    assert lines(tmp_path / "broken") == lines(tmp_path / "unbroken")
+
+
+def send_to_group_after(step: int, number: int) -> Callable[[], None]:
+    """In a group of its own, send a signal to the training process and its loader's workers, as a terminal does."""
+
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        os.setpgid(0, 0)
+        train_step = module.train_step
+
+        def stepping(*arguments: object) -> object:
+            figures = train_step(*arguments)
+            if arguments[3][0].step + 1 == step:
+                os.killpg(0, number)
+            return figures
+
+        module.train_step = stepping
+
+    return prepare
+
+
+def test_a_signal_breaks_off_an_evaluation(data: TinyData, tmp_path: Path) -> None:
+    """The checkpoint says that the evaluation is still due, so the resumed run has the same metrics."""
+
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        find = module.find
+
+        def finding(*arguments: object) -> object:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return find(*arguments)
+
+        module.find = finding
+
+    for steps in (6, 3):  # in the middle and at the end
+        settings = ["run.evaluate_every=3", "run.evaluate_batch=1"]
+        broken, unbroken = tmp_path / f"broken{steps}", tmp_path / f"unbroken{steps}"
+        arguments = command(data, "gfl", broken, *settings, steps=steps)
+        stopped = run(arguments, tmp_path / "logs", prepare=prepare)
+        assert stopped.status == 143, stopped.err
+        assert not (broken / "results.json").exists()
+        assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
+        assert run(command(data, "gfl", unbroken, *settings, steps=steps), tmp_path / "logs").status == 0
+        assert lines(broken) == lines(unbroken)
+        assert weights(broken) == weights(unbroken)
+
+
+def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        train_step = module.train_step
+
+        def stepping(*arguments: object) -> object:
+            figures = train_step(*arguments)
+            if arguments[3][0].step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            return figures
+
+        module.train_step = stepping
+
+    began = time.monotonic()
+    ended = run(command(data, "gfl", tmp_path / "run", "run.checkpoint_every=2"), tmp_path / "logs", prepare=prepare)
+    assert ended.status == 143
+    assert time.monotonic() - began < 30
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000002"
+
+
+def test_a_full_disk_at_a_checkpoint_does_not_stop_training(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        save = module.save_checkpoint
+
+        def saving(folder: Path, done: int, *rest: object) -> Path:
+            if done == 4:
+                raise OSError(28, "No space left on device")
+            return save(folder, done, *rest)
+
+        module.save_checkpoint = saving
+
+    ended = run(command(data, "gfl", tmp_path / "run", "run.checkpoint_every=2"), tmp_path / "logs", prepare=prepare)
+    assert ended.status == 0
+    assert "checkpoint at step 4 not written (No space left on device)" in ended.err
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000006"}
+
+
+def test_two_runs_in_one_folder(data: TinyData, tmp_path: Path) -> None:
+    first = start(command(data, "gfl", tmp_path / "run", steps=2000), tmp_path / "logs")
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    second = run([*command(data, "gfl", tmp_path / "run"), "--resume", "auto"], tmp_path / "more")
+    assert second.status == 2
+    assert f"another run is using it (process {first.pid}" in second.err
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()

@@ -1,0 +1,34 @@
+"""Schedules at their corners, and the learning rate scaled with the global batch."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dtg_core.config import Config, DataConfig, GuidanceConfig, OptimConfig
+from dtg_core.engine.schedules import global_batch, learning_rate, scale_lr, unlabeled_weight
+
+
+def test_learning_rate() -> None:
+    config = OptimConfig(lr=0.01, warmup_steps=500, milestones=(1000, 1500), gamma=0.1)
+    wanted = {0: 1e-5, 250: 0.5005e-2, 499: 0.01 * (0.001 + 0.999 * 499 / 500), 500: 0.01, 999: 0.01, 1000: 1e-3, 1499: 1e-3,
+              1500: 1e-4, 10**9: 1e-4}  # fmt: skip
+    for step, rate in wanted.items():
+        assert learning_rate(step, config) == pytest.approx(rate, rel=1e-12)
+    assert learning_rate(0, replace(config, warmup_steps=0)) == 0.01
+
+
+def test_unlabeled_weight() -> None:
+    config = GuidanceConfig(alpha=4.0, start_step=10, ramp_steps=4)
+    assert [unlabeled_weight(step, config) for step in (0, 9, 10, 11, 12, 13, 14, 999)] == [0, 0, 1, 2, 3, 4, 4, 4]
+    assert unlabeled_weight(10, replace(config, ramp_steps=0)) == 4
+
+
+def test_learning_rate_scales_with_the_images_of_a_step() -> None:
+    """The paper's 8 processes with 1 + 4 images are the reference."""
+    config = Config(data=DataConfig(labeled_per_device=1, unlabeled_per_device=4), optim=OptimConfig(lr=0.01))
+    assert scale_lr(config, 8).lr == pytest.approx(0.01)
+    assert scale_lr(config, 1).lr == pytest.approx(0.01 / 8)
+    twice = replace(config, optim=replace(config.optim, accumulate=2))
+    assert global_batch(twice, 8) == (16, 64)
+    assert scale_lr(twice, 8).lr == pytest.approx(0.02)

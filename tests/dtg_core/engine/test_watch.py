@@ -1,0 +1,118 @@
+"""Warnings about a training that goes wrong: each once, after the right time, with a remedy."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import TinyData, command, run
+
+from dtg_core.config import GuidanceConfig
+from dtg_core.engine.metrics import MetricsWriter, read_metrics
+from dtg_core.engine.run import RunReport, _number
+from dtg_core.engine.watch import PATIENCE, Watch
+
+FINE = {"guidance/head/candidates": 20.0, "guidance/head/clusters": 3.0, "loss_ratio": 0.5, "unlabeled_weight": 4.0}
+
+
+def watch(start_step: int = 100) -> Watch:
+    return Watch(GuidanceConfig(start_step=start_step), 2.0, lambda stage: f"scores of {stage}")
+
+
+def test_a_good_course_is_silent() -> None:
+    one = watch()
+    assert not [text for done in range(50, 2000, 50) for text in one.line(done, 50, FINE)]
+    assert not one.evaluation(100, 20.0) + one.evaluation(200, 17.0) + one.evaluation(300, 40.0)
+
+
+@pytest.mark.parametrize("kind", ["candidates", "pseudo_boxes"])
+def test_nothing_found_for_long_is_told_once(kind: str) -> None:
+    one, key = watch(), {"candidates": "tau", "pseudo_boxes": "pseudo_score"}[kind]
+    told = {done: one.line(done, 50, {f"guidance/rcnn/{kind}": 0.0}) for done in range(50, 5 * PATIENCE, 50)}
+    assert [done for done, texts in told.items() if texts] == [PATIENCE]
+    (text,) = told[PATIENCE]
+    assert f"guidance.stages.rcnn.{key}" in text
+    assert "scores of rcnn" in text
+    assert "lower it" in text
+
+
+def test_finding_something_starts_the_count_again() -> None:
+    one = watch()
+    for done in range(50, 10 * PATIENCE, 50):
+        found = 1.0 if done % PATIENCE == PATIENCE - 50 else 0.0
+        assert not one.line(done, 50, {"guidance/head/candidates": found})
+
+
+@pytest.mark.parametrize(("found", "way"), [(61.0, "raise its tau"), (0.03, "lower its tau")])
+def test_collapse_is_told_once(found: float, way: str) -> None:
+    one = watch()
+    (text,) = one.line(50, 50, {**FINE, "guidance/head/clusters": found})
+    assert way in text
+    assert not one.line(100, 50, {**FINE, "guidance/head/clusters": found})
+
+
+@pytest.mark.parametrize(("ratio", "advice"), [(6.0, "lower guidance.alpha"), (1e-4, "raise guidance.alpha")])
+def test_loss_ratio_out_of_bounds(ratio: float, advice: str) -> None:
+    one = watch()
+    (text,) = one.line(50, 50, {**FINE, "loss_ratio": ratio})
+    assert advice in text
+    assert not one.line(100, 50, {**FINE, "loss_ratio": ratio})
+
+
+def test_falling_teacher_is_measured_against_the_supervised_phase() -> None:
+    one = watch(start_step=100)
+    assert not one.evaluation(50, 50.0)
+    assert not one.evaluation(100, 30.0)
+    assert not one.evaluation(150, 25.0)
+    (text,) = one.evaluation(200, 20.0)
+    assert "20.0" in text
+    assert "30.0" in text
+    assert not one.evaluation(250, 1.0)
+    assert not watch().evaluation(500, 1.0)  # never evaluated before it guided
+
+
+def test_what_was_told_is_part_of_a_checkpoint() -> None:
+    one = watch()
+    one.evaluation(100, 30.0)
+    one.line(50, 50, {**FINE, "guidance/head/clusters": 999.0})
+    again = watch()
+    again.restore(json.loads(json.dumps(one.state())))
+    assert not again.line(100, 50, {**FINE, "guidance/head/clusters": 999.0})
+    assert again.evaluation(200, 1.0)
+
+
+def test_the_histogram_is_of_the_run_itself(tmp_path: Path) -> None:
+    def impatient() -> None:
+        import dtg_core.engine.watch as module
+
+        module.PATIENCE = 3
+
+    data = TinyData.write(tmp_path / "data")
+    settings = [f"guidance.stages.{stage}.tau=0.9" for stage in ("head", "rpn", "rcnn")]
+    for name, stages in (("gfl", ["head"]), ("faster_rcnn", ["rpn", "rcnn"])):
+        ended = run(command(data, name, tmp_path / name, *settings), tmp_path / "logs", prepare=impatient)
+        assert ended.status == 0, ended.err
+        for stage in stages:
+            assert ended.err.count(f"the teacher's {stage} has found nothing") == 1
+        assert "by tenths: 0.0: " in ended.err or "by tenths: 0.4: " in ended.err, ended.err
+
+
+def test_lines_that_will_come_again_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for step in (1, 2):
+        writer.write(step, {"loss": 1.0})
+        writer.write(step, {"teacher/AP": 1.0})
+    MetricsWriter(path, 2, drop="teacher/AP")
+    assert [(line["step"], "loss" in line) for line in read_metrics(path)] == [(1, True), (1, False), (2, True)]
+
+
+def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dtg_core.config import Config
+
+    assert _number(None) == "-"
+    report = RunReport(tmp_path, Config(), 0, False)
+    report.evaluation(3, {"teacher": {"AP": None, "AP50": 1.0, "AP75": None}})
+    report.close()
+    assert "teacher  AP -  AP50 1.00  AP75 -" in capsys.readouterr().err
+    assert next(read_metrics(tmp_path / "metrics.jsonl"))["teacher/AP"] is None

@@ -1,0 +1,223 @@
+"""Faults 53 to 60 of configuration and command line, ``--dry-run``, and the user's own data from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import DETECTORS, TINY, TinyData, command, errors, run, write_coco
+
+from dtg_core.config import BackboneConfig, Config, cross_check
+from dtg_core.engine import dry_run as dry_run_module
+from dtg_core.errors import UserError
+from dtg_core.models.backbone import build_pyramid
+from dtg_core.settings import check_ranges, load_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return TinyData.write(tmp_path_factory.mktemp("data"))
+
+
+def tree(folder: Path) -> dict[str, tuple[int, float]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime) for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "none" / "run"
+    arguments = command(data, name, output)
+    before = tree(data.labeled.parent)
+    process = run([*arguments, "--dry-run"], tmp_path / "logs")
+    assert (process.status, errors(process)) == (0, []), process.err
+    for word in ("5 labelled, 9 unlabelled and 3 validation images", "s training", "for 6 steps", "of the process at most", "a checkpoint",  # noqa: E501
+                 "nothing was written"):  # fmt: skip
+        assert word in process.out
+    assert "not finite" not in process.out
+    assert not output.parent.exists()
+    assert tree(data.labeled.parent) == before
+
+
+def test_fault_58_folders_that_cannot_be_written(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        process = run(command(data, "gfl", output), tmp_path / "logs")
+        assert process.status == 2
+        (line,) = errors(process)
+        assert line.startswith(f"error: {output}: ")
+        assert "a file" in line
+
+
+def test_fault_58_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so the answer of the system is put in."""
+    monkeypatch.setattr(dry_run_module.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="no right to write"):
+        dry_run_module.require_writable(tmp_path / "a" / "b")
+
+
+def test_fault_58_disk_nearly_full(data: TinyData, tmp_path: Path) -> None:
+    def full() -> None:
+        import shutil
+
+        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined, assignment]
+
+    process = run([*command(data, "gfl", tmp_path / "run"), "--dry-run"], tmp_path / "logs", prepare=full)
+    assert process.status == 2
+    (line,) = errors(process)
+    assert "GB left" in line
+
+
+def test_fault_57_used_folder(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    for flags, problem in (([], "holds something already"), (["--overwrite"], "not the folder of a run")):
+        process = run([*command(data, "gfl", tmp_path / "run"), *flags, "--dry-run"], tmp_path / "logs")
+        assert process.status == 2
+        (line,) = errors(process)
+        assert problem in line
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("optim.milestones=[200, 100]", "has to ascend"), ("optim.milestones=[100, 100]", "has to ascend"),
+        ("data.unlabeled_per_device=0", "at least 1"), ("data.labeled_per_device=0", "at least 1"), ("optim.momentum=1.5", "less than 1"),  # noqa: E501
+        ("guidance.stages.head.temperature=0", "more than 0"), ("guidance.stages.head.tau=1.2", "less than 1"),
+        ("optim.lr=-1", "more than 0"), ("data.rules.max_bad_images=2", "at most 1"), ("data.rules.float_range=[1, 1]", "below the second"),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_faults_52_53_values_that_cannot_be(override: str, problem: str) -> None:
+    from dtg_core.config import RANGES
+
+    config, origins = load_config(Config, None, [override])
+
+    def check() -> None:
+        check_ranges(config, RANGES, origins)
+        cross_check(config, origins)
+
+    with pytest.raises(UserError, match=problem) as caught:
+        check()
+    assert override.split("=")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["run.steps=100"], "guidance.start_step"), (["run.steps=100000"], "optim.milestones"), (["run.steps=400"], "optim.warmup_steps"),  # noqa: E501
+        (["backbone.pretrained=false"], "drawn at random"),
+    ],
+)  # fmt: skip
+def test_fault_53_values_that_were_hardly_meant(overrides: list[str], warning: str) -> None:
+    config, origins = load_config(Config, None, overrides)
+    assert any(warning in line for line in cross_check(config, origins))
+
+
+def test_fault_54_contradictory_flags(data: TinyData, tmp_path: Path) -> None:
+    process = run([*command(data, "gfl", tmp_path / "run"), "--paradigm", "supervised"], tmp_path / "logs")
+    assert process.status == 2
+    (line,) = errors(process)
+    assert "--unlabeled" in line
+
+
+def test_fault_56_weights_of_another_model(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    config = BackboneConfig("test_resnet", weights=str(tmp_path / "vit.safetensors"))
+    with pytest.raises(UserError, match=r"does not fit 'test_resnet' \((\d+) of \d+ tensors, first .*,.*,.*,.*,") as caught:
+        build_pyramid(config, 8, (8, 16), "conv")
+    assert "\n" not in str(caught.value)
+    for content in (b"", b"no tensors", (tmp_path / "vit.safetensors").read_bytes()[:1000]):
+        for suffix in ("safetensors", "pt"):
+            path = tmp_path / f"broken.{suffix}"
+            path.write_bytes(content)
+            with pytest.raises(UserError, match="cannot be read as weights"):
+                build_pyramid(BackboneConfig("test_resnet", weights=str(path)), 8, (8, 16), "conv")
+
+
+def test_fault_59_no_such_device(data: TinyData, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    env = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_MIXED_PRECISION": "fp8"}
+    process = run(command(data, "gfl", tmp_path / "run"), tmp_path / "logs", env)
+    assert process.status == 2
+    (line,) = errors(process)
+    assert line.startswith("error: accelerate: cannot start")
+
+
+def test_fault_60_config_of_another_version(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "newer.yaml").write_text("run:\n  steps: 5\n  warp_drive: true\n")
+    process = run([*command(data, "gfl", tmp_path / "run"), "--config", str(tmp_path / "newer.yaml")], tmp_path / "logs")
+    assert process.status == 2
+    (line,) = errors(process)
+    assert "newer.yaml:3: run.warp_drive: unknown key" in line
+
+
+def own(folder: Path, **changes: Any) -> Path:
+    """A folder of nine images of which the JSON lists five."""
+    path = write_coco(folder, 9, 4)
+    content = json.loads(path.read_text())
+    content["images"] = content["images"][:5]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] <= 5]
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("unlisted", [True, False])
+def test_own_data_by_one_command(tmp_path: Path, name: str, unlisted: bool) -> None:
+    """A JSON and a folder, no validation set, images in subfolders."""
+    labeled = own(tmp_path / "own")
+    more = tmp_path / "more" / "deep" / "er"
+    more.mkdir(parents=True)
+    for number in range(5, 9):
+        os.rename(
+            labeled.parent / "images" / f"{number}.png", (labeled.parent / "images" if unlisted else more) / f"{number}.png"
+        )
+    before = tree(tmp_path / "own")
+    source = ["data.unlisted=unlabeled"] if unlisted else [f"data.unlabeled={tmp_path / 'more'}"]
+    flags = [
+        "--detector",
+        name,
+        "--labeled",
+        str(labeled),
+        "--steps",
+        "3",
+        "--output",
+        str(tmp_path / "run"),
+        "--set",
+        *TINY,
+        *source,
+    ]
+    process = run(flags, tmp_path / "logs")
+    assert process.status == 0, process.err
+    assert (tmp_path / "run" / "weights" / "teacher.safetensors").is_file()
+    assert tree(tmp_path / "own") == before
+
+
+def test_warnings_of_the_data_are_shown_once(tmp_path: Path) -> None:
+    labeled = own(tmp_path / "own")
+    content = json.loads(labeled.read_text())
+    content["annotations"] += [dict(content["annotations"][0])] * 4
+    labeled.write_text(json.dumps(content))
+    process = run(["--detector", "gfl", "--paradigm", "supervised", "--labeled", str(labeled), "--dry-run", "--output", str(tmp_path / "run"),  # noqa: E501
+                   "--set", *TINY], tmp_path / "logs")  # fmt: skip
+    assert process.status == 0, process.err
+    assert process.err.count("4 boxes stand there twice with one class and are kept once (annotations[10], annotations[11], "
+                             "annotations[12], ...)") == 1  # fmt: skip
+
+
+def test_a_fault_of_the_data_stops_training(tmp_path: Path) -> None:
+    process = run(["--detector", "gfl", "--paradigm", "supervised", "--labeled", str(own(tmp_path / "own", categories=[])), "--output",  # noqa: E501
+                   str(tmp_path / "run"), "--set", *TINY], tmp_path / "logs")  # fmt: skip
+    assert process.status == 2
+    (line,) = errors(process)
+    assert line.startswith(f"error: {tmp_path / 'own' / 'all.json'}: it has no categories")
+    assert not (tmp_path / "run").exists()

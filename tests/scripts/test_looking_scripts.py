@@ -1,0 +1,119 @@
+"""predict.py, show_views.py and show_guidance.py from the command line's end."""
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from looking import CLASSES, write_weights
+from PIL import Image
+
+from dtg_core.errors import UserError
+
+import predict  # noqa: E402 - scripts/ is on the path
+import show_guidance  # noqa: E402
+import show_views  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("a.png", "trip/b.jpg", "trip/day 2/c.tif")):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("script", ["predict.py", "show_views.py", "show_guidance.py", "compare.py"])
+def test_help_is_fast(script):
+    began = time.monotonic()
+    shown = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True, timeout=60)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert time.monotonic() - began < 3
+
+
+def test_predict_keeps_paths_names_and_ids(run, photos, tmp_path, capsys):
+    (photos / "trip" / "broken.jpg").write_bytes(b"no image")
+    arguments = [str(run), str(photos), "--output", str(tmp_path / "out"), "--score", "0.01", "--batch", "2", "--device", "cpu"]
+    assert predict.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "in 3 images, 1 could not be read" in shown.out
+    assert shown.err.count("skipped: ") == shown.err.count("broken.jpg") == 1
+    pictures = sorted(str(path.relative_to(tmp_path / "out" / "pictures")) for path in (tmp_path / "out").rglob("*.*") if "pictures" in path.parts)
+    assert pictures == ["a.png", "trip/b.jpg", "trip/day 2/c.tif.png"]
+
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    with open(tmp_path / "out" / "detections.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(results) == len(rows) > 0
+    for result, row in zip(results, rows):
+        assert result["file_name"] == row["file"]
+        assert row["class"] == CLASSES[result["category_id"] - 1]
+        x, y, width, height = result["bbox"]
+        assert 0 <= x <= x + width <= 64
+        assert 0 <= y <= y + height <= 48
+        assert float(row["x2"]) == pytest.approx(x + width, abs=2e-3)
+    assert predict.main([*arguments, "--strict"]) == 1
+    assert predict.main([*arguments, "--score", "0.999", "--no-pictures"]) == 0
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
+
+
+def test_predict_finds_what_is_meant(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    whole = ["a.png", "trip/b.jpg", "trip/day 2/c.tif"]
+    assert predict.find_images([str(photos)], out) == (whole, photos)
+    assert predict.find_images([str(photos / "trip" / "b.jpg")], out) == (["b.jpg"], photos / "trip")
+    assert predict.find_images([str(photos / "**" / "*.jpg")], out) == (["trip/b.jpg"], photos)
+    assert predict.find_images([str(photos / "a.png"), str(photos / "trip")], out)[0] == whole
+    assert predict.find_images([str(photos), str(photos / "a.png")], out)[0] == whole  # once each
+    monkeypatch.chdir(photos)
+    assert predict.find_images(["."], Path("trip"))[0] == ["a.png"]  # results of the time before are no input
+    with pytest.raises(UserError, match="no image there"):
+        predict.find_images(["*.gif"], out)
+
+
+@pytest.mark.parametrize("output", [".", "trip", "trip/../../photos", ".."])
+def test_predict_never_writes_among_the_images(photos, monkeypatch, output):
+    monkeypatch.chdir(photos)
+    with pytest.raises(UserError, match="holds the images"):
+        predict.find_images(["trip" if output == "trip" else "."], Path(output))
+
+
+def test_show_views(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path))
+    small = ["data.shapes_labeled=3", "data.shapes_unlabeled=1", "data.shapes_val=1"]
+    assert show_views.main(["--output", str(tmp_path / "new" / "v.png"), "--count", "2", "--set", *small]) == 0
+    with Image.open(tmp_path / "new" / "v.png") as picture:
+        assert picture.width > 1500
+    with pytest.raises(UserError, match="not a picture"):
+        show_views.main(["--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("detector", ["gfl", "faster_rcnn"])
+def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    run = write_weights(tmp_path / "run", detector)
+    flags = ["--count", "2", "--measure", "3", "--device", "cpu"]
+    assert show_guidance.main([str(run), "--output", str(tmp_path / "out"), *flags]) == 0
+    stages = {"gfl": ["head"], "faster_rcnn": ["rcnn", "rpn"]}[detector]
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == stages
+    shown = capsys.readouterr().out
+    assert "hidden labels of 4 images" in shown
+    assert all(f"{stage}, clusters over" in shown for stage in stages)
+    with pytest.raises(UserError, match="no such stage"):
+        show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--stage", "rpn" if detector == "gfl" else "head"])
+    one = tmp_path / "cache" / "one.json"
+    one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
+    with pytest.raises(UserError, match="unlabeled images are not in it"):
+        show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--truth", str(one), *flags])

@@ -1,0 +1,266 @@
+"""``train.py`` from the command line to a run folder that explains itself, and what it says when it cannot."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import DETECTORS, ROOT, TinyData, command, lines, run, weights
+
+from dtg_core.engine.checkpoint import load_weights
+
+STAGES = {"gfl": ["head"], "faster_rcnn": ["rpn", "rcnn"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    return TinyData.write(tmp_path_factory.mktemp("data"))
+
+
+def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
+    """The command of the README, the folder it leaves, and evaluate.py on it."""
+    output = tmp_path / "run"
+    settings = ["run.checkpoint_every=2", "run.evaluate_every=3", "backbone.name=test_efficientnet"]
+    arguments = command(data, "gfl", output, *settings)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "scripts" / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run(launch, capture_output=True, text=True, timeout=200, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == f"done: {output}"
+    assert "step 6/6" in ended.stderr
+
+    names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    checkpoint = {"student.safetensors", "teacher.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    assert names == {
+        ".lock", "config.yaml", "metrics.jsonl", "results.json",
+        *(f"weights/{which}.safetensors" for which in ("teacher", "student")),
+        *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
+    }  # fmt: skip
+    results = json.loads((output / "results.json").read_text())
+    assert results["step"] == 6
+    assert set(results) == {"teacher", "student", "step"}
+    assert {"AP", "AP50", "AP75", "classes"} <= set(results["teacher"])
+    found = lines(output, times=True)
+    assert [line["step"] for line in found] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert {"teacher/AP", "student/AP75"} <= set(found[3])
+    assert {f"{branch}/head/{kind}" for branch in ("labeled", "unlabeled") for kind in ("cls", "box", "background")} | {
+        "unlabeled/head/rank", "guidance/head/candidates", "guidance/head/clusters", "guidance/head/cluster_size",
+        "guidance/head/matched", "loss_ratio", "unlabeled_weight", "lr", "step_seconds", "data_seconds", "skipped",
+    } <= set(found[-2])  # fmt: skip
+    assert found[-2]["step_seconds"] >= found[-2]["data_seconds"] > 0
+    _, told = load_weights(output / "weights" / "teacher.safetensors")
+    assert told["class_names"] == ["green", "red"]
+    assert "test_efficientnet" in told["config"]
+    evaluated = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(output), "--annotations", str(data.val)],
+        capture_output=True, text=True, timeout=200, env=environment,
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    again = json.loads((output / "evaluation" / "results.json").read_text())
+    assert again["AP50"] == pytest.approx(results["teacher"]["AP50"], abs=1e-6)
+
+
+@pytest.mark.parametrize("paradigm", ["dense", "sparse", "supervised"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_paradigm(data: TinyData, tmp_path: Path, name: str, paradigm: str) -> None:
+    ended = run(command(data, name, tmp_path / "run", paradigm=paradigm, steps=4), tmp_path / "logs")
+    assert ended.status == 0, ended.err
+    found = lines(tmp_path / "run")
+    plain = ("cls", "box", "background")
+    kinds = {"dense": (*plain, "rank"), "sparse": plain, "supervised": ()}[paradigm]
+    wanted = {f"labeled/{stage}/{kind}" for stage in STAGES[name] for kind in ("cls", "box", "background")}
+    wanted |= {f"unlabeled/{stage}/{kind}" for stage in STAGES[name] for kind in kinds}
+    assert {key for key in found[-2] if key.startswith(("labeled/", "unlabeled/"))} == wanted
+    assert all(found[-2][key] is not None for key in wanted)
+    if paradigm != "supervised":
+        assert any(found[-2][f"unlabeled/{stage}/box"] > 0 for stage in STAGES[name])
+
+
+def test_labelled_losses_do_not_depend_on_the_paradigm_before_guidance(data: TinyData, tmp_path: Path) -> None:
+    for paradigm in ("dense", "sparse", "supervised"):
+        arguments = command(data, "gfl", tmp_path / paradigm, "guidance.start_step=3", paradigm=paradigm, steps=4)
+        assert run(arguments, tmp_path / "logs").status == 0
+    parts = [
+        [{key: value for key, value in line.items() if key.startswith("labeled/")} for line in lines(tmp_path / name)[:4]]
+        for name in ("dense", "sparse", "supervised")
+    ]
+    assert parts[0] == parts[1] == parts[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["optim.lrr=1"], ["optim.lr", "did you mean"]),
+        (["optim.lr=fast"], ["optim.lr", "fast"]),
+        (["backbone.name=resnet5000"], ["resnet5000", "resnet"]),
+        (["backbone.weights=none.safetensors", "backbone.pretrained=true"], ["none.safetensors"]),
+        (["data.labeled=nowhere.json"], ["nowhere.json"]),
+        (["data.images=nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(data: TinyData, tmp_path: Path, change: list[str], parts: list[str]) -> None:
+    ended = run(command(data, "gfl", tmp_path / "run", *change), tmp_path / "logs")
+    assert ended.status == 2
+    told = [line for line in ended.err.splitlines() if not line.startswith("warning: ")]
+    assert len(told) == 1, ended.err
+    assert told[0].startswith("error: ")
+    assert "Traceback" not in ended.err
+    assert all(part in told[0] for part in parts), ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mistake_found_by_a_loader_worker_is_one_line(data: TinyData, tmp_path: Path, workers: int) -> None:
+    def prepare() -> None:
+        from dtg_core.data.coco import CocoIndex
+        from dtg_core.errors import UserError
+
+        def unreadable(self: CocoIndex, row: int) -> None:
+            raise UserError(f"{row}.png: cannot be read - mend it")
+
+        CocoIndex.image = unreadable  # type: ignore[assignment,method-assign]
+
+    ended = run(command(data, "gfl", tmp_path / "run", f"data.workers={workers}"), tmp_path / "logs", prepare=prepare)
+    assert ended.status == 2
+    errors = [line for line in ended.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, ended.err
+    assert "images in a row cannot be used" in errors[0]
+    assert "Traceback" not in ended.err
+
+
+def test_a_worker_that_dies_is_told(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        from dtg_core.data.plan import StepData
+
+        def die(self: StepData, step: int) -> None:
+            os._exit(9)
+
+        StepData.__getitem__ = die  # type: ignore[assignment,method-assign]
+
+    ended = run(command(data, "gfl", tmp_path / "run", "data.workers=1"), tmp_path / "logs", prepare=prepare)
+    assert ended.status == 2
+    assert "data.workers=1: a worker that makes batches has died" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> None:
+    """A learning rate that blows the weights up: the same steps are skipped, the teacher stays finite, the step repeats."""
+    output = tmp_path / "run"
+    settings = ["optim.name=sgd", "optim.lr=1e20", "run.max_skipped=3", "data.labeled_per_device=2"]
+    ended = run(command(data, "gfl", output, *settings, steps=50), tmp_path / "logs")
+    assert ended.status == 3, ended.err
+    assert "not finite 3 times in a row" in ended.err
+    assert "Traceback" not in ended.err
+    told = json.loads((output / "nonfinite" / "step.json").read_text())
+    assert {"step", "parts", "losses", "checkpoint"} <= set(told)
+    (part,) = told["parts"]
+    assert len(part["labeled"]) == 2
+    assert set(part["labeled"][0]) == {"image_id", "seed"}
+    assert not (output / "weights").exists()
+
+    replayed = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs")
+    assert replayed.status == 3, replayed.err
+    assert "not finite again" in replayed.out
+    assert f"step {told['step']}" in replayed.out
+    odd = run(["--replay", str(output / "config.yaml")], tmp_path / "logs")
+    assert odd.status == 2
+
+
+def test_the_teacher_stays_finite(data: TinyData, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    output = tmp_path / "run"
+    settings = ["optim.name=sgd", "optim.lr=3e38", "run.max_skipped=4"]
+    ended = run(command(data, "faster_rcnn", output, *settings, steps=50), tmp_path / "logs")
+    assert ended.status == 3, ended.err
+    (folder,) = (path for path in (output / "nonfinite").iterdir() if path.is_dir())
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(folder / "teacher.safetensors").values()
+               if tensor.is_floating_point())  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_mixed_precision_trains(data: TinyData, tmp_path: Path, name: str, precision: str) -> None:
+    """fp16 scales the loss; its scale is part of a checkpoint, so a resumed run goes on with it."""
+    half = {"ACCELERATE_MIXED_PRECISION": precision}
+    arguments = command(data, name, tmp_path / "run", "run.checkpoint_every=2", steps=4)
+    ended = run(arguments, tmp_path / "logs", env=half)
+    assert ended.status == 0, ended.err
+    found = lines(tmp_path / "run")[:-1]
+    assert all(value is not None for line in found for value in line.values())
+    assert found[-1]["skipped"] == 0
+    scaler = json.loads((tmp_path / "run" / "checkpoints" / "step_00000002" / "state.json").read_text())["state"]["scaler"]
+    assert (scaler is not None) == (precision == "fp16")
+
+
+def test_an_impossible_precision_is_one_line(data: TinyData, tmp_path: Path) -> None:
+    ended = run(command(data, "gfl", tmp_path / "no"), tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "fp7"})
+    assert ended.status == 2
+    assert "fp7" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_scale_lr(data: TinyData, tmp_path: Path) -> None:
+    settings = ["optim.reference_batch=12", "optim.lr=0.001", "optim.accumulate=2"]
+    arguments = command(data, "gfl", tmp_path / "run", *settings, steps=1)
+    ended = run([*arguments, "--scale-lr"], tmp_path / "logs")  # 2 x (1 + 2) images
+    assert ended.status == 0, ended.err
+    assert "optim.lr 0.001 -> 0.0005" in ended.out
+    assert lines(tmp_path / "run")[0]["lr"] == 0.0005
+
+
+def failing_tracker(moment: str) -> Callable[[], None]:
+    def prepare() -> None:
+        from accelerate import tracking
+
+        class Tracker:
+            requires_logging_directory = True
+
+            def __init__(self, name: str, logging_dir: Path) -> None:
+                self.folder = logging_dir
+                input() if moment == "asking" else self.act("starting")
+
+            def act(self, now: str, text: str = "") -> None:
+                if now == moment:
+                    raise ConnectionError(f"offline while {now}")
+                self.folder.mkdir(exist_ok=True)
+                with open(self.folder / "log", "a") as file:
+                    file.write(f"{now} {text}\n")
+
+            def store_init_configuration(self, values: dict) -> None:
+                self.act("storing", values["detector"])
+
+            def log(self, values: dict, step: int) -> None:
+                self.act("logging", str(step))
+
+            def finish(self) -> None:
+                self.act("finishing")
+
+        tracking.LOGGER_TYPE_TO_CLASS["wandb"] = Tracker
+
+    return prepare
+
+
+@pytest.mark.parametrize("moment", ["never", "starting", "asking", "logging", "finishing"])
+def test_trackers_never_stop_training(data: TinyData, tmp_path: Path, moment: str) -> None:
+    arguments = command(data, "gfl", tmp_path / "run", "run.trackers=[wandb]", steps=3)
+    ended = run(arguments, tmp_path / "logs", prepare=failing_tracker(moment))
+    assert ended.status == 0, ended.err
+    assert ended.err.count("warning: tracker wandb: given up") == (moment != "never")
+    if moment == "never":
+        log = (tmp_path / "run" / "trackers" / "log").read_text().split("\n")
+        assert log == ["starting ", "storing gfl", "logging 1", "logging 2", "logging 3", "logging 3", "finishing ", ""]
+
+
+def test_trackers_are_off_unless_asked_and_unknown_ones_are_told(data: TinyData, tmp_path: Path) -> None:
+    ended = run(command(data, "gfl", tmp_path / "run", "run.trackers=[tensorbord]", steps=1), tmp_path / "logs")
+    assert ended.status == 0
+    assert "tracker tensorbord" in ended.err
+    assert "did you mean 'tensorboard'" in ended.err
+    plain = run(command(data, "gfl", tmp_path / "plain", steps=1), tmp_path / "logs")
+    assert "tracker" not in plain.err
+    assert weights(tmp_path / "plain") == weights(tmp_path / "run")
