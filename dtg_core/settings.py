@@ -62,7 +62,10 @@ def load_config(kind: type[T], file: Path | None = None, overrides: Sequence[str
 
 
 def plain_yaml(text: str, name: str) -> Any:
-    """A YAML text of any content as dictionaries with text keys, lists and scalars. Raises UserError naming ``name`` and the line."""
+    """A YAML text of any content as dictionaries with text keys, lists and scalars.
+
+    Raises UserError naming ``name`` and the line.
+    """
     node = _compose(text, name)
     reader = _Reader(type(None), name, None, {})
     try:

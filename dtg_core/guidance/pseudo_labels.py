@@ -5,6 +5,7 @@ from dtg_core.boxes import Hull, clip, project, shortest_side
 from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.structures import Detections, PairBatch, Targets
 
+
 def pseudo_labels(detections: Detections, score: float, pair: PairBatch, hull: Hull = "ellipse") -> Targets:
     """Detections with a score over a threshold, moved into the student's view.
 

@@ -33,7 +33,7 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
     before = tree(data.labeled.parent)
     process = run([*arguments, "--dry-run"], tmp_path / "logs")
     assert (process.status, errors(process)) == (0, []), process.err
-    for word in ("5 labelled, 9 unlabelled and 3 validation images", "s training", "for 6 steps", "of the process at most", "a checkpoint",  # noqa: E501
+    for word in ("5 labelled, 9 unlabelled and 3 validation images", "s training", "for 6 steps", "of the process at most", "a checkpoint",
                  "nothing was written"):  # fmt: skip
         assert word in process.out
     assert "not finite" not in process.out
@@ -85,9 +85,9 @@ def test_fault_57_used_folder(data: TinyData, tmp_path: Path) -> None:
     ("override", "problem"),
     [
         ("optim.milestones=[200, 100]", "has to ascend"), ("optim.milestones=[100, 100]", "has to ascend"),
-        ("data.unlabeled_per_device=0", "at least 1"), ("data.labeled_per_device=0", "at least 1"), ("optim.momentum=1.5", "less than 1"),  # noqa: E501
+        ("data.unlabeled_per_device=0", "at least 1"), ("data.labeled_per_device=0", "at least 1"), ("optim.momentum=1.5", "less than 1"),
         ("guidance.stages.head.temperature=0", "more than 0"), ("guidance.stages.head.tau=1.2", "less than 1"),
-        ("optim.lr=-1", "more than 0"), ("data.rules.max_bad_images=2", "at most 1"), ("data.rules.float_range=[1, 1]", "below the second"),  # noqa: E501
+        ("optim.lr=-1", "more than 0"), ("data.rules.max_bad_images=2", "at most 1"), ("data.rules.float_range=[1, 1]", "below the second"),
     ],
 )  # fmt: skip
 def test_faults_52_53_values_that_cannot_be(override: str, problem: str) -> None:
@@ -107,7 +107,7 @@ def test_faults_52_53_values_that_cannot_be(override: str, problem: str) -> None
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["run.steps=100"], "guidance.start_step"), (["run.steps=100000"], "optim.milestones"), (["run.steps=400"], "optim.warmup_steps"),  # noqa: E501
+        (["run.steps=100"], "guidance.start_step"), (["run.steps=100000"], "optim.milestones"), (["run.steps=400"], "optim.warmup_steps"),
         (["backbone.pretrained=false"], "drawn at random"),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_warnings_of_the_data_are_shown_once(tmp_path: Path) -> None:
     content = json.loads(labeled.read_text())
     content["annotations"] += [dict(content["annotations"][0])] * 4
     labeled.write_text(json.dumps(content))
-    process = run(["--detector", "gfl", "--paradigm", "supervised", "--labeled", str(labeled), "--dry-run", "--output", str(tmp_path / "run"),  # noqa: E501
+    process = run(["--detector", "gfl", "--paradigm", "supervised", "--labeled", str(labeled), "--dry-run", "--output", str(tmp_path / "run"),
                    "--set", *TINY], tmp_path / "logs")  # fmt: skip
     assert process.status == 0, process.err
     assert process.err.count("4 boxes stand there twice with one class and are kept once (annotations[10], annotations[11], "
@@ -215,7 +215,7 @@ def test_warnings_of_the_data_are_shown_once(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_the_data_stops_training(tmp_path: Path) -> None:
-    process = run(["--detector", "gfl", "--paradigm", "supervised", "--labeled", str(own(tmp_path / "own", categories=[])), "--output",  # noqa: E501
+    process = run(["--detector", "gfl", "--paradigm", "supervised", "--labeled", str(own(tmp_path / "own", categories=[])), "--output",
                    str(tmp_path / "run"), "--set", *TINY], tmp_path / "logs")  # fmt: skip
     assert process.status == 2
     (line,) = errors(process)

@@ -9,16 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import predict
 import pytest
+import show_guidance
+import show_views
 from conftest import ROOT
 from looking import CLASSES, write_weights
 from PIL import Image
 
 from dtg_core.errors import UserError
-
-import predict  # noqa: E402 - scripts/ is on the path
-import show_guidance  # noqa: E402
-import show_views  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Faults 1 to 32 of a user's annotations: one line and status 2, or a counted warning; through the command that users run."""  # noqa: E501
+"""Faults 1 to 32 of a user's annotations: one line and status 2, or a counted warning; through the command that users run."""
 
 from __future__ import annotations
 
@@ -155,16 +155,16 @@ STOPS: list[tuple[int, str, bytes | Change, list[str]]] = [
     (10, "no file name", removed("images", 4, "file_name"), ["images[4] has no 'file_name'"]),
     (10, "file name 7", changed("images", 4, "file_name", to=7), ["images[4].file_name is 7"]),
     (11, "mixed ids", changed("images", 4, "id", to="1"), ["numbers and text"]),
-    (11, "other type in annotations", every("annotations", lambda a: {"image_id": str(a["image_id"])}), ["image_id", "'1'", "str"]),  # noqa: E501
+    (11, "other type in annotations", every("annotations", lambda a: {"image_id": str(a["image_id"])}), ["image_id", "'1'", "str"]),
     (14, "all of unknown images", every("annotations", lambda a: {"image_id": a["image_id"] + 500}), ["no image_id", "501"]),
     (14, "all of unknown classes", every("annotations", lambda a: {"category_id": 77}), ["no category_id", "77"]),
     (14, "over the limit", both(*[extra(image_id=99)] * 9), ["9 of 33 annotations", "annotations[24]"]),
     (18, "shares of the image", every("annotations", lambda a: {"bbox": [0.2, 0.3, 0.1, 0.2]}), ["0 to 1", "box_format"]),
     (18, "corners", every("annotations", lambda a: {"bbox": [20 + a["id"], 20, 60, 45]}), ["corners", "box_format=xyxy"]),
-    (22, "mask only", changed("annotations", 3, to={"image_id": 1, "category_id": 1, "segmentation": {"counts": "x", "size": [1, 1]}}),  # noqa: E501
+    (22, "mask only", changed("annotations", 3, to={"image_id": 1, "category_id": 1, "segmentation": {"counts": "x", "size": [1, 1]}}),
      ["annotations[3]", "mask", "toBbox"]),
     (26, "no box", changed("annotations", to=[]), ["no usable box"]),
-    (29, "traversal", changed("images", 0, "file_name", to="../../etc/passwd"), ["images[0].file_name leads out", "allow_outside_root"]),  # noqa: E501
+    (29, "traversal", changed("images", 0, "file_name", to="../../etc/passwd"), ["images[0].file_name leads out", "allow_outside_root"]),
     (29, "absolute", changed("images", 0, "file_name", to="/etc/passwd"), ["images[0].file_name leads out"]),
     (29, "NUL", changed("images", 0, "file_name", to="a\0.png"), ["images[0].file_name", "\\x00"]),
     (29, "long", changed("images", 0, "file_name", to="a" * 5000), ["images[0].file_name", "longer than"]),
@@ -204,7 +204,7 @@ def test_stops(
 
 # (fault, name, change, kind of the warning, its count, images and boxes that remain)
 WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
-    (9, "text", both(every("categories", lambda c: {"id": str(c["id"])}), every("annotations", lambda a: {"category_id": str(a["category_id"])})),  # noqa: E501
+    (9, "text", both(every("categories", lambda c: {"id": str(c["id"])}), every("annotations", lambda a: {"category_id": str(a["category_id"])})),
      "categories have ids that are text", 3, 12, 24),
     (9, "floats", every("categories", lambda c: {"id": float(c["id"])}), "text or decimals", 3, 12, 24),
     (10, "file twice", changed("images", 1, "file_name", to="1.png"), "more than once", 1, 12, 24),
@@ -230,9 +230,9 @@ WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
     (19, "box twice", extra(), "kept once", 1, 12, 24),
     (19, "two classes", extra(category_id=2), "kept in both", 1, 12, 25),
     (20, "ignore", changed("annotations", 3, "ignore", to=1), "treated as crowds", 1, 12, 24),
-    (22, "polygon", changed("annotations", 3, to={"id": 4, "image_id": 2, "category_id": 1, "segmentation": [[5, 6, 25, 6, 9, 30]]}),  # noqa: E501
+    (22, "polygon", changed("annotations", 3, to={"id": 4, "image_id": 2, "category_id": 1, "segmentation": [[5, 6, 25, 6, 9, 30]]}),
      "from their polygon", 1, 12, 24),
-    (25, "class without a box", lambda content: content["categories"].append({"id": 9, "name": "yak"}), "classes have no box", 1, 12, 24),  # noqa: E501
+    (25, "class without a box", lambda content: content["categories"].append({"id": 9, "name": "yak"}), "classes have no box", 1, 12, 24),
 ]  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def test_fault_20_crowds(folder: Path) -> None:
 
 
 def test_fault_21_areas(folder: Path) -> None:
-    """By default of the boxes; with ``use_json_area`` the file's, so that a large box with a small mask is a small object."""  # noqa: E501
+    """By default of the boxes; with ``use_json_area`` the file's, so that a large box with a small mask is a small object."""
     content = clean()
     every("annotations", lambda a: {"bbox": [0, 0, 40, 40], "area": 100, "image_id": (a["id"] + 1) // 2})(content)
     changed("annotations", 0, "area", to=1e12)(content)
@@ -373,7 +373,7 @@ def test_fault_22_polygon_box(folder: Path) -> None:
 
 def sets(folder: Path, **values: Any) -> tuple[Any, Report]:
     report = Report()
-    sources = open_sources(DataConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()}),  # noqa: E501
+    sources = open_sources(DataConfig(**{key: str(value) if isinstance(value, Path) else value for key, value in values.items()}),
                            supervised=False, report=report)  # fmt: skip
     return sources, report
 

@@ -30,8 +30,8 @@ SHARE = 1 if os.environ.get("DTG_FUZZ") == "full" else 10
 SECONDS = 5.0
 
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 0.5, 3.0, 2**31, -(2**63), 2**70, 10**400, 1e308, float("nan"), float("inf"), -float("inf"), "", "1",  # noqa: E501
-    "x", "\0", "\ud800", "../../x.png", "/dev/zero", "/dev/stdin", ".", "a" * 5000, "é\x1b[31m", [], {}, [[]], {"id": 1}, [1, 2, 3, 4],  # noqa: E501
+    None, True, False, 0, -1, 1, 2, 0.5, 3.0, 2**31, -(2**63), 2**70, 10**400, 1e308, float("nan"), float("inf"), -float("inf"), "", "1",
+    "x", "\0", "\ud800", "../../x.png", "/dev/zero", "/dev/stdin", ".", "a" * 5000, "é\x1b[31m", [], {}, [[]], {"id": 1}, [1, 2, 3, 4],
     [0, 0, 0, 0], [1, 2], ["1", 2, 3, 4], [None] * 4, [1e308] * 4, [-5, -5, 10**30, 10**30], {"counts": [1], "size": [2, 2]},
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ JUNK: list[Any] = [
 def clean() -> dict[str, Any]:
     return {
         "images": [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 30} for n in range(1, 7)],
-        "annotations": [{"id": n + 1, "image_id": n % 6 + 1, "category_id": n % 2 + 1, "bbox": [n, 2, 9, 8], "area": 72, "iscrowd": 0,  # noqa: E501
+        "annotations": [{"id": n + 1, "image_id": n % 6 + 1, "category_id": n % 2 + 1, "bbox": [n, 2, 9, 8], "area": 72, "iscrowd": 0,
                          "segmentation": [[1, 2, 3, 4, 5, 6]]} for n in range(12)],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
     }  # fmt: skip
@@ -161,7 +161,7 @@ def test_images(tmp_path: Path) -> None:
     exif[0x0112] = 6
     originals = []
     for kind, mode, options in (
-        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("PNG", "RGBA", {}), ("PNG", "P", {}), ("PNG", "I;16", {}), ("WEBP", "RGB", {}),  # noqa: E501
+        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("PNG", "RGBA", {}), ("PNG", "P", {}), ("PNG", "I;16", {}), ("WEBP", "RGB", {}),
         ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "F", {}), ("GIF", "P", {}), ("BMP", "RGB", {}),
     ):  # fmt: skip
         buffer = io.BytesIO()
@@ -191,7 +191,7 @@ def test_yolo_and_voc(folder: Path) -> None:
     labels = folder / "labels"
     labels.mkdir()
     (folder / "names.txt").write_text("cat\ndog\n")
-    xml = ("<annotation><object><name>cat</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>20</xmax><ymax>22</ymax>"  # noqa: E501
+    xml = ("<annotation><object><name>cat</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>20</xmax><ymax>22</ymax>"
            "</bndbox></object></annotation>")  # fmt: skip
     for _ in range(250 // SHARE):
         (labels / "1.txt").write_bytes(damaged(b"0 0.5 0.5 0.2 0.4\n1 0.25 0.75 0.1 0.1\n" * 3, generator))

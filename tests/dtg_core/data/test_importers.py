@@ -97,10 +97,10 @@ def test_voc(folder: Path, zero_based: tuple[str, ...], first: int) -> None:
     ("kind", "text", "problem"),
     [
         ("yolo", "0 0.5 0.5 0.2 0.4\n2 0.5 0.5 0.2 0.4", r"1\.txt:2: the class 2 is not among the 2 names"),
-        ("yolo", "-1 0.5 0.5 0.2 0.4", r"1\.txt:1: the class -1"), ("yolo", "0 0.5 0.5 0.2 0.4 0.9", r"1\.txt:1: it has 6 columns"),  # noqa: E501
+        ("yolo", "-1 0.5 0.5 0.2 0.4", r"1\.txt:1: the class -1"), ("yolo", "0 0.5 0.5 0.2 0.4 0.9", r"1\.txt:1: it has 6 columns"),
         ("yolo", "0,0.5,0.5,0.2,0.4", r"1\.txt:1: it has commas"), ("yolo", "", "no object found"),
         ("yolo", "\n\xff", r"1\.txt:2: not UTF-8"), ("voc", BOMB, r"1\.xml:2: it has DOCTYPE"),
-        ("voc", "<annotation>\n<object></annotation>", r"1\.xml:2:\d+: it is not XML"), ("voc", "", r"1\.xml:1:1: it is not XML"),  # noqa: E501
+        ("voc", "<annotation>\n<object></annotation>", r"1\.xml:2:\d+: it is not XML"), ("voc", "", r"1\.xml:1:1: it is not XML"),
         ("voc", "<annotation/>", "no object found"), ("voc", "<a>" * 100_000, "not XML|nested"),
     ],
 )  # fmt: skip

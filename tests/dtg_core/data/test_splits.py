@@ -28,7 +28,7 @@ def coco(folder: Path, images: int, rare: bool = False) -> Path:
     generator = np.random.default_rng(0)
     ids = generator.choice(images * 5, images, replace=False).tolist()
     classes = generator.integers(1, 4, images).tolist()
-    annotations = [{"id": n + 1, "image_id": ids[n], "category_id": classes[n], "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": n % 5 == 0,  # noqa: E501
+    annotations = [{"id": n + 1, "image_id": ids[n], "category_id": classes[n], "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": n % 5 == 0,
                     "segmentation": [[1, 2, 3, 4, 5, 6]]} for n in range(images) if n % 7]  # fmt: skip
     if rare:
         annotations += [
@@ -36,7 +36,7 @@ def coco(folder: Path, images: int, rare: bool = False) -> Path:
             for n in range(1, images, images // 5)
         ]
     content = {
-        "images": [{"id": ids[n], "file_name": f"scene{n // 4}_view{n % 4}.jpg", "width": 640, "height": 480, "city": n // 10}  # noqa: E501
+        "images": [{"id": ids[n], "file_name": f"scene{n // 4}_view{n % 4}.jpg", "width": 640, "height": 480, "city": n // 10}
                    for n in range(images)],
         "annotations": annotations,
         "categories": [{"id": n, "name": name} for n, name in ((3, "c"), (1, "a"), (2, "b"), (4, "rare"))],

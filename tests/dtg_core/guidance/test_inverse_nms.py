@@ -120,7 +120,7 @@ def test_equations_2_to_6_against_a_loop(seed):
     cluster, keep = greedy_nms(candidates.box, candidates.logit, candidates.image * 10 + candidates.label, 0.5)
     members: dict[int, list[int]] = {}
     partner_logits, teacher_logits, targets = [], [], []
-    for i, (image, sample, label, score, _) in enumerate(rows):
+    for i, (image, sample, label, *_) in enumerate(rows):
         partner = int(row[image, sample])
         if partner < 0:
             continue

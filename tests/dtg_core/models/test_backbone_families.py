@@ -1,4 +1,4 @@
-"""Any timm family: one flag, maps of the right size for images of any size, and one line for a model that cannot be used (fault 55)."""  # noqa: E501
+"""Any timm family: one flag, maps of the right size for images of any size, and one line for a model that cannot be used (fault 55)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAMILIES = (
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_train(name: str) -> None:
-    """Steps change the parameters that are not frozen and no other; the canvas is no multiple of any window or patch grid."""  # noqa: E501
+    """Steps change the parameters that are not frozen and no other; the canvas is no multiple of any window or patch grid."""
     torch.manual_seed(0)
     model = build_pyramid(replace(CONFIG, name=name, batch_norm="train"), 16, (4, 8, 16, 32, 64), "conv").train()
     before = {key: value.clone() for key, value in model.named_parameters()}
@@ -89,10 +89,10 @@ def test_weights_of_a_transformer_load(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
-        ("resnet51", {}, "did you mean 'resnet5"), ("convnext_at0", {}, "did you mean 'convnext_atto"), ("", {}, "choose from"),  # noqa: E501
+        ("resnet51", {}, "did you mean 'resnet5"), ("convnext_at0", {}, "did you mean 'convnext_atto"), ("", {}, "choose from"),
         ("inception_v3", {}, "any size"), ("beit_base_patch16_224", {}, "made for 224 x 224"),
-        ("vit_small_patch14_dinov2", {}, r"no feature map of stride 8 \(it has \[14\]\)"), ("levit_128s", {}, "no feature map of stride 8"),  # noqa: E501
-        ("test_resnet", {"in_chans": 1}, "in_chans"), ("test_resnet", {"no_such": 1}, "no_such"), ("test_resnet", {"pretrained": True}, "pretrained"),  # noqa: E501
+        ("vit_small_patch14_dinov2", {}, r"no feature map of stride 8 \(it has \[14\]\)"), ("levit_128s", {}, "no feature map of stride 8"),
+        ("test_resnet", {"in_chans": 1}, "in_chans"), ("test_resnet", {"no_such": 1}, "no_such"), ("test_resnet", {"pretrained": True}, "pretrained"),
     ],
 )  # fmt: skip
 def test_unsuitable_models_are_named(name: str, options: dict[str, object], problem: str) -> None:
