@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import predict
 import pytest
-import show_guidance
-import show_views
 from conftest import ROOT
 from looking import CLASSES, write_weights
 from PIL import Image
 
 from dtg_core.errors import UserError
+
+sys.path[:0] = [str(ROOT / "scripts")]
+import predict  # noqa: E402
+import show_guidance  # noqa: E402
+import show_views  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("script", ["predict.py", "show_views.py", "show_guidance.py", "compare.py"])
 def test_help_is_fast(script):
     began = time.monotonic()
-    shown = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert time.monotonic() - began < 3
 
@@ -49,7 +52,8 @@ def test_predict_keeps_paths_names_and_ids(run, photos, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "in 3 images, 1 could not be read" in shown.out
     assert shown.err.count("skipped: ") == shown.err.count("broken.jpg") == 1
-    pictures = sorted(str(path.relative_to(tmp_path / "out" / "pictures")) for path in (tmp_path / "out").rglob("*.*") if "pictures" in path.parts)
+    folder = tmp_path / "out" / "pictures"
+    pictures = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
     assert pictures == ["a.png", "trip/b.jpg", "trip/day 2/c.tif.png"]
 
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
@@ -110,8 +114,9 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "hidden labels of 4 images" in shown
     assert all(f"{stage}, clusters over" in shown for stage in stages)
+    other = "rpn" if detector == "gfl" else "head"
     with pytest.raises(UserError, match="no such stage"):
-        show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--stage", "rpn" if detector == "gfl" else "head"])
+        show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--stage", other])
     one = tmp_path / "cache" / "one.json"
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
     with pytest.raises(UserError, match="unlabeled images are not in it"):

@@ -182,26 +182,13 @@ def test_the_teacher_stays_finite(data: TinyData, tmp_path: Path) -> None:
                if tensor.is_floating_point())  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_mixed_precision_trains(data: TinyData, tmp_path: Path, name: str, precision: str) -> None:
-    """fp16 scales the loss; its scale is part of a checkpoint, so a resumed run goes on with it."""
-    half = {"ACCELERATE_MIXED_PRECISION": precision}
-    arguments = command(data, name, tmp_path / "run", "run.checkpoint_every=2", steps=4)
-    ended = run(arguments, tmp_path / "logs", env=half)
+def test_bfloat16_trains(data: TinyData, tmp_path: Path, name: str) -> None:
+    ended = run(command(data, name, tmp_path / "run", steps=4), tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert ended.status == 0, ended.err
     found = lines(tmp_path / "run")[:-1]
     assert all(value is not None for line in found for value in line.values())
     assert found[-1]["skipped"] == 0
-    scaler = json.loads((tmp_path / "run" / "checkpoints" / "step_00000002" / "state.json").read_text())["state"]["scaler"]
-    assert (scaler is not None) == (precision == "fp16")
-
-
-def test_an_impossible_precision_is_one_line(data: TinyData, tmp_path: Path) -> None:
-    ended = run(command(data, "gfl", tmp_path / "no"), tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "fp7"})
-    assert ended.status == 2
-    assert "fp7" in ended.err
-    assert "Traceback" not in ended.err
 
 
 def test_scale_lr(data: TinyData, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 from dtg_core import load_detector
 from dtg_core.engine.checkpoint import load_weights, save_weights
 from dtg_core.errors import UserError
+from dtg_core.structures import Detections
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -45,12 +48,20 @@ def test_boxes_are_in_the_pixels_of_the_image(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found.boxes), direct.boxes)
     torch.testing.assert_close(torch.from_numpy(found.scores), direct.scores)
 
-    # Each pixel four times: after shrinking it is the same view, so the boxes are twice as large.
-    (large,) = predictor.predict([Image.fromarray(np.array(image).repeat(2, 0).repeat(2, 1))])
-    assert large.size == (128, 192)
-    near = np.abs(large.boxes[0] - 2 * found.boxes).max(1)
-    assert near.min() < 4
-    assert (large.boxes <= np.array([192, 128, 192, 128])).all()
+
+def test_boxes_are_scaled_back_and_clipped(tmp_path):
+    """A detector that always sees the same two boxes of its view."""
+    predictor = load_detector(write_weights(tmp_path), "cpu")
+    boxes = torch.tensor([[8.0, 4, 24, 20], [70, 30, 96, 64]])
+    stub = Mock(detect=lambda outputs, views, score: Detections(
+        boxes.repeat(len(views.pixels), 1), torch.tensor([0.9, 0.8]).repeat(len(views.pixels)),
+        torch.tensor([1, 2]).repeat(len(views.pixels)), torch.arange(len(views.pixels)).repeat_interleave(2),
+    ))  # fmt: skip
+    large, small = replace(predictor, detector=stub).predict([noise(128, 192), noise(64, 80)])
+    assert (large.size, small.size) == ((128, 192), (64, 80))
+    np.testing.assert_allclose(large.boxes, 2 * boxes.numpy())
+    np.testing.assert_allclose(small.boxes, [[8, 4, 24, 20], [70, 30, 80, 64]])
+    assert small.labels.tolist() == [1, 2]
 
 
 def test_files_batches_and_empty_input(tmp_path):
