@@ -79,6 +79,14 @@ def flatten(config: Any) -> dict[str, Any]:
     return dict(_leaves(config, ""))
 
 
+def dotted(content: Any, key: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested dictionaries; empty dictionaries and lists are values."""
+    if not isinstance(content, dict) or (key and not content):
+        return {key: content}
+    parts = (dotted(inner, f"{key}.{child}" if key else child) for child, inner in content.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def to_yaml(config: Any, origins: Mapping[str, str] | None = None) -> str:
     """The complete configuration as YAML; with ``origins`` each line ends with a comment that names its value's origin."""
     lines = list(_lines(config, "", 0))

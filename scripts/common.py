@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from dtg_core.errors import UserError, nearest, printable
 from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse, yaml_scalar
@@ -176,59 +176,6 @@ def _shortest(path: Path) -> Path:
     except ValueError:  # another drive
         return path
     return relative if len(str(relative)) < len(str(path)) else path
-
-
-# Weights files ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A detector rebuilt from a weights file alone, in evaluation mode on the CPU."""
-
-    detector: nn.Module
-    settings: RunSettings
-    class_names: tuple[str, ...]
-    category_ids: list[Any]  # of the data set it was trained on, in the order of the labels
-
-
-def load_weights_detector(path: Path) -> Loaded:
-    """Rebuild a detector from a file of ``weights/`` in a run folder; nothing else of the run is needed.
-
-    Raises:
-        UserError: not a weights file of this project, damaged, or it does not fit what it says of itself.
-    """
-    import tempfile
-
-    from run_settings import RunSettings
-
-    from dtg_core.engine.checkpoint import load_into, load_weights
-
-    tensors, metadata = load_weights(path)
-    missing = [key for key in ("detector", "class_names", "category_ids", "config") if key not in metadata]
-    if missing or metadata["detector"] not in DETECTORS:
-        raise UserError(f"{path}: does not say which detector it belongs to - give weights/*.safetensors of a run folder")
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(metadata["config"], encoding="utf-8")
-        try:
-            settings, _ = load_config(RunSettings, config)
-        except UserError as error:
-            found = str(error).removeprefix(str(config))
-            raise UserError(f"{path}: its settings are of another version ({found})") from error
-    bare = replace(settings.backbone, pretrained=False, weights=None)
-    detector = DETECTORS[metadata["detector"]](replace(settings, backbone=bare), len(metadata["class_names"]))
-    load_into(detector, tensors, path)
-    return Loaded(detector.eval(), settings, tuple(metadata["class_names"]), list(metadata["category_ids"]))
-
-
-def find_weights(path: Path, which: str = "teacher") -> Path:
-    """The weights file meant by a run folder (its teacher or student) or by a file."""
-    if not path.is_dir():
-        return path
-    weights = path / "weights" / f"{which}.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{path}: no weights/{which}.safetensors in it - give a finished run, or a weights file")
-    return weights
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------

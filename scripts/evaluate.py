@@ -13,15 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, find_weights, load_weights_detector, main_guard, one_of
+from common import Parser, main_guard, one_of
 
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-    from common import Loaded
-
     from dtg_core.data.coco import CocoIndex
+    from dtg_core.engine.predict import Predictor
 
 
 def parser() -> Parser:
@@ -44,14 +42,15 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--images: belongs to --annotations - give both, or neither for the run's own validation set")
     if arguments.batch is not None and arguments.batch < 1:
         raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
-    weights = find_weights(arguments.weights, arguments.which)
-    loaded = load_weights_detector(weights)
 
     from dtg_core.data.plan import eval_batches
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
+    from dtg_core.engine.predict import find_weights, load_detector
+
+    weights = find_weights(arguments.weights, arguments.which)
+    loaded = load_detector(weights, arguments.device)
 
     index = _data_set(loaded, arguments.annotations, arguments.images)
-    device = _device(arguments.device)
     output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / "evaluation"
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
     run = loaded.settings.run
     batches = eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, 0, 1)
-    found = find(loaded.detector.to(device), index, batches, device, run.score_threshold)
+    found = find(loaded.detector, index, batches, loaded.device, run.score_threshold)
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
     results = {"weights": weights.name, "images": len(index), **metrics}
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _data_set(loaded: Loaded, annotations: Path | None, images: Path | None) -> CocoIndex:
+def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None) -> CocoIndex:
     """The images to evaluate on, with the classes that the detector knows."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.sources import open_sources
@@ -88,20 +87,6 @@ def _data_set(loaded: Loaded, annotations: Path | None, images: Path | None) -> 
         where = annotations or "validation set"
         raise UserError(f"{where}: its classes are not the detector's ({differ}) - use the same categories")
     return index
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--device {name}: cannot be used ({reason}) - use cpu") from error
-    return device
 
 
 if __name__ == "__main__":

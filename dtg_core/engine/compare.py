@@ -21,7 +21,7 @@ from typing import Any
 from dtg_core.config import Config
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError
-from dtg_core.settings import plain_yaml, yaml_scalar
+from dtg_core.settings import dotted, plain_yaml, yaml_scalar
 
 FIGURES = ("AP", "AP50", "AP75")
 #: Settings that change no weight and no figure.
@@ -126,7 +126,7 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
 def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
     """A run folder's settings, results and curve. Raises UserError unless it is finished and evaluated."""
     config, results = _read(path / "config.yaml", path), _read(path / "results.json", path)
-    settings = effective(flat(plain_yaml(config, str(path / "config.yaml"))), stages)
+    settings = effective(dotted(plain_yaml(config, str(path / "config.yaml"))), stages)
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]
@@ -144,14 +144,6 @@ def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
         if line.get("teacher/AP") is not None:
             curve.append((line["step"], seconds, line["teacher/AP"]))
     return Run(path, settings, found, curve, seconds)
-
-
-def flat(content: Any, key: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested dictionaries; empty dictionaries and lists are values."""
-    if not isinstance(content, dict) or (key and not content):
-        return {key: content}
-    parts = (flat(inner, f"{key}.{child}" if key else child) for child, inner in content.items())
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:

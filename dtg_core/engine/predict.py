@@ -24,9 +24,8 @@ from dtg_core.data.images import read_image
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import collate, test_view
 from dtg_core.engine.checkpoint import load_into, load_weights
-from dtg_core.engine.compare import flat
 from dtg_core.errors import UserError
-from dtg_core.settings import load_config, plain_yaml, yaml_scalar
+from dtg_core.settings import dotted, load_config, plain_yaml, yaml_scalar
 
 #: {name in a weights file: its package and class of settings}. The core imports no detector; this is the only place that
 #: knows some by name, because a weights file has nothing but a name to go by. They are looked up when it is opened.
@@ -103,8 +102,7 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     Raises:
         UserError: not a weights file of this project, damaged, of settings that are not known any more, or no such device.
     """
-    if path.is_dir():
-        path = path / "weights" / f"{which}.safetensors"
+    path = find_weights(path, which)
     tensors, metadata = load_weights(path)
     missing = {"detector", "class_names", "category_ids", "config"} - metadata.keys()
     if missing or metadata["detector"] not in PACKAGES:
@@ -116,6 +114,16 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     load_into(detector, tensors, path)
     where = pick_device(device)
     return Predictor(detector.eval().to(where), settings, class_names, list(metadata["category_ids"]), where)
+
+
+def find_weights(path: Path, which: str = "teacher") -> Path:
+    """The weights file meant by a run folder (its teacher or student) or by a file. Raises UserError when it is not there."""
+    if not path.is_dir():
+        return path
+    weights = path / "weights" / f"{which}.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{path}: no weights/{which}.safetensors in it - give a finished run, or a weights file")
+    return weights
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -142,7 +150,7 @@ def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:
     settings = make_dataclass("Settings", [(name, section, field(default_factory=section))], bases=(Config,), frozen=True)
     known = {entry.name for entry in fields(settings)}
     try:
-        told = flat(plain_yaml(text, "its settings"))
+        told = dotted(plain_yaml(text, "its settings"))
         own = [f"{key}={yaml_scalar(value)}" for key, value in told.items() if key.split(".")[0] in known]
         return package, load_config(settings, None, own)[0]
     except UserError as error:

@@ -22,10 +22,8 @@ import evaluate  # noqa: E402
 from common import (  # noqa: E402
     DETECTORS,
     STAGES,
-    find_weights,
     is_supervised,
     load_settings,
-    load_weights_detector,
     main_guard,
     train_parser,
 )
@@ -33,6 +31,7 @@ from run_settings import DETECTOR_RANGES, RunSettings  # noqa: E402
 
 from dtg_core.config import RANGES, paper_stages  # noqa: E402
 from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
+from dtg_core.engine.predict import find_weights, load_detector  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 from dtg_core.settings import check_ranges, flatten, load_config, to_yaml  # noqa: E402
 
@@ -256,9 +255,9 @@ def data_set(folder: Path) -> Path:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_is_rebuilt_from_its_weights_alone(tmp_path: Path, name: str) -> None:
     path = find_weights(run_folder(tmp_path, name))
-    loaded = load_weights_detector(path)
+    loaded = load_detector(path, "cpu")
     assert not loaded.detector.training
-    assert (loaded.class_names, loaded.category_ids, loaded.settings.detector) == (("a", "b"), [7, 3], name)
+    assert (loaded.class_names, loaded.category_ids) == (("a", "b"), [7, 3])
     tensors = load_weights(path)[0]
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.detector.state_dict().items())
 
@@ -273,7 +272,7 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
         ({"class_names": ["a"]}, "does not fit the detector"),
     ):
         with pytest.raises(UserError, match=problem):
-            load_weights_detector(find_weights(run_folder(tmp_path / "run", **metadata)))
+            load_detector(run_folder(tmp_path / "run", **metadata))
 
 
 def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dtg_core.engine.compare import FIGURES, compare, draw_curves, effective, flat, tables, to_html, to_markdown
+from dtg_core.engine.compare import FIGURES, compare, draw_curves, effective, tables, to_html, to_markdown
 from dtg_core.errors import UserError
-from dtg_core.settings import plain_yaml, to_yaml
+from dtg_core.settings import dotted, plain_yaml, to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import compare as compare_script  # noqa: E402
@@ -109,7 +109,7 @@ def test_it_says_which_settings_differ(tmp_path):
 
 
 def test_effective_settings_of_a_detector():
-    settings = flat(plain_yaml(to_yaml(RunSettings(detector="faster_rcnn")), "text"))
+    settings = dotted(plain_yaml(to_yaml(RunSettings(detector="faster_rcnn")), "text"))
     kept = effective(settings, STAGES)
     assert {"faster_rcnn.rpn.pre_nms", "guidance.stages.rpn.tau", "optim.lr"} <= kept.keys()
     assert not any(key.startswith(("gfl.", "guidance.stages.head.")) for key in kept)

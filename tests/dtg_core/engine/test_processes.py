@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyDa
 def test_torchrun(data: TinyData, tmp_path: Path) -> None:
     """The real launcher."""
     arguments = command(data, "gfl", tmp_path / "run", steps=3)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     ended = subprocess.run(
         [*launch, str(ROOT / "scripts" / "train.py"), *arguments], capture_output=True, text=True, timeout=200,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
