@@ -83,6 +83,8 @@ def _dense(
         "cluster_size": found / max(clusters.num_clusters, 1),
         "matched": matched / max(found, 1),
         "background": assignment.background.sum() / images,
+        # what sparse guidance would have kept of the clusters, for comparison
+        "pseudo_boxes": (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images,
     }
     return Supervision(None, assignment, proposals), figures
 
