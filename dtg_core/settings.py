@@ -56,9 +56,16 @@ def load_config(kind: type[T], file: Path | None = None, overrides: Sequence[str
         node = _compose(_read(file), str(file))
         if node is not None:
             config = _Reader(kind, str(file), None, origins).read(config, node)
-    for text in overrides:
-        config = _Reader(kind, f"--set {text}", COMMAND_LINE, origins).read(config, _override(text))
+    config = overridden(config, overrides, origins)
     return config, {key: origins[key] for key in flatten(config)}
+
+
+def overridden(config: T, overrides: Sequence[str], origins: dict[str, str] | None = None) -> T:
+    """A configuration with ``overrides`` as in ``load_config``, noted in ``origins``; UserError for one that cannot be used."""
+    for text in overrides:
+        reader = _Reader(type(config), f"--set {text}", COMMAND_LINE, {} if origins is None else origins)
+        config = reader.read(config, _override(text))
+    return config
 
 
 def plain_yaml(text: str, name: str) -> Any:

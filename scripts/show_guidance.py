@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import Parser, main_guard, one_of
+from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
-    from dtg_core.config import Config, DataConfig
-    from dtg_core.data.coco import CocoIndex
-    from dtg_core.data.plan import StepData
     from dtg_core.engine.explain import Tally
     from dtg_core.engine.predict import Predictor
-    from dtg_core.structures import PairBatch
 
 
 def parser() -> Parser:
@@ -62,10 +59,11 @@ def main(argv: Sequence[str]) -> int:
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
     models, settings = (teacher.detector, student.detector), teacher.settings
     stages = stages_of(teacher, arguments.stage)
-    sources = open_sources(unlabeled_data(settings.data, arguments.unlabeled), False)
+    config = unlabeled_data(settings.data, arguments.unlabeled)
+    sources = open_sources(config, False)
     assert sources.unlabeled is not None
     images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
-    truth = hidden_labels(arguments.truth, settings, images, teacher.class_names)
+    truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.count)
     hull = settings.views.box_hull
 
@@ -99,43 +97,6 @@ def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:
     if wanted is not None and wanted not in names:
         raise UserError(f"--stage {wanted}: the detector has no such stage - choose from {', '.join(names)}")
     return names if wanted is None else [wanted]
-
-
-def unlabeled_data(config: DataConfig, other: str | None) -> DataConfig:
-    """The run's data without its validation set, or with other unlabeled images."""
-    config = replace(config, unlabeled=other, unlisted="ignore") if other else config
-    if config.labeled is not None and config.unlabeled is None and config.unlisted == "ignore":
-        raise UserError("--unlabeled: missing, and the run had no unlabeled images - give a folder of images")
-    return replace(config, val=None)
-
-
-def unlabeled(data: StepData, step: int) -> PairBatch:
-    pair = data[step].unlabeled
-    assert pair is not None
-    return pair
-
-
-def hidden_labels(
-    path: Path | None, settings: Config, images: CocoIndex, class_names: tuple[str, ...]
-) -> CocoIndex | None:
-    """The truth of the unlabeled images: given, of the embedded data set, or None."""
-    from dtg_core.data.coco import load_coco, with_classes
-    from dtg_core.data.shapes import make_shapes
-
-    data = settings.data
-    if path is None:
-        if data.labeled is not None or len(images) != data.shapes_unlabeled:
-            return None
-        counts = data.shapes_labeled, data.shapes_unlabeled, data.shapes_val
-        path = make_shapes(None, *counts, data.shapes_seed).unlabeled_truth
-    truth = load_coco(path, images.root)
-    if set(truth.class_names) != set(class_names):
-        raise UserError(f"{path}: its classes are not the detector's - use the same categories")
-    absent = set(images.file_names) - set(truth.file_names)
-    if absent:
-        raise UserError(f"{path}: {len(absent)} of {len(images)} unlabeled images are not in it (e.g. {min(absent)!r}) - "
-                        "give the labels of all of them")
-    return with_classes(truth, class_names)
 
 
 def line(name: str, count: Tally) -> str:

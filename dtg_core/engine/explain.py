@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from dtg_core.boxes import Hull, clip, paired_iou, project
+from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side
 from dtg_core.config import StageRule
 from dtg_core.data.coco import CocoIndex
 from dtg_core.guidance import cluster_nms, correspond, inverse_nms, pseudo_labels, select_candidates
+from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
     Assignment,
@@ -196,13 +197,14 @@ def tally(parts: Sequence[tuple[Explained, Targets]], score: float, min_iou: flo
 
 
 def objects_in(views: ViewBatch, truth: CocoIndex, hull: Hull) -> Targets:
-    """The objects of ``truth`` in views whose ``image_ids`` are its file names."""
+    """The objects of ``truth`` in views whose ``image_ids`` are its file names, without those that left their view."""
     row = {name: number for number, name in enumerate(truth.file_names)}
     boxes, labels, image = [], [], []
     for number, name in enumerate(views.image_ids):
         stored, classes = truth.objects(row[name])
         moved = clip(project(torch.from_numpy(stored), views.view_from_image[number].cpu(), hull), views.sizes[number].cpu())
-        boxes.append(moved)
-        labels.append(torch.from_numpy(classes))
-        image.append(torch.full((len(stored),), number))
+        inside = shortest_side(moved) >= MIN_SIDE
+        boxes.append(moved[inside])
+        labels.append(torch.from_numpy(classes)[inside])
+        image.append(torch.full((len(boxes[-1]),), number))
     return Targets(torch.cat(boxes), torch.cat(labels), torch.cat(image)).to(views.pixels.device)

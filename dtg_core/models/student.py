@@ -10,7 +10,7 @@ from torch import nn
 from dtg_core.config import StageRule
 from dtg_core.losses import dense_terms, ordinary_terms
 from dtg_core.protocol import Detector
-from dtg_core.structures import LossTerm, Supervision, ViewBatch
+from dtg_core.structures import Assignment, LossTerm, Predictions, Samples, Supervision, ViewBatch
 
 
 class StudentModule(nn.Module):
@@ -38,16 +38,34 @@ class StudentModule(nn.Module):
 
     def _branch(self, branch: str, views: ViewBatch, supervision: Mapping[str, Supervision]) -> dict[str, LossTerm]:
         detector = cast(Detector, self.detector)
-        terms: dict[str, LossTerm] = {}
-        for name, (samples, predictions) in detector.run(views, supervision).items():
-            stage, told = detector.stages[name], supervision[name]
+        terms = loss_terms(detector, learn(detector, views, supervision), self.rules)
+        return {f"{branch}/{name}": term for name, term in terms.items()}
+
+
+#: What a stage learns on a batch: its samples, what it predicts for them, and what it should.
+Learnt = tuple[Samples, Predictions, Assignment]
+
+
+def learn(detector: Detector, views: ViewBatch, supervision: Mapping[str, Supervision]) -> dict[str, Learnt]:
+    """Run the stages that ``supervision`` names; objects become assignments by each stage's own rule."""
+    learnt: dict[str, Learnt] = {}
+    for name, (samples, predictions) in detector.run(views, supervision).items():
+        assignment, targets = supervision[name].assignment, supervision[name].targets
+        if assignment is None:
+            assert targets is not None
             with torch.autocast(views.pixels.device.type, enabled=False):
-                if told.assignment is not None:
-                    unreduced = stage.losses(samples, predictions, told.assignment)
-                    found = dense_terms(unreduced, predictions, told.assignment, self.rules[name])
-                else:
-                    assert told.targets is not None
-                    assignment = stage.assign(samples, told.targets, views.sizes, views.seeds)
-                    found = ordinary_terms(stage.losses(samples, predictions, assignment))
-            terms |= {f"{branch}/{name}/{kind}": term for kind, term in found.items()}
-        return terms
+                assignment = detector.stages[name].assign(samples, targets, views.sizes, views.seeds)
+        learnt[name] = samples, predictions, assignment
+    return learnt
+
+
+def loss_terms(detector: Detector, learnt: Mapping[str, Learnt], rules: Mapping[str, StageRule]) -> dict[str, LossTerm]:
+    """Terms ``<stage>/<kind>``, in float32; ``rules`` matter to dense guidance only."""
+    terms: dict[str, LossTerm] = {}
+    for name, (samples, predictions, assignment) in learnt.items():
+        with torch.autocast(predictions.logits.device.type, enabled=False):
+            unreduced = detector.stages[name].losses(samples, predictions, assignment)
+            dense = assignment.dense is not None
+            found = dense_terms(unreduced, predictions, assignment, rules[name]) if dense else ordinary_terms(unreduced)
+        terms |= {f"{name}/{kind}": term for kind, term in found.items()}
+    return terms

@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from looking import CLASSES, write_weights
+from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
 
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
+import measure_guidance  # noqa: E402
 import predict  # noqa: E402
 import show_guidance  # noqa: E402
 import show_views  # noqa: E402
@@ -36,7 +38,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize("script", ["predict.py", "show_views.py", "show_guidance.py", "compare.py"])
+@pytest.mark.parametrize("script", ["predict.py", "show_views.py", "show_guidance.py", "measure_guidance.py", "compare.py"])
 def test_help_is_fast(script):
     began = time.monotonic()
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
@@ -121,3 +123,69 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
     with pytest.raises(UserError, match="unlabeled images are not in it"):
         show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--truth", str(one), *flags])
+
+
+@pytest.mark.parametrize("detector", ["gfl", "faster_rcnn"])
+def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    weights, stages = write_weights(tmp_path / "run", detector), {"gfl": ["head"], "faster_rcnn": ["rpn", "rcnn"]}[detector]
+    flags = [str(weights), "--images", "3", "--batch", "2", "--device", "cpu"]
+    assert measure_guidance.main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "4 images in 2 batches" in shown
+    assert all(word in shown for word in ("dense", "sparse", "bias: ", *stages))
+
+    settings = ["literal:", f"none over: tau=0.999 {stages[-1]}.rank=false"]
+    assert measure_guidance.main([*flags, "--compare", *settings, "--json", str(tmp_path / "found.json")]) == 0
+    capsys.readouterr()
+    assert measure_guidance.main([*flags, "--compare", *settings, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert list(found["settings"]) == ["literal", "none over"]
+    assert set(found["settings"]["literal"]["stages"]) == set(stages)
+    literal, empty = (found["settings"][name]["stages"][stages[-1]] for name in ("literal", "none over"))
+    assert literal["labels"]["candidates"] > empty["labels"]["candidates"] == 0
+    assert "rank" in literal["gradients"]
+    assert "rank" not in empty["gradients"]
+    assert measure_guidance.main([*flags, "--compare", settings[0], "--set", f"guidance.stages.{stages[-1]}.rank=false", "--json", "-"]) == 0
+    assert "rank" not in json.loads(capsys.readouterr().out)["settings"]["literal"]["stages"][stages[-1]]["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--compare", "tau=0.3"], "has no name"),
+        (["--compare", ": tau=0.3"], "has no name"),
+        (["--compare", "a: tau=0.3", "a: tau=0.4"], "name is taken"),
+        (["--compare", "a: tou=0.3"], "did you mean 'guidance.stages.head.tau'"),
+        (["--compare", "a: tau"], "not of the form"),
+        (["--compare", "a: tau=2"], "out of range"),
+        (["--compare", "a: tau=0.3 background_tau=0.4"], "is over tau"),
+        (["--compare", "a: paradigm=none"], "no stage is guided"),
+        (["--compare", "a: paradigm=supervised"], "paradigm"),
+        (["--set", "guidance.stages.head.tau=high"], "wanted a number"),
+        (["--images", "0"], "at least 1"),
+        (["--batch", "-1"], "at least 1"),
+        (["--step", "-1"], "at least 0"),
+        (["--truth", "nowhere.json"], "nowhere.json"),
+        (["--images", "2", "--json", "no/such/folder/x.json"], "cannot be written"),
+    ],
+)
+def test_measure_guidance_refuses(run, tmp_path, monkeypatch, arguments, problem):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=problem):
+        measure_guidance.main([str(run), "--batch", "2", "--device", "cpu", *arguments])
+
+
+def test_measure_guidance_needs_hidden_labels(photos, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="--truth: missing"):
+        measure_guidance.main([str(run), "--unlabeled", str(photos), "--device", "cpu"])
+
+
+def test_a_supervised_run_is_measured_as_dense():
+    rules = {name: replace(rule, paradigm="none") for name, rule in tiny_settings("gfl").guidance.stages.items()}
+    settings = replace(tiny_settings("gfl"), guidance=replace(tiny_settings("gfl").guidance, stages=rules))
+    assert {rule.paradigm for rule in measure_guidance.guided(settings).guidance.stages.values()} == {"dense"}
+    mixed = replace(settings, guidance=replace(settings.guidance, stages=rules | {"rpn": replace(rules["rpn"], paradigm="sparse")}))
+    assert measure_guidance.guided(mixed) == mixed

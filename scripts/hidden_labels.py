@@ -1,0 +1,58 @@
+"""The unlabelled images of a run and their hidden labels, for the scripts that look at what a teacher teaches."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dtg_core.errors import UserError
+
+if TYPE_CHECKING:
+    from dtg_core.config import DataConfig
+    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.plan import StepData
+    from dtg_core.data.shapes import ShapesPaths
+    from dtg_core.structures import PairBatch
+
+
+def unlabeled_data(config: DataConfig, other: str | None) -> DataConfig:
+    """The run's data without its validation set, or with other unlabeled images."""
+    if other:
+        labeled = config.labeled or str(embedded(config).labeled)
+        config = replace(config, labeled=labeled, unlabeled=other, unlisted="ignore")
+    if config.labeled is not None and config.unlabeled is None and config.unlisted == "ignore":
+        raise UserError("--unlabeled: missing, and the run had no unlabeled images - give a folder of images")
+    return replace(config, val=None)
+
+
+def embedded(config: DataConfig) -> ShapesPaths:
+    """The embedded data set that the run used."""
+    from dtg_core.data.shapes import make_shapes
+
+    return make_shapes(None, config.shapes_labeled, config.shapes_unlabeled, config.shapes_val, config.shapes_seed)
+
+
+def unlabeled(data: StepData, step: int) -> PairBatch:
+    pair = data[step].unlabeled
+    assert pair is not None
+    return pair
+
+
+def hidden_labels(
+    path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]
+) -> CocoIndex | None:
+    """The truth of the unlabeled images of ``unlabeled_data``: given, of the embedded data set, or None."""
+    from dtg_core.data.coco import load_coco, with_classes
+
+    if path is None:
+        if data.labeled is not None or len(images) != data.shapes_unlabeled:
+            return None
+        path = embedded(data).unlabeled_truth
+    truth = load_coco(path, images.root)
+    if set(truth.class_names) != set(class_names):
+        raise UserError(f"{path}: its classes are not the detector's - use the same categories")
+    absent = set(images.file_names) - set(truth.file_names)
+    if absent:
+        raise UserError(f"{path}: {len(absent)} of {len(images)} unlabeled images are not in it (e.g. {min(absent)!r}) - "
+                        "give the labels of all of them")
+    return with_classes(truth, class_names)

@@ -1,0 +1,196 @@
+"""How well guidance pulls a student in the direction of the true labels: settings compared in minutes, without training.
+
+    python scripts/measure_guidance.py RUN_OR_WEIGHTS --compare "low: tau=0.2" "high: tau=0.4 rank=false" "sparse: paradigm=sparse"
+
+Needs a trained detector, a short supervised run will do, and unlabelled images whose labels are known but hidden from it: those
+of the embedded data set, or --truth. For each setting it compares the gradient of each unlabelled loss with that of the labelled
+loss on the true labels of the same strong views, and counts how right the labels are; see ``dtg_core/engine/fidelity.py``.
+
+A setting is "NAME: KEY=VALUE ...". Keys are those of a stage's rule: ``tau`` for all stages, ``rpn.tau`` for one of them.
+Without --compare the run's dense and sparse rules are measured. Stages that the run did not guide at all are dense.
+
+Its bias: true labels are assigned by the detector's own rule and reduced by its own divisors, as sparse guidance does. So compare
+settings of one paradigm; between paradigms only training decides.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import Parser, main_guard
+from hidden_labels import hidden_labels, unlabeled, unlabeled_data
+
+from dtg_core.errors import UserError
+
+if TYPE_CHECKING:
+    from dtg_core.config import Config
+    from dtg_core.engine.fidelity import Agreement, Measured
+
+DEFAULT = ["dense: paradigm=dense", "sparse: paradigm=sparse"]
+BIAS = ("bias: the true labels are assigned and reduced by the detector's own rules, as sparse guidance does - compare settings "
+        "of one paradigm, and let training decide between paradigms")
+LEGEND = ("class, box, rank, all: cosine of the unlabelled loss' gradient with that of the true labels (rank: with their class "
+          "loss'), its standard error over batches, and x the ratio of their norms. right: share of the samples trained toward an "
+          "object whose target box overlaps a true one of the class by 0.5 or more, IoU: of those. found, missed: share of the "
+          "samples of true objects that are labelled so, or called background. An image has positives, clusters of a size, and "
+          "pseudo boxes.")
+
+
+def parser() -> Parser:
+    result = Parser("Compare the gradients of guidance with those of hidden true labels, for several settings.")
+    add = result.add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add("--compare", nargs="+", action="extend", default=[], metavar="'NAME: KEY=VALUE ...'",
+        help="settings to measure (default: dense and sparse)")
+    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
+    add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (embedded data: known)")
+    add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
+    add("--images", type=int, default=128, metavar="N", help="images to measure on (default: 128)")
+    add("--batch", type=int, default=16, metavar="N", help="images of one gradient (default: 16)")
+    add("--step", type=int, default=0, metavar="N", help="draw images and views from this step on (default: 0)")
+    add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    for flag, least in (("images", 1), ("batch", 1), ("step", 0)):
+        if getattr(arguments, flag) < least:
+            raise UserError(f"--{flag}: use at least {least} (found {getattr(arguments, flag)})")
+
+    from dtg_core.data.plan import StepData
+    from dtg_core.data.sources import open_sources
+    from dtg_core.engine.explain import objects_in
+    from dtg_core.engine.fidelity import measure
+    from dtg_core.engine.predict import load_detector
+    from dtg_core.settings import overridden
+
+    teacher = load_detector(arguments.weights, arguments.device)
+    student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
+    settings, stages = overridden(guided(teacher.settings), arguments.set), list(teacher.detector.stages)
+    compared = {name: changed(settings, keys, stages) for name, keys in named(arguments.compare or DEFAULT).items()}
+
+    config = unlabeled_data(settings.data, arguments.unlabeled)
+    sources = open_sources(config, False)
+    assert sources.unlabeled is not None
+    images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
+    truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
+    if truth is None:
+        raise UserError("--truth: missing - give a COCO JSON with the labels of the unlabelled images")
+    data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.batch)
+    hull = settings.views.box_hull
+    steps = range(arguments.step, arguments.step + -(-arguments.images // arguments.batch))
+    pairs = (unlabeled(data, step).to(teacher.device) for step in steps)
+    batches = ((pair, objects_in(pair.student, truth, hull)) for pair in pairs)
+    rules = {name: setting.guidance.stages for name, setting in compared.items()}
+    found = measure(teacher.detector, student.detector, batches, rules, hull)
+
+    count = len(steps) * arguments.batch
+    if arguments.json:
+        content = as_json(found, arguments.compare or DEFAULT, arguments.set, count)
+        write(arguments.json, json.dumps({"weights": str(arguments.weights), **content}, indent=1) + "\n")
+    if arguments.json != "-":
+        print(f"{count} images in {len(steps)} batches\n\n{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
+    return 0
+
+
+def guided(settings: Config) -> Config:
+    """Stages of a run that guided none of them become dense, so that a supervised run can be measured."""
+    stages = settings.guidance.stages
+    if any(rule.paradigm != "none" for rule in stages.values()):
+        return settings
+    stages = {name: replace(rule, paradigm="dense") for name, rule in stages.items()}
+    return replace(settings, guidance=replace(settings.guidance, stages=stages))
+
+
+def named(texts: Sequence[str]) -> dict[str, list[str]]:
+    """"NAME: KEY=VALUE ..." as the keys and values by name."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, colon, keys = text.partition(":")
+        name = name.strip()
+        if not colon or not name:
+            raise UserError(f"--compare {text!r}: has no name - write it as 'NAME: KEY=VALUE ...'")
+        if name in found:
+            raise UserError(f"--compare {text!r}: the name is taken already - give each setting its own")
+        found[name] = keys.split()
+    return found
+
+
+def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Config:
+    """The config with a setting's keys, which are checked as those of a run are."""
+    from dtg_core.config import RANGES, cross_check
+    from dtg_core.settings import check_ranges, overridden
+
+    full = [key for short in keys for key in full_keys(short, stages)]
+    result = overridden(settings, full)
+    check_ranges(result, RANGES)
+    cross_check(result, {})
+    if all(result.guidance.stages[stage].paradigm == "none" for stage in stages):
+        raise UserError(f"--compare {' '.join(keys)}: no stage is guided - use paradigm=dense or paradigm=sparse")
+    return result
+
+
+def full_keys(setting: str, stages: Sequence[str]) -> list[str]:
+    """The dotted keys that "tau=0.3" or "rpn.tau=0.3" stand for."""
+    if setting.startswith("guidance."):
+        return [setting]
+    if "." in setting.partition("=")[0]:
+        return [f"guidance.stages.{setting}"]
+    return [f"guidance.stages.{stage}.{setting}" for stage in stages]
+
+
+def as_json(
+    found: Mapping[str, Measured], texts: Sequence[str], overrides: Sequence[str], images: int
+) -> dict[str, Any]:
+    settings = {
+        name: {
+            "setting": text.partition(":")[2].strip(),
+            "stages": {stage: {"gradients": {kind: asdict(value) for kind, value in sums.agreements(stage).items()},
+                               "labels": sums.label_figures(stage)} for stage in sums.labels},
+            "all": asdict(sums.agreements("all")["all"]),
+        }
+        for (name, sums), text in zip(found.items(), texts)
+    }  # fmt: skip
+    return {"images": images, "set": list(overrides), "bias": BIAS, "settings": settings}
+
+
+def table(found: Mapping[str, Measured], stages: Sequence[str]) -> str:
+    """A line for each setting and stage, and one for all stages where there are several."""
+    kinds, shares = ("class", "box", "rank", "all"), ("precision", "box_iou", "found", "missed")
+    means = ("positives", "clusters", "cluster_size", "pseudo_boxes")
+    rows = [["setting", "stage", *kinds, "right", "IoU", "found", "missed", "positives", "clusters", "size", "pseudo"]]
+    for name, sums in found.items():
+        for stage in [stage for stage in stages if stage in sums.labels]:
+            gradients, labels = sums.agreements(stage), sums.label_figures(stage)
+            row = [name, stage, *(shown(gradients.get(kind)) for kind in kinds), *(f"{labels[share]:.3f}" for share in shares)]
+            rows.append(row + [f"{labels[mean]:.1f}" if mean in labels else "-" for mean in means])
+        if len(stages) > 1:
+            rows.append([name, "both", "", "", "", shown(sums.agreements("all")["all"])])
+    widths = [max(len(row[place]) for row in rows if place < len(row)) for place in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def shown(value: Agreement | None) -> str:
+    if value is None:
+        return "-"
+    spread = "" if value.error is None else f"±{value.error:.3f}".replace("0.", ".")
+    return f"{value.cosine:.3f}{spread} x{value.ratio:.2f}"
+
+
+def write(place: str, text: str) -> None:
+    if place == "-":
+        print(text, end="")
+        return
+    try:
+        Path(place).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {place}: cannot be written ({error.strerror}) - give another file") from error
+
+
+if __name__ == "__main__":
+    main_guard(main)
