@@ -133,6 +133,11 @@ def test_objects_follow_their_view(shapes):
     expected = np.stack((160 - boxes[:, 2], boxes[:, 1], 160 - boxes[:, 0], boxes[:, 3]), 1)
     np.testing.assert_allclose(found.boxes[own].numpy(), expected)
     assert (found.labels[own].numpy() == labels).all()
+    away = torch.eye(3)
+    away[0, 2] = 1000
+    left = objects_in(replace(views, view_from_image=torch.stack((flip, away))), truth, "corners")
+    assert torch.equal(left.image, torch.zeros(len(boxes), dtype=torch.int64))
+    assert len(left.boxes) == len(left.labels) == len(boxes)
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
