@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +15,7 @@ from dtg_core.config import Config
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
 from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.errors import UserError
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
@@ -37,6 +36,7 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
     Raises:
         UserError: the disk has no room for the checkpoints, or an image of the batches cannot be used.
     """
+    keep_freed_memory()
     if config.run.channels_last:
         detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module = StudentModule(detector, config.guidance.stages)
@@ -66,6 +66,7 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         raise UserError(f"{folder}: the disk has {free / 1e9:.2f} GB left, and the run needs about "
                         f"{size * CHECKPOINTS / 1e9:.2f} GB - "
                         "make room, or give another --output")
+    on_gpu = accelerator.device.type == "cuda"
     unlabeled = "none" if sources.unlabeled is None else f"{len(sources.unlabeled)}"
     return [
         f"data: {len(sources.labeled)} labelled, {unlabeled} unlabelled and {len(sources.val) if sources.val else 0} "
@@ -74,7 +75,7 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         *(["losses were not finite - lower optim.lr, or check the data"] if skipped else []),
         f"run: about {timedelta(seconds=round(step_seconds * config.run.steps))} for {config.run.steps} steps, evaluation "
         "not counted",
-        f"memory: {_peak_memory(accelerator.device)}",
+        f"memory: {peak_memory(accelerator.device) / 1e9:.1f} GB of the {'GPU' if on_gpu else 'process'} at most",
         f"disk: {size / 1e6:.0f} MB a checkpoint, {free / 1e9:.1f} GB free",
         "dry run: nothing was written",
     ]
@@ -101,10 +102,3 @@ def _checkpoint_bytes(student: nn.Module, teacher: nn.Module, optimizer: torch.o
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU at most"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 1e9:.1f} GB of the process at most"

@@ -27,6 +27,7 @@ from dtg_core.engine.checkpoint import (
 from dtg_core.engine.evaluate import coco_metrics, find
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Window, make_optimizer, train_step
+from dtg_core.engine.memory import keep_freed_memory
 from dtg_core.engine.metrics import MetricsWriter, Progress, Trackers
 from dtg_core.engine.replay import describe, step_data
 from dtg_core.engine.resume import check_stamp, stamp
@@ -61,6 +62,7 @@ class Fit:
     ) -> None:
         self.config, self.sources, self.folder = config, sources, folder
         self.accelerator, self.metadata = accelerator, metadata
+        keep_freed_memory()
         if config.run.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = StudentModule(detector, config.guidance.stages)
