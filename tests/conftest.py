@@ -1,6 +1,7 @@
 """Shared fixtures: paths, and batches of plain views."""
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from dtg_core.structures import PairBatch, Targets, ViewBatch  # noqa: E402
 
+# One thread here and in the processes that tests start; Accelerate warns of several processes without the variable.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
