@@ -32,11 +32,17 @@ class StageRule:
     # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
     # "stage": the stage's own reduction of labelled images, whose scale alpha was chosen for.
     normalization: Literal["cluster", "stage"] = "cluster"
-    quality: Literal["stage", "one", "teacher"] = "stage"  # class target: the stage's own (GFL: IoU), 1, teacher score (A27)
+    # Class target (A27): the stage's own (GFL: IoU with the kept box), 1, the teacher's score, or consensus: the mean IoU of the
+    # student's box with all members of the teacher's cluster, weighted by their scores.
+    quality: Literal["stage", "one", "teacher", "consensus"] = "stage"
     # Rank Matching (Eqs. 4 to 6)
     rank: bool = True
     rank_weight: float = 3.0  # beta
     temperature: float = 1.0  # T
+    # Not in the paper, for weak teachers whose scores are noise
+    consensus_rank: float | None = None  # rank by the mean IoU of a member's box with the others, divided by this, not by logit
+    cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
+    soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
     # the sparse-to-dense baseline (Sec. 3.1)
     pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is over this
     proposals: Literal["teacher", "student"] = "teacher"  # whose proposals the R-CNN is trained on (A30)
@@ -185,6 +191,7 @@ RANGES = {
     "guidance.stages.*.background_samples": "[0, inf)",
     "guidance.stages.*.rank_weight": "[0, inf)",
     "guidance.stages.*.temperature": "(0, inf)",
+    "guidance.stages.*.consensus_rank": "(0, inf)",
     "guidance.stages.*.pseudo_score": "[0, 1)",
     "backbone.freeze_to_stride": "[0, inf)",
     "data.labeled_per_device": "[1, inf)",

@@ -6,13 +6,14 @@ do what one process with all their images would do. Names are ``labeled|unlabele
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dtg_core.config import StageRule
 from dtg_core.guidance.rank_matching import rank_divergence
-from dtg_core.structures import Assignment, LossTerm, Predictions, Unreduced
+from dtg_core.structures import Assignment, DenseGuidance, LossTerm, Predictions, Unreduced
 
 
 def ordinary_terms(unreduced: Unreduced) -> dict[str, LossTerm]:
@@ -35,6 +36,7 @@ def dense_terms(
     """
     dense = assignment.dense
     assert dense is not None
+    unreduced = _weighted(unreduced, dense)
     terms = ordinary_terms(unreduced)
     if rule.normalization == "cluster":
         terms = {
@@ -49,8 +51,19 @@ def dense_terms(
     if rule.rank:
         logits = predictions.logits[assignment.image, assignment.sample, assignment.label]
         divergence = rank_divergence(logits, dense.teacher_logit, dense.cluster, dense.num_clusters, rule.temperature)
+        divergence = divergence if dense.trust is None else dense.trust * divergence
         terms["rank"] = LossTerm(divergence.sum() + 0 * logits.sum(), dense.live_clusters)
     return terms
+
+
+def _weighted(unreduced: Unreduced, dense: DenseGuidance) -> Unreduced:
+    """Losses times the trust in their clusters and the weight of background samples; the divisors stay."""
+    if dense.trust is not None:
+        trust = dense.trust[dense.cluster]
+        unreduced = replace(unreduced, classification=trust * unreduced.classification, box=trust * unreduced.box)
+    if dense.background_weight is not None:
+        unreduced = replace(unreduced, background=dense.background_weight * unreduced.background)
+    return unreduced
 
 
 def weigh(losses: Mapping[str, Tensor], rules: Mapping[str, StageRule], unlabeled_weight: float) -> Tensor:

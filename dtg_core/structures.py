@@ -196,16 +196,29 @@ class Clusters:
 
 
 @dataclass(frozen=True)
+class Members:
+    """The boxes of M candidates and the clusters that they are members of."""
+
+    box: Tensor  # [M, 4]
+    score: Tensor  # [M]
+    cluster: Tensor  # [M] int64 in 0..J-1
+
+
+@dataclass(frozen=True)
 class DenseGuidance:
     """What only dense guidance knows of the P samples that it assigned, beside their labels and boxes."""
 
     cluster: Tensor  # [P] int64 in 0..J-1
     num_clusters: int  # J as NMS gave it; clusters may have lost all their members on the way to the student
-    teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4)
+    candidate: Tensor  # [P] int64 row of the teacher's candidates
+    teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4), or what ranks the members instead
     weight: Tensor  # [P] 1 / N_j with the N_j members that reached the student: the mean of Eqs. 2 and 3
     live_clusters: Tensor  # [] number of clusters with a member
     num_candidates: Tensor  # [] number of assigned samples, the divisor of the background loss
     quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
+    members: Members | None = None  # in the student's view, where ``quality`` is to be their consensus
+    trust: Tensor | None = None  # [J] weight of each cluster's losses; None: 1
+    background_weight: Tensor | None = None  # [N, A] weight of each background sample; None: 1
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dtg_core.config import StageRule
 from dtg_core.data.coco import CocoIndex
 from dtg_core.guidance import cluster_nms, correspond, inverse_nms, pseudo_labels, select_candidates
 from dtg_core.guidance.correspondence import MIN_SIDE
+from dtg_core.guidance.inverse_nms import best_scores
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
     Assignment,
@@ -23,7 +24,6 @@ from dtg_core.structures import (
     Clusters,
     Detections,
     PairBatch,
-    Predictions,
     Samples,
     Supervision,
     Targets,
@@ -125,18 +125,11 @@ def explain(teacher: Detector, student: Detector, pair: PairBatch, name: str, ru
     proposals = None if moved is grid else moved
     learnt = student.run(pair.student, {name: Supervision(None, dense, proposals)})  # type: ignore[arg-type]
     logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
-    usable = samples.usable(pair.teacher.sizes)
+    scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
     return Explained(
         candidates, clusters, detections, moved, dense, sparse, pseudo, logits,
-        _best_scores(predictions, usable, row, moved.num_samples), stage.num_classes, rule,
+        best_scores(scores, row, moved.num_samples), stage.num_classes, rule,
     )  # fmt: skip
-
-
-def _best_scores(predictions: Predictions, usable: Tensor, row: Tensor, num_samples: int) -> Tensor:
-    """[N, S] highest score of the teacher samples with a partner ``row`` [N, A]; -1 where a student sample has none."""
-    scores = torch.where(usable, predictions.logits.amax(2).float().sigmoid(), -1.0)
-    best = scores.new_full((len(row), num_samples + 1), -1.0)
-    return best.scatter_reduce(1, torch.where(row >= 0, row, num_samples), scores, "amax")[:, :num_samples]
 
 
 def agreement(first: Tensor, second: Tensor) -> float:

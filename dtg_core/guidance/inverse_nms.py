@@ -45,6 +45,7 @@ def inverse_nms(
     dense = DenseGuidance(
         cluster=cluster,
         num_clusters=num_clusters,
+        candidate=chosen,
         teacher_logit=candidates.logit[chosen],
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
@@ -53,6 +54,17 @@ def inverse_nms(
     # "Clear background" reaches a student sample that no candidate points to.
     background = _hit(row, candidates.background, num_samples) & ~_hit(row, candidates.foreground, num_samples)
     return Assignment(image[chosen], partner[chosen], candidates.label[chosen], target[cluster], background, dense)
+
+
+def best_scores(scores: Tensor, row: Tensor, num_samples: int) -> Tensor:
+    """[N, S] highest score of the teacher samples that correspond to each student sample; -1 where none does.
+
+    Args:
+        scores: [N, A] of the teacher, -1 where a sample is not usable. row: [N, A] as in ``inverse_nms``.
+        num_samples: S, how many samples an image has in the student's view.
+    """
+    best = scores.new_full((len(row), num_samples + 1), -1.0)
+    return best.scatter_reduce(1, torch.where(row >= 0, row, num_samples), scores, "amax")[:, :num_samples]
 
 
 def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:

@@ -12,15 +12,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import Hull
+from dtg_core.boxes import Hull, clip, project
 from dtg_core.config import StageRule
 from dtg_core.guidance.clustering import cluster_nms, select_candidates
+from dtg_core.guidance.consensus import cluster_trust, peer_consensus
 from dtg_core.guidance.correspondence import correspond
-from dtg_core.guidance.inverse_nms import inverse_nms
+from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
 from dtg_core.guidance.pseudo_labels import pseudo_labels
 from dtg_core.protocol import Detector, Stage
 from dtg_core.stateless import sample_mask
-from dtg_core.structures import AnchorGrid, Assignment, PairBatch, Predictions, Proposals, Samples, Supervision
+from dtg_core.structures import (
+    AnchorGrid,
+    Assignment,
+    Candidates,
+    Clusters,
+    DenseGuidance,
+    Members,
+    PairBatch,
+    Predictions,
+    Proposals,
+    Samples,
+    Supervision,
+)
 
 #: Figures of the guidance for the log, by name; scalar tensors where only the device knows them.
 Figures = dict[str, Tensor | float]
@@ -73,6 +86,12 @@ def _dense(
     student_samples, row = correspond(samples, grid, pair, rule.min_iou, hull)
     assignment = inverse_nms(candidates, clusters, row, student_samples.num_samples, pair, hull)
     assignment = _with_options(assignment, pair, rule)
+    assert assignment.dense is not None
+    dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule, hull)
+    if rule.soft_background:
+        scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
+        dense = replace(dense, background_weight=1 - best_scores(scores, row, student_samples.num_samples))
+    assignment = replace(assignment, dense=dense)
     proposals = student_samples if isinstance(student_samples, Proposals) else None
 
     images = pair.student.sizes.shape[0]
@@ -104,6 +123,21 @@ def _with_options(assignment: Assignment, pair: PairBatch, rule: StageRule) -> A
         limit = (rule.background_samples - positives).clamp(min=0)
         background = sample_mask(background, limit, pair.student.seeds, rule.background_samples)
     return replace(assignment, background=background, dense=dense)
+
+
+def _with_consensus(
+    dense: DenseGuidance, candidates: Candidates, clusters: Clusters, pair: PairBatch, rule: StageRule, hull: Hull
+) -> DenseGuidance:
+    """What the rule asks of the agreement between a cluster's members."""
+    members = Members(candidates.box, candidates.logit.sigmoid(), clusters.cluster)
+    if rule.quality == "consensus":
+        boxes = project(members.box, pair.student_from_teacher[candidates.image], hull)
+        dense = replace(dense, members=replace(members, box=clip(boxes, pair.student.sizes[candidates.image])))
+    if rule.cluster_trust:
+        dense = replace(dense, trust=cluster_trust(members, clusters.num_clusters))
+    if rule.consensus_rank is not None:
+        dense = replace(dense, teacher_logit=peer_consensus(members)[dense.candidate] / rule.consensus_rank)
+    return dense
 
 
 def _shared_proposals(

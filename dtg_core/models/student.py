@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dtg_core.config import StageRule
+from dtg_core.guidance.consensus import consensus_quality
 from dtg_core.losses import dense_terms, ordinary_terms
 from dtg_core.protocol import Detector
 from dtg_core.structures import Assignment, LossTerm, Predictions, Samples, Supervision, ViewBatch
@@ -55,6 +56,8 @@ def learn(detector: Detector, views: ViewBatch, supervision: Mapping[str, Superv
             assert targets is not None
             with torch.autocast(views.pixels.device.type, enabled=False):
                 assignment = detector.stages[name].assign(samples, targets, views.sizes, views.seeds)
+        elif assignment.dense is not None and assignment.dense.members is not None:
+            assignment = consensus_quality(detector.stages[name], samples, predictions, assignment)
         learnt[name] = samples, predictions, assignment
     return learnt
 

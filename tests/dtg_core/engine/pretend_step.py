@@ -1,6 +1,8 @@
 """Counts the host waits of one dense training step on a pretended device, with 1 and with 4 unlabelled images.
 
-    python pretend_step.py gfl|faster_rcnn
+    python pretend_step.py gfl|faster_rcnn [consensus]
+
+``consensus`` turns on the options for weak teachers.
 
 Not a test: ``test_loop.py`` runs it in a process of its own.
 """
@@ -10,6 +12,7 @@ import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import make_pair, make_views, tiny_detector
@@ -58,13 +61,17 @@ def moved(batch):
     return replace(batch, **changed)
 
 
+CONSENSUS = {"quality": "consensus", "consensus_rank": 0.1, "cluster_trust": True, "soft_background": True}
+OPTIONS: dict[str, Any] = CONSENSUS if "consensus" in sys.argv else {}
+
+
 def count(name: str, images: int) -> PretendDevice:
     detector = tiny_detector(name)
     with torch.no_grad():
         for key, parameter in detector.named_parameters():
             if key.endswith("bias") and parameter.min() < -2:
                 parameter.fill_(0.3)
-    stages = {stage: replace(rule, tau=0.5) for stage, rule in paper_stages().items()}
+    stages = {stage: replace(rule, tau=0.5, **OPTIONS) for stage, rule in paper_stages().items()}
     guidance = GuidanceConfig(start_step=0, ramp_steps=1, stages=stages)
     config = Config(guidance=guidance, optim=OptimConfig(lr=1e-4, momentum=0.9, warmup_steps=0))
     student = StudentModule(detector, stages).train()

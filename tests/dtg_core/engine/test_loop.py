@@ -314,8 +314,9 @@ def make_small(step: int) -> StepBatch:
     return StepBatch(step, make_views(1, 64, 64, BOXES[:1], LABELS[:1], seed=step), make_pair(1, 64, 64, seed=step))
 
 
+@pytest.mark.parametrize("options", [[], ["consensus"]], ids=["plain", "consensus"])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_device_purity_and_waits(name: str, shared: Path) -> None:
+def test_device_purity_and_waits(name: str, options: list[str], shared: Path) -> None:
     """In a process of its own, because the pretend device stays registered."""
     import subprocess
     import sys
@@ -324,7 +325,7 @@ def test_device_purity_and_waits(name: str, shared: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(Path(__file__).parents[3]), str(Path(__file__).parents[2]), str(shared / "tools")])}  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, str(script), name], capture_output=True, text=True, timeout=200, env=environment
+        [sys.executable, str(script), name, *options], capture_output=True, text=True, timeout=200, env=environment
     )
     assert ended.returncode == 0, ended.stderr
     print(ended.stdout)

@@ -1,0 +1,49 @@
+"""Consensus: how far the members of a cluster agree on their box. Not in the paper; for weak teachers, whose scores are noise.
+
+A box that many likely boxes of its cluster overlap well is likely to be right, whatever its own score. Only dense predictions
+can tell: after NMS there is nothing left to agree with.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dtg_core.boxes import paired_iou
+from dtg_core.protocol import Stage
+from dtg_core.structures import Assignment, Members, Predictions, Samples
+
+
+def consensus(boxes: Tensor, cluster: Tensor, members: Members) -> Tensor:
+    """[P] score-weighted mean IoU of boxes [P, 4] with all members of their clusters [P]; memory: a few [P, M] matrices."""
+    return _mean_iou(boxes, members.box, members.score * (cluster.unsqueeze(1) == members.cluster))
+
+
+def peer_consensus(members: Members) -> Tensor:
+    """[M] score-weighted mean IoU of each member with the others of its cluster; 0 for one that is alone."""
+    weight = members.score * (members.cluster.unsqueeze(1) == members.cluster)
+    return _mean_iou(members.box, members.box, weight.fill_diagonal_(0))
+
+
+def cluster_trust(members: Members, num_clusters: int) -> Tensor:
+    """[J] mean of ``peer_consensus`` over each cluster; 0 for a cluster of one, which no other sample confirms."""
+    zero = members.score.new_zeros(num_clusters)
+    size = zero.index_add(0, members.cluster, torch.ones_like(members.score))
+    return zero.index_add(0, members.cluster, peer_consensus(members)) / size.clamp(min=1)
+
+
+@torch.no_grad()
+def consensus_quality(stage: Stage, samples: Samples, predictions: Predictions, assignment: Assignment) -> Assignment:
+    """The student's class targets: consensus of the boxes that it predicts itself with the teacher's members."""
+    dense = assignment.dense
+    assert dense is not None
+    assert dense.members is not None
+    boxes = stage.decode(samples, predictions, assignment.image, assignment.sample, assignment.label)
+    return replace(assignment, dense=replace(dense, quality=consensus(boxes, dense.cluster, dense.members)))
+
+
+def _mean_iou(boxes: Tensor, others: Tensor, weight: Tensor) -> Tensor:
+    """[P] mean IoU of boxes [P, 4] with others [M, 4] under weights [P, M]; 0 where all weights are 0."""
+    overlap = paired_iou(boxes.unsqueeze(1), others)
+    return (weight * overlap).sum(1) / weight.sum(1).clamp(min=1e-6)

@@ -1,0 +1,189 @@
+"""Consensus within clusters: pencil cases, loops, and what each of the options makes of a student's lesson."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_pair, make_views, tiny_detector
+from oracles import iou
+
+from dtg_core.config import StageRule
+from dtg_core.guidance import teach
+from dtg_core.guidance.consensus import cluster_trust, consensus, peer_consensus
+from dtg_core.guidance.inverse_nms import best_scores
+from dtg_core.losses import dense_terms
+from dtg_core.models.student import StudentModule, learn
+from dtg_core.structures import Assignment, DenseGuidance, Members, Predictions, Unreduced
+
+STAGES = [("gfl", "head"), ("faster_rcnn", "rpn"), ("faster_rcnn", "rcnn")]
+CURES = {"consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "quality": "consensus"}
+MATRIX = torch.tensor([[-1.0, 0, 96], [0, 1, 3], [0, 0, 1]])
+# A whole square, its upper and its left half (IoU 1/2 with the square and 1/3 with each other), and a box that is alone.
+FOUR = Members(
+    torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 5, 10], [0, 0, 10, 10]]),
+    torch.tensor([0.5, 0.25, 0.25, 0.9]),
+    torch.tensor([1, 1, 1, 0]),
+)
+
+
+def random_members(seed: int, count: int = 30, clusters: int = 6) -> Members:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * 20
+    box = torch.cat((corner, corner + 10 + torch.rand(count, 2, generator=generator) * 20), 1)
+    return Members(box, torch.rand(count, generator=generator), torch.randint(0, clusters, (count,), generator=generator))
+
+
+def test_pencil_case():
+    peers = [0.5, (0.5 / 2 + 0.25 / 3) / 0.75, (0.5 / 2 + 0.25 / 3) / 0.75, 0.0]
+    assert peer_consensus(FOUR).tolist() == pytest.approx(peers)
+    assert cluster_trust(FOUR, 3).tolist() == pytest.approx([0, sum(peers) / 3, 0])
+    square = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
+    found = consensus(square, torch.tensor([1, 0, 1]), FOUR)
+    assert found.tolist() == pytest.approx([0.5 + 0.25 / 2 + 0.25 / 2, 1, 0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_a_loop(seed):
+    members, other = random_members(seed), random_members(seed + 100)
+    boxes, cluster = other.box, other.cluster
+    for p in range(len(boxes)):
+        same = [m for m in range(30) if members.cluster[m] == cluster[p]]
+        total = sum(float(members.score[m]) for m in same)
+        expected = sum(float(members.score[m]) * iou(boxes[p], members.box[m]) for m in same) / max(total, 1e-6)
+        assert consensus(boxes, cluster, members)[p].item() == pytest.approx(expected, abs=1e-5)
+        peers = [m for m in range(30) if members.cluster[m] == members.cluster[p] and m != p]
+        total = sum(float(members.score[m]) for m in peers)
+        expected = sum(float(members.score[m]) * iou(members.box[p], members.box[m]) for m in peers) / max(total, 1e-6)
+        assert peer_consensus(members)[p].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_and_boxes_without_area():
+    nothing = Members(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
+    assert peer_consensus(nothing).shape == consensus(nothing.box, nothing.cluster, nothing).shape == (0,)
+    assert cluster_trust(nothing, 0).shape == (0,)
+    flat = Members(torch.zeros(2, 4), torch.ones(2), torch.zeros(2).long())
+    assert peer_consensus(flat).tolist() == [0, 0]
+
+
+def test_best_scores():
+    scores = torch.tensor([[0.2, 0.7, 0.1, -1.0], [0.3, 0.9, 0.4, 0.5]])
+    row = torch.tensor([[0, 0, 2, 1], [-1, -1, 1, 1]])
+    expected = torch.tensor([[0.7, -1, 0.1], [-1, 0.5, -1]])
+    torch.testing.assert_close(best_scores(scores, row, 3), expected)
+
+
+def test_trust_and_background_weigh_the_losses_but_not_the_divisors():
+    dense = DenseGuidance(
+        cluster=torch.tensor([0, 0, 1]), num_clusters=2, candidate=torch.arange(3), teacher_logit=torch.tensor([2.0, 0, 1]),
+        weight=torch.tensor([0.5, 0.5, 1]), live_clusters=torch.tensor(2.0), num_candidates=torch.tensor(3.0),
+    )  # fmt: skip
+    zero = torch.zeros(3).long()
+    assignment = Assignment(zero, torch.arange(3), zero, torch.zeros(3, 4), torch.tensor([[False, False, False, True, True]]), dense)
+    unreduced = Unreduced(
+        torch.tensor([1.0, 2, 4]), torch.tensor([3.0, 5, 7]), torch.tensor([[0, 0, 0, 8.0, 16]]), torch.ones(3),
+        torch.tensor(10.0), torch.tensor(20.0),
+    )  # fmt: skip
+    logits = torch.tensor([[0.0], [1], [2], [0], [0]]).unsqueeze(0)
+    predictions = Predictions(logits, logits)
+    cured = replace(dense, trust=torch.tensor([0.5, 0.0]), background_weight=torch.tensor([[9.0, 9, 9, 0.5, 0.25]]))
+    for normalization, cls, box, background, divisors in (
+        ("cluster", (1 + 2) / 4, (3 + 5) / 4, 8, (2, 2, 3)), ("stage", (1 + 2) / 2, (3 + 5) / 2, 8, (10, 20, 10)),
+    ):  # fmt: skip
+        rule = StageRule(normalization=normalization)
+        plain = dense_terms(unreduced, predictions, assignment, rule)
+        terms = dense_terms(unreduced, predictions, replace(assignment, dense=cured), rule)
+        totals = [terms[kind].total.item() for kind in ("cls", "box", "background")]
+        assert totals == pytest.approx([cls, box, background])
+        assert [terms[kind].count.item() for kind in ("cls", "box", "background")] == list(divisors)
+        # The second cluster has one member and no divergence.
+        assert terms["rank"].total.item() == pytest.approx(plain["rank"].total.item() / 2)
+        assert plain["rank"].total > 0.1
+
+
+def noisy(name: str, seed: int) -> torch.nn.Module:
+    model = tiny_detector(name).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return model
+
+
+def lesson(name: str, stage: str, quantile: float = 0.9, **options):
+    """(teacher, pair, outputs of the stage, dense supervision of the stage) with clusters of several members."""
+    teacher, pair = noisy(name, 1), make_pair(2, 64, 96, MATRIX)
+    with torch.no_grad():
+        samples, predictions = teacher.run(pair.teacher)[stage]
+    scores = predictions.logits.amax(2).sigmoid()
+    rule = StageRule(tau=float(scores.quantile(quantile)), nms_iou=0.4, **options)
+    rules = dict.fromkeys(teacher.stages, StageRule("none")) | {stage: rule}
+    return teacher, pair, (samples, predictions), rules, teach(teacher, pair, rules)[0][stage]
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_each_option_changes_its_own_part_only(name, stage):
+    *_, plain = lesson(name, stage)
+    for option, value in CURES.items():
+        *_, cured = lesson(name, stage, **{option: value})
+        ours, theirs = vars(cured.assignment.dense), vars(plain.assignment.dense)
+        changed = {"consensus_rank": "teacher_logit", "cluster_trust": "trust", "soft_background": "background_weight"}.get(option, "members")
+        for field in ours:
+            same = ours[field] is theirs[field] or (ours[field] is not None and theirs[field] is not None and torch.equal(
+                torch.as_tensor(ours[field]), torch.as_tensor(theirs[field])))  # fmt: skip
+            assert same == (field != changed), field
+        assert theirs[changed] is None or changed == "teacher_logit"
+        assert torch.equal(cured.assignment.background, plain.assignment.background)
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_options_against_loops(name, stage):
+    teacher, pair, (samples, predictions), rules, cured = lesson(name, stage, **CURES)
+    told = cured.assignment
+    dense, members = told.dense, told.dense.members
+    scores = predictions.logits.amax(2).sigmoid()
+    usable = samples.usable(pair.teacher.sizes)
+    image, sample = (usable & (scores > rules[stage].tau)).nonzero(as_tuple=True)
+    label = predictions.logits[image, sample].argmax(1)
+    boxes = teacher.stages[stage].decode(samples, predictions, image, sample, label)
+    boxes = torch.stack((boxes[:, 0].clamp(0, 96), boxes[:, 1].clamp(0, 64), boxes[:, 2].clamp(0, 96), boxes[:, 3].clamp(0, 64)), 1)
+    assert len(members.cluster) == len(image) > dense.num_clusters
+    torch.testing.assert_close(members.score, scores[image, sample])
+    # Mirrored and 3 px lower.
+    moved = torch.stack((96 - boxes[:, 2], boxes[:, 1] + 3, 96 - boxes[:, 0], (boxes[:, 3] + 3).clamp(max=64)), 1)
+    torch.testing.assert_close(members.box, moved, atol=1e-3, rtol=1e-4)
+
+    peers = peer_consensus(Members(boxes, members.score, members.cluster))
+    torch.testing.assert_close(dense.teacher_logit, peers[dense.candidate] / 0.1, atol=1e-3, rtol=1e-3)
+    for j in range(dense.num_clusters):
+        assert dense.trust[j].item() == pytest.approx(peers[members.cluster == j].mean().item(), abs=1e-4)
+    assert torch.equal(members.cluster[dense.candidate], dense.cluster)
+
+    # The student predicts boxes of its own; its class target is their consensus with the members, and carries no gradient.
+    student = noisy(name, 2)
+    views = pair.student
+    out, said, learnt = learn(student, views, {stage: cured})[stage]
+    own = student.stages[stage].decode(out, said, learnt.image, learnt.sample, learnt.label)
+    expected = consensus(own.detach(), dense.cluster, members)
+    torch.testing.assert_close(learnt.quality, expected)
+    assert not learnt.quality.requires_grad
+    assert 0 < expected.max() <= 1
+
+    # Background that the teacher half takes for an object counts less.
+    weight = dense.background_weight[told.background]
+    assert (weight > 1 - rules[stage].tau - 1e-6).all()
+    assert weight.min() < weight.max() < 1
+
+
+@pytest.mark.parametrize("name", ["gfl", "faster_rcnn"])
+@pytest.mark.parametrize("tau", [0.01, 0.9999], ids=["many", "no candidate"])
+def test_a_step_with_all_options_is_finite(name, tau):
+    teacher, student, pair = noisy(name, 1), noisy(name, 2).train(), make_pair(2, 64, 96, MATRIX)
+    rules = dict.fromkeys(teacher.stages, StageRule(tau=tau, **CURES))
+    supervision, _ = teach(teacher, pair, rules)
+    labeled = make_views(1, 64, 64, [[[4.0, 4, 30, 34]]])
+    terms = StudentModule(student, rules)(labeled, pair.student, supervision)
+    total = sum(term.total / term.count.clamp(min=1) for term in terms.values())
+    total.backward()
+    assert total.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in student.parameters() if parameter.grad is not None)
