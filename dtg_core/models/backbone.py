@@ -18,6 +18,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from dtg_core.config import BackboneConfig
 from dtg_core.errors import UserError, nearest
+from dtg_core.models.depthwise import replace_depthwise
 from dtg_core.models.simple_pyramid import SCALES, SimplePyramid
 from dtg_core.structures import ViewBatch
 
@@ -106,6 +107,7 @@ def build_pyramid(
     """
     wanted = tuple(stride for stride in strides if stride <= COARSEST)
     body = _create(config, wanted)
+    replace_depthwise(body)
     own_strides: list[int] = cast(Any, body).feature_info.reduction()
     scales = tuple(stride / own_strides[-1] for stride in wanted)
     plain = len(own_strides) == 1 and set(scales) <= set(SCALES)
