@@ -27,25 +27,29 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
+    show(arguments.runs, arguments.output, arguments.over)
+    return 0
 
+
+def show(runs: Sequence[Path], output: Path | None = None, over: Sequence[str] = ()) -> None:
+    """Print the table of finished runs, and write it to ``output`` with a page of curves."""
     from dtg_core.engine.compare import compare, draw_curves, to_html, to_markdown
 
-    comparison = compare(arguments.runs, STAGES, arguments.over)
+    comparison = compare(runs, STAGES, over)
     markdown = to_markdown(comparison)
     print(markdown, end="")
-    if arguments.output is None:
-        return 0
+    if output is None:
+        return
     curves = draw_curves(comparison)
     try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "compare.md").write_text(markdown, encoding="utf-8")
-        (arguments.output / "compare.html").write_text(to_html(comparison, curves), encoding="utf-8")
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "compare.md").write_text(markdown, encoding="utf-8")
+        (output / "compare.html").write_text(to_html(comparison, curves), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+        raise UserError(f"{output}: cannot be written ({error.strerror}) - give another --output") from error
     if curves is None:
         print("no curves: they need evaluations in metrics.jsonl, and matplotlib (pip install 'dtg-ssod[report]')")
-    print(f"written to {arguments.output}")
-    return 0
+    print(f"written to {output}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"fold{fold}_{name}: {len(positions)} labelled and {len(images) - len(positions)} other images")
     manifest = {
         "source": arguments.annotations.name,
-        "sha256": _sha256(arguments.annotations),
+        "sha256": sha256(arguments.annotations),
         "images": len(images),
         "protocol": arguments.protocol,
         "min_per_class": arguments.min_per_class,
@@ -151,11 +151,12 @@ def _write(folder: Path, name: str, content: dict[str, Any], positions: np.ndarr
     ):
         path = folder / f"{name}_{part}.json"
         path.write_text(json.dumps(value), encoding="utf-8")
-        sums[path.name] = _sha256(path)
+        sums[path.name] = sha256(path)
     return sums
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
     on_main(accelerator, lambda: folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite))
     fit = Fit(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
-    status = fit.run(arguments.resume, arguments.resume_with_changes)
+    status = fit.run(arguments.resume, arguments.resume_with_changes, arguments.stop_at)
     if status == 0:
         accelerator.print(f"done: {folder.path}")
     accelerator.end_training()

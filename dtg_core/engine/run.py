@@ -79,11 +79,12 @@ class Fit:
         self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
         self.report: RunReport | None = None
 
-    def run(self, resume: str | None, insist: bool = False) -> int:
+    def run(self, resume: str | None, insist: bool = False, stop_at: int | None = None) -> int:
         """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
 
         Args:
             resume: the checkpoint. insist: continue it with other settings or data too.
+            stop_at: step after which to write a checkpoint and stop, as a signal there would.
 
         Returns:
             The exit status: 0, ``GAVE_UP`` or 128 and the number of a signal.
@@ -92,13 +93,16 @@ class Fit:
         if start >= self.config.run.steps and not self.evaluation_due:
             self._say(f"{self.folder.path}: finished already, at step {start} - raise --steps to go on")
             return 0
+        if stop_at is not None and start >= stop_at:
+            self._say(f"{self.folder.path}: at step {start} already, not before --stop-at {stop_at}")
+            return 0
         main = self.accelerator.is_main_process
         if main:
             self._write("config.yaml", to_yaml(self.config))
         self.report = RunReport(self.folder.path, self.config, start, self.evaluation_due) if main else None
         try:
             with StopSignals() as signals:
-                status = self._train(start, signals)
+                status = self._train(start, signals, stop_at)
         finally:
             if self.report:
                 self.report.close()
@@ -106,7 +110,7 @@ class Fit:
             self._say(f"stopped by signal {status - 128}; --resume auto continues")
         return status
 
-    def _train(self, start: int, signals: StopSignals) -> int:
+    def _train(self, start: int, signals: StopSignals, stop_at: int | None) -> int:
         run = self.config.run
         if self.evaluation_due:
             if start == run.steps:
@@ -133,10 +137,13 @@ class Fit:
             if run.evaluate_every and done % run.evaluate_every == 0:
                 with clock.paused():
                     self.evaluation_due = not self._evaluate(done, signals)
-            if signals.agreed or (run.checkpoint_every and done % run.checkpoint_every == 0):
+            if signals.agreed or done == stop_at or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 self._save(done)
             if signals.agreed:
                 return 128 + signals.agreed
+            if done == stop_at:
+                self._say(f"stopped at step {done}; --resume auto continues")
+                return 0
         return 0
 
     def _batches(self, start: int) -> Iterator[list[StepBatch]]:

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 
 class StopSignals:
-    """Notes the first signal while it is entered; a second one ends the process at once.
+    """Notes the first signal while it is entered; a second one ends the process at once, unless it is to be ``patient``.
 
     ``received`` is the number that this process got, ``agreed`` the one that all processes act upon; 0: none.
     """
 
     NUMBERS: ClassVar = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.received = 0
         self.agreed = 0
         self._before: dict[int, Any] = {}
@@ -29,6 +30,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and not self.patient:
             os._exit(128 + number)
-        self.received = number
+        self.received = self.received or number

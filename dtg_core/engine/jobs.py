@@ -1,0 +1,171 @@
+"""Processes side by side, a few at a time: one log file for each, one failing alone, all of them stopped in order."""
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dtg_core.engine.signals import StopSignals
+
+POLL = 0.1  # seconds between two looks at the processes
+LOOK = 300.0  # seconds between two lines about all of them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process to be run.
+
+    Args:
+        command: gives its arguments at the moment it starts.
+        log: gets its output, after that of earlier attempts.
+        work: of the whole job, in any unit that is the same in all jobs. done: how much of it is done already.
+        result: a few words about a job that has ended well.
+        after: name of the job that has to end well first.
+    """
+
+    name: str
+    command: Callable[[], Sequence[str]]
+    log: Path
+    work: int
+    done: Callable[[], int]
+    result: Callable[[], str]
+    after: str | None = None
+
+
+@dataclass
+class Running:
+    """A job's process."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    began: float = field(default_factory=time.monotonic)
+
+
+def run_jobs(
+    jobs: Sequence[Job], parallel: int, environment: Mapping[str, str], say: Callable[[str], None], signals: StopSignals
+) -> dict[str, str]:
+    """Run all jobs, ``parallel`` of them at a time, in their order as far as ``after`` allows.
+
+    Args:
+        jobs: what is to be done; names are unique, and an ``after`` that is not among them is done.
+        environment: of the processes. say: shows a line. signals: a received one stops all processes and starts no more.
+
+    Returns:
+        {name: what went wrong} of the jobs that failed, and of those that waited for them. A job that was stopped or not
+        started because of a signal is not among them.
+    """
+    board = _Board(list(jobs), say)
+    try:
+        while board.waiting or board.running:
+            if signals.received and not board.stopping:
+                board.stop()
+            board.collect()
+            while not signals.received and len(board.running) < parallel and (job := board.next_ready()):
+                board.start(job, environment)
+            if board.running and not _wait(board.running, signals):
+                board.tell("still running")
+    finally:
+        if not board.stopping:
+            board.stop()  # an error of ours must not leave them behind
+    return board.failed
+
+
+def _wait(running: Sequence[Running], signals: StopSignals) -> bool:
+    """Until one has ended or a signal has come. False: neither has for some minutes."""
+    asked, began = signals.received, time.monotonic()
+    while all(one.process.poll() is None for one in running) and signals.received == asked:
+        time.sleep(POLL)
+        if time.monotonic() - began > LOOK:
+            return False
+    return True
+
+
+class _Board:
+    """Which jobs wait, run and have ended."""
+
+    def __init__(self, jobs: list[Job], say: Callable[[str], None]) -> None:
+        self.jobs, self.say = jobs, say
+        self.waiting, self.running = list(jobs), list[Running]()
+        self.failed: dict[str, str] = {}
+        self.ended, self.stopping = 0, False
+        self.began, self.before = time.monotonic(), sum(job.done() for job in jobs)
+
+    def next_ready(self) -> Job | None:
+        """Take the first waiting job whose ``after`` is done; drop those whose ``after`` has failed."""
+        for job in [job for job in self.waiting if job.after in self.failed]:
+            self.waiting.remove(job)
+            self.failed[job.name] = f"not started, since {job.after} failed"
+        open_ = {job.name for job in self.waiting} | {one.job.name for one in self.running}
+        ready = next((job for job in self.waiting if job.after not in open_), None)
+        if ready is not None:
+            self.waiting.remove(ready)
+        return ready
+
+    def start(self, job: Job, environment: Mapping[str, str]) -> None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        command = list(job.command())
+        with open(job.log, "a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment),
+                start_new_session=True,  # so that Ctrl-C reaches it through us, once
+            )
+        self.running.append(Running(job, process))
+        self.tell(f"started {job.name}")
+
+    def stop(self) -> None:
+        """Start nothing more, and ask all processes to end, once: a second signal would end them without a checkpoint."""
+        self.stopping = True
+        self.waiting.clear()
+        for one in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signal.SIGTERM)  # each leads a group of its own
+        if self.running:
+            self.tell("waiting until they have stopped, after a checkpoint")
+
+    def collect(self) -> None:
+        """Note the jobs that have ended since."""
+        for one in [one for one in self.running if one.process.poll() is not None]:
+            self.running.remove(one)
+            status, job = one.process.returncode, one.job
+            took = tqdm.format_interval(int(time.monotonic() - one.began))
+            if status == 0:
+                self.ended += 1
+                self.tell(f"done {job.name} in {took}{_before(job.result(), ': ')}")
+            elif self.stopping:
+                self.tell(f"stopped {job.name}")
+            else:
+                self.failed[job.name] = f"status {status}{_before(last_line(job.log), ': ')} (log: {job.log})"
+                self.tell(f"FAILED {job.name}: {self.failed[job.name]}")
+
+    def tell(self, event: str) -> None:
+        names = ", ".join(one.job.name for one in self.running) or "none"
+        failed = f", {len(self.failed)} failed" if self.failed else ""
+        self.say(f"[{self.ended}/{len(self.jobs)} done{failed}, {len(self.waiting)} waiting, running: {names}"
+                 f"{self.left()}]  {event}")
+
+    def left(self) -> str:
+        """The time left by the pace since the beginning, of all processes together."""
+        done = sum(job.done() for job in self.jobs)
+        rest = sum(max(job.work - job.done(), 0) for job in self.jobs if job.name not in self.failed)
+        pace = (time.monotonic() - self.began) / max(done - self.before, 1)
+        return f", about {tqdm.format_interval(int(rest * pace))} left" if done > self.before and rest else ""
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, "" if there is none."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("$ ")), "")
+
+
+def _before(text: str, mark: str) -> str:
+    return f"{mark}{text}" if text else ""

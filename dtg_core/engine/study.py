@@ -1,0 +1,325 @@
+"""A study: a grid of training runs, which of them are to be done, and what they may share.
+
+Before ``guidance.start_step`` all paradigms train alike: no unlabelled image is looked at, and every draw follows from the seed
+and the step. So runs that differ only in what acts later can start from one checkpoint, the *phase*, bit for bit as if each had
+been trained from its first step. A phase's folder bears a hash of all settings that act in it.
+
+    STUDY/splits/    labelled and unlabelled lists, when the study names a source
+    STUDY/phases/    shared supervised phases
+    STUDY/runs/      a run folder each
+    STUDY/logs/      what each process has said
+    STUDY/compare.*  the table
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from dtg_core.engine.checkpoint import checkpoint_name
+from dtg_core.engine.compare import effective
+from dtg_core.engine.metrics import read_metrics
+from dtg_core.errors import UserError
+from dtg_core.settings import check_ranges, dotted, load_config, plain_yaml, refuse, yaml_scalar
+
+STAGES = "guidance.stages."
+#: Intervals of a study's numbers, as in ``dtg_core.config.RANGES``.
+STUDY_RANGES = {
+    "seeds": "[0, 4294967296)",
+    "data.percents": "(0, 100)",
+    "data.folds": "[0, 4294967296)",
+    "data.min_per_class": "[0, inf)",
+}
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Which images. With neither ``source`` nor ``labeled`` they are those of the config; a fold is then
+    ``data.shapes_seed``, another drawing of the embedded data set. Paths are relative to the working folder."""
+
+    source: str | None = None  # COCO JSON, of which shares keep their labels; the splits are made into the study's folder
+    labeled: str | None = None  # instead: splits that are there, e.g. splits/fold{fold}_{percent}_labeled.json
+    unlabeled: str | None = None  # with ``labeled``; {fold} and {percent} too. None: the config's
+    val: str | None = None  # None: the config's
+    images: str | None = None  # folder that file names in the JSONs are relative to
+    percents: tuple[float, ...] = ()
+    folds: tuple[int, ...] = ()
+    min_per_class: int = 0  # add images to a share until each class has so many boxes
+    group_by: str | None = None  # keep images together, as ``make_splits.py --group-by``
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says."""
+
+    config: str | None = None  # of all runs, relative to the study file; None: configs/quickstart.yaml
+    detectors: tuple[str, ...] = ("gfl",)
+    paradigms: tuple[Literal["dense", "sparse", "supervised"], ...] = ("supervised", "sparse", "dense")
+    seeds: tuple[int, ...] = (0,)
+    data: StudyData = field(default_factory=StudyData)
+    set: dict[str, Any] = field(default_factory=dict)  # settings of all runs, beside the config
+    rows: dict[str, Any] = field(default_factory=dict)  # name: settings of a row, beside those; none: one row without any
+    share_supervised_phase: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of the grid."""
+
+    detector: str
+    paradigm: str
+    row: str
+    percent: float | None
+    fold: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        share = "" if self.percent is None else f"{self.percent:g}percent"
+        fold = "" if self.fold is None else f"fold{self.fold}"
+        parts = (self.detector, self.paradigm, _plain_name(self.row), share, fold, f"seed{self.seed}")
+        return "-".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Supervised training up to ``steps``, which several runs share."""
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]
+    steps: int
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / checkpoint_name(self.steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.checkpoint.is_dir()
+
+    def command(self) -> list[str]:
+        """Arguments of train.py."""
+        return [*self.arguments, "--stop-at", str(self.steps), "--resume", "auto"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of the study; ``settings`` are those with an effect."""
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]
+    settings: Mapping[str, Any]
+    steps: int
+    draw: tuple[int, int]  # fold and seed
+    phase: Phase | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Trained and evaluated to its last step."""
+        try:
+            return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["step"] == self.steps
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @property
+    def started(self) -> bool:
+        """It has a checkpoint of its own."""
+        return any(path.is_dir() for path in (self.folder / "checkpoints").glob("step_*[0-9]"))
+
+    def told(self) -> str:
+        """The teacher's AP."""
+        value = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["teacher"]["AP"]
+        return f"AP {value:.2f}" if value is not None else ""
+
+    def command(self) -> list[str]:
+        """Arguments of train.py, to go on from what is there. A run that starts from a phase takes over its log lines."""
+        if self.phase is None or self.started:
+            return [*self.arguments, "--resume", "auto"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.phase.folder / "metrics.jsonl", self.folder / "metrics.jsonl")
+        return [*self.arguments, "--resume", str(self.phase.checkpoint), "--resume-with-changes"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs in the order of the table; ``copies`` are places of the grid that are left out: {name: the run they equal}."""
+
+    runs: list[PlannedRun]
+    copies: dict[str, str]
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Those that unfinished runs still need."""
+        needed = [run.phase for run in self.runs if run.phase and not run.finished and not run.started]
+        return [phase for phase in dict.fromkeys(needed) if not phase.finished]
+
+
+def read_study(file: Path) -> Study:
+    """Read a study file. Raises UserError naming the file, line and key."""
+    study, origins = load_config(Study, file)
+    check_ranges(study, STUDY_RANGES, origins)
+    for key in ("detectors", "paradigms", "seeds"):
+        if not getattr(study, key):
+            refuse(key, "is empty - give at least one", origins)
+    for key in ("detectors", "paradigms", "seeds", "data.percents", "data.folds"):
+        owner: Any = study.data if key.startswith("data.") else study
+        values = getattr(owner, key.removeprefix("data."))
+        if len(set(values)) < len(values):
+            refuse(key, f"names a value twice (found {list(values)}) - give each once", origins)
+    data = study.data
+    if data.source and data.labeled:
+        refuse("data.labeled", "data.source makes the labelled files by itself - leave one of the two out", origins)
+    if data.source and not (data.percents and data.folds):
+        refuse("data.source", "it is split by data.percents and data.folds - give both, e.g. [10] and [1, 2, 3]", origins)
+    if data.source and not data.images:
+        refuse("data.images", "is not given, and data.source needs it - give the folder of the source's images", origins)
+    if data.unlabeled and not data.labeled:
+        refuse("data.unlabeled", "belongs to data.labeled - leave it out, or give both", origins)
+    for key, values in (("percent", data.percents), ("fold", data.folds)):
+        if data.labeled and values and f"{{{key}}}" not in data.labeled:
+            refuse("data.labeled", f"has no {{{key}}} although data.{key}s are given (found {data.labeled}) - name the files "
+                   f"by {{{key}}}, or leave data.{key}s out", origins)
+        if data.labeled and not values and f"{{{key}}}" in data.labeled:
+            refuse("data.labeled", f"has {{{key}}}, but data.{key}s are not given - give them", origins)
+    if data.percents and not (data.source or data.labeled):
+        refuse("data.percents", "is of data.source or data.labeled, and neither is given - give one of them", origins)
+    names: dict[str, str] = {}
+    for row, changes in study.rows.items():
+        if not isinstance(changes, dict | None):
+            refuse(f"rows.{row}", f"wanted settings (found {changes!r}) - e.g. {{optim.lr: 0.01}}, or {{}}", origins)
+        plain = _plain_name(row)
+        if plain in names:
+            refuse("rows", f"{names[plain]!r} and {row!r} give the same folder names - rename one", origins)
+        names[plain] = row
+    return study
+
+
+def cells(study: Study) -> Iterator[Cell]:
+    """The grid in the order of the table: what is compared directly stands together."""
+    rows, percents, folds = study.rows or {"": None}, study.data.percents or (None,), study.data.folds or (None,)
+    for detector, percent, row, paradigm in product(study.detectors, percents, rows, study.paradigms):
+        for fold, seed in product(folds, study.seeds):
+            yield Cell(detector, paradigm, row, percent, fold, seed)
+
+
+def arguments_of(
+    study: Study, cell: Cell, config: Path | None, folder: Path, output: Path, overrides: Sequence[str]
+) -> list[str]:
+    """Arguments of train.py for a cell, without those of resuming.
+
+    Args:
+        config: the file, None: train.py's default. folder: of the study. output: of the run. overrides: win over all else.
+    """
+    data = study.data
+    flags: dict[str, Any] = {"--detector": cell.detector, "--config": config, "--paradigm": cell.paradigm, "--seed": cell.seed}
+    supervised = cell.paradigm == "supervised"
+    if data.source:
+        name = f"fold{cell.fold}_{cell.percent:g}"
+        flags["--labeled"] = folder / "splits" / f"{name}_labeled.json"
+        flags["--unlabeled"] = None if supervised else folder / "splits" / f"{name}_unlabeled.json"
+    elif data.labeled:
+        flags["--labeled"] = _filled(data.labeled, cell)
+        flags["--unlabeled"] = None if supervised or data.unlabeled is None else _filled(data.unlabeled, cell)
+    flags |= {"--val": data.val, "--images": data.images, "--output": output}
+    settings = {**dotted(study.set), **dotted(study.rows.get(cell.row) or {})}
+    if supervised:  # a row that changes how stages are guided leaves it as it is
+        settings = {key: value for key, value in settings.items() if not key.startswith(STAGES)}
+        overrides = [text for text in overrides if not text.startswith(STAGES)]
+    if cell.fold is not None and not (data.source or data.labeled):
+        settings = {"data.shapes_seed": cell.fold, **settings}
+    changes = [*(f"{key}={yaml_scalar(value)}" for key, value in settings.items() if key), *overrides]
+    given = [part for flag, value in flags.items() if value is not None for part in (flag, str(value))]
+    return [*given, *(["--set", *changes] if changes else [])]
+
+
+def plan(
+    study: Study, file: Path, folder: Path, overrides: Sequence[str], parse: Callable[[Sequence[str]], Mapping[str, Any]],
+    stages: Mapping[str, Sequence[str]],
+) -> Plan:
+    """Every run of a study, each once, with the phase that it shares.
+
+    Args:
+        file: of the study. folder: for its runs. overrides: "dotted.key=value" for all runs.
+        parse: arguments of train.py to all settings, {dotted key: JSON value}. stages: names of each detector's stages.
+
+    Raises:
+        UserError: naming the run whose settings cannot be used, or whose folder was made with others.
+    """
+    config = None if study.config is None else Path(os.path.relpath(file.parent / study.config))
+    unique: dict[str, tuple[Cell, PlannedRun, str]] = {}
+    copies: dict[str, str] = {}
+    sharing: dict[str, list[tuple[Cell, PlannedRun]]] = {}
+    for cell in cells(study):
+        output = folder / "runs" / cell.name
+        arguments = arguments_of(study, cell, config, folder, output, overrides)
+        try:
+            settings = parse(arguments)
+        except UserError as error:
+            raise UserError(f"{file}: {cell.name}: {error}") from error
+        acting = effective(settings, stages)
+        run = PlannedRun(cell.name, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
+        key = json.dumps(acting, sort_keys=True)
+        if key in unique:
+            copies[cell.name] = unique[key][1].name
+            continue
+        _refuse_other_settings(run, stages)
+        unique[key] = cell, run, phase_key(settings, stages)
+        if study.share_supervised_phase and 0 < settings["guidance.start_step"] < run.steps:
+            sharing.setdefault(unique[key][2], []).append((cell, run))
+
+    phases = {}
+    for key, members in sharing.items():
+        cell, run = members[0]
+        if len(members) > 1:
+            digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+            name = f"{replace(cell, paradigm='phase', row='').name}-{digest}"
+            output = folder / "phases" / name
+            arguments = arguments_of(study, replace(cell, paradigm="supervised"), config, folder, output, overrides)
+            phases[key] = Phase(name, output, tuple(arguments), json.loads(key)["guidance.start_step"])
+    return Plan([replace(run, phase=phases.get(key)) for _, run, key in unique.values()], copies)
+
+
+def phase_key(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> str:
+    """All settings that act before ``guidance.start_step``, and this step, as a text. Runs with the same one train alike until
+    then."""
+    unguided = {key: "none" if key.startswith(STAGES) and key.endswith(".paradigm") else value for key, value in settings.items()}
+    return json.dumps({**effective(unguided, stages), "guidance.start_step": settings["guidance.start_step"]}, sort_keys=True)
+
+
+def steps_done(folder: Path) -> int:
+    """The last step that a run folder's log tells of."""
+    file = folder / "metrics.jsonl"
+    return max((line.get("step", 0) for line in read_metrics(file)), default=0) if file.is_file() else 0
+
+
+def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError when the run's folder holds a run with other settings. Keys that only one side knows, as after an update
+    of the program, are passed over."""
+    file = run.folder / "config.yaml"
+    if not file.is_file():
+        return
+    there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file))), stages)
+    changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"
+               for key, value in run.settings.items() if key in there and there[key] != value]  # fmt: skip
+    if changes:
+        raise UserError(f"{run.folder}: was made with other settings ({'; '.join(changes[:3])}) - give another --output, or "
+                        "delete this folder")
+
+
+def _filled(pattern: str, cell: Cell) -> str:
+    percent = "" if cell.percent is None else f"{cell.percent:g}"
+    return pattern.replace("{fold}", str(cell.fold)).replace("{percent}", percent)
+
+
+def _plain_name(name: str) -> str:
+    """A row's name as part of a folder's."""
+    return re.sub(r"[^\w.+=]+", "_", name).strip("_")

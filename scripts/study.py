@@ -1,0 +1,168 @@
+"""Train a whole grid of runs, a few at a time, and compare them in one table.
+
+    python scripts/study.py configs/studies/quickstart.yaml [--jobs 2] [--output DIR] [--dry-run] [--set run.steps=40 ...]
+
+A study file names detectors, paradigms, folds, seeds and rows of settings; docs/studies.md explains it. Each run is a
+``train.py`` process with a log of its own. The same command goes on where an earlier one was stopped: finished runs are left
+alone, others continue from their checkpoints. A run that fails does not stop the others.
+
+Exit status: 0; 1 when a run has failed; 2 after a mistake that is told in one line; 143 or 130 when a signal has stopped it,
+after the runs' checkpoints.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import DETECTORS, STAGES, Parser, load_settings, main_guard, train_parser
+
+from dtg_core.errors import UserError, nearest
+from dtg_core.settings import dotted, plain_yaml, to_yaml
+
+if TYPE_CHECKING:
+    from dtg_core.engine.jobs import Job
+    from dtg_core.engine.study import Phase, Plan, PlannedRun, Study
+
+TRAIN = Path(__file__).resolve().with_name("train.py")
+
+
+def parser() -> Parser:
+    result = Parser("Train a grid of runs, a few at a time, and compare them.")
+    add = result.add_argument
+    add("study", type=Path, metavar="STUDY.yaml", help="the study file; see configs/studies and docs/studies.md")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time; each gets cores / N threads (default: 1)")
+    add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
+    add("--dry-run", action="store_true", help="check the study and print the commands of its runs, and stop")
+    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change a setting of all runs")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs: has to be at least 1 (found {arguments.jobs})")
+
+    from dtg_core.engine.study import plan, read_study
+
+    study = read_study(arguments.study)
+    for detector in study.detectors:
+        if detector not in DETECTORS:
+            raise UserError(f"{arguments.study}: detectors: unknown value {detector!r}{nearest(detector, DETECTORS)}")
+    folder = arguments.output or Path("runs") / arguments.study.stem
+    warnings: list[str] = []
+    planned = plan(study, arguments.study, folder, arguments.set, lambda given: settings_of(given, warnings), STAGES)
+    for warning in dict.fromkeys(warnings):
+        _say(f"warning: {warning}")
+    for copy, original in planned.copies.items():
+        _say(f"{copy}: left out, as it would be the same as {original}")
+    if arguments.dry_run:
+        for line in _commands(planned):
+            print(line)
+        return 0
+    return _run(study, planned, folder, arguments.jobs)
+
+
+def settings_of(arguments: Sequence[str], warnings: list[str]) -> Mapping[str, Any]:
+    """All settings of a train.py command line by dotted key; its warnings go to ``warnings``."""
+    settings, _, told = load_settings(train_parser().parse(arguments))
+    warnings += told
+    return dotted(plain_yaml(to_yaml(settings), "settings"))
+
+
+def _commands(planned: Plan) -> list[str]:
+    commands = [["--stop-at", str(phase.steps), *phase.arguments] for phase in planned.phases]
+    commands += [list(run.arguments) for run in planned.runs if not run.finished]
+    done = sum(run.finished for run in planned.runs)
+    lines = [shlex.join(["python", os.path.relpath(TRAIN), *command]) for command in commands]
+    return [*lines, f"{len(planned.runs)} runs ({done} finished) and {len(planned.phases)} shared supervised phases"]
+
+
+def _run(study: Study, planned: Plan, folder: Path, parallel: int) -> int:
+    from dtg_core.engine.folder import RunFolder
+    from dtg_core.engine.jobs import run_jobs
+    from dtg_core.engine.signals import StopSignals
+
+    lock = RunFolder(folder)  # held until this process ends
+    lock.open(resume=True, overwrite=False)
+    if study.data.source:
+        _split(study, folder / "splits")
+    todo = _jobs(planned, folder / "logs")
+    finished = [run for run in planned.runs if run.finished]
+    _say(f"{folder}: {len(planned.runs)} runs, {len(finished)} of them finished, and {len(planned.phases)} shared supervised "
+         f"phases to train; {parallel} at a time")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // parallel)), **os.environ}
+    with StopSignals(patient=True) as signals:
+        failed = run_jobs(todo, parallel, environment, _say, signals)
+    for name, problem in failed.items():
+        _say(f"error: {name}: {problem}")
+    if signals.received:
+        done = sum(run.finished for run in planned.runs)
+        _say(f"stopped by signal {signals.received} with {done} of {len(planned.runs)} runs finished; "
+             "the same command goes on")
+        return 128 + signals.received
+    ended = [run.folder for run in planned.runs if run.finished]
+    if ended:
+        from compare import show
+
+        show(ended, folder)
+    return 1 if failed else 0
+
+
+def _jobs(planned: Plan, logs: Path) -> list[Job]:
+    """What is to be done: the phase of a run just before the first run that needs it."""
+    from dtg_core.engine.jobs import Job
+    from dtg_core.engine.study import steps_done
+
+    def job(name: str, work: Phase | PlannedRun, start: int, told: Callable[[], str], after: str | None) -> Job:
+        return Job(
+            name, lambda: [sys.executable, str(TRAIN), *work.command()], logs / f"{name}.log", work.steps - start,
+            lambda: max(steps_done(work.folder) - start, 0), told, after,
+        )  # fmt: skip
+
+    phases, jobs = set(planned.phases), dict[str, Job]()
+    for run in sorted(planned.runs, key=lambda run: run.draw):  # all paradigms of a seed before the next seed
+        if run.finished:
+            continue
+        phase = run.phase if run.phase in phases else None
+        if phase and phase.name not in jobs:
+            jobs[phase.name] = job(phase.name, phase, 0, str, None)
+        jobs[run.name] = job(run.name, run, run.phase.steps if run.phase else 0, run.told, phase.name if phase else None)
+    return list(jobs.values())
+
+
+def _split(study: Study, folder: Path) -> None:
+    """Make the splits of the study's source, or see that those which are there are of the same source."""
+    import make_splits
+
+    data = study.data
+    manifest = folder / "manifest.json"
+    assert data.source is not None
+    if manifest.is_file():
+        told = json.loads(manifest.read_text(encoding="utf-8"))
+        wanted = {"sha256": make_splits.sha256(Path(data.source)), "min_per_class": data.min_per_class, "group_by": data.group_by}
+        odd = [key for key, value in wanted.items() if told.get(key) != value]
+        if odd:
+            raise UserError(f"{folder}: made of another {data.source} or in another way ({', '.join(odd)}) - give another "
+                            "--output, or delete the folder")
+        have = {split["name"] for split in told["splits"]}
+        if {f"fold{fold}_{percent:g}" for percent in data.percents for fold in data.folds} <= have:
+            return
+    group = ["--group-by", data.group_by] if data.group_by else []
+    make_splits.main([
+        "--annotations", data.source, "--output", str(folder), "--percent", *(f"{percent:g}" for percent in data.percents),
+        "--folds", f"{min(data.folds)}-{max(data.folds)}", "--min-per-class", str(data.min_per_class), *group,
+    ])  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main_guard(main)
