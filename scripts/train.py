@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +32,15 @@ def main(argv: Sequence[str]) -> int:
     arguments = train_parser().parse(argv)
     if arguments.replay:
         arguments.config = arguments.replay.parent.parent / "config.yaml"
-    settings, origins, warnings = load_settings(arguments)
+    settings, origins, remarks = load_settings(arguments)
     if arguments.print_config:
         print(to_yaml(settings, origins))
         return 0
 
     accelerator = _accelerator(settings.optim.accumulate)
     if accelerator.is_main_process:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        for remark in remarks:
+            print(f"warning: {remark}", file=sys.stderr)
     settings = _fit_to_processes(settings, accelerator, arguments.scale_lr)
 
     import torch
@@ -82,7 +83,10 @@ def _accelerator(accumulate: int) -> Accelerator:
     from accelerate import Accelerator
 
     try:
-        return Accelerator(gradient_accumulation_steps=accumulate)
+        with warnings.catch_warnings():
+            # The threads that it chooses for several processes on CPUs are a good choice, which needs no advice.
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)
+            return Accelerator(gradient_accumulation_steps=accumulate)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"accelerate: cannot start ({error}) - see accelerate config") from error
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of the processes that tests start, wherever pytest was started: the same threads as here, and this checkout.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from dtg_core.structures import PairBatch, Targets, ViewBatch  # noqa: E402

@@ -27,7 +27,7 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
     settings = ["run.checkpoint_every=2", "run.evaluate_every=3", "backbone.name=test_efficientnet"]
     arguments = command(data, "gfl", output, *settings)
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "scripts" / "train.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HOME": str(tmp_path)}  # no accelerate config
     ended = subprocess.run(launch, capture_output=True, text=True, timeout=200, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == f"done: {output}"
