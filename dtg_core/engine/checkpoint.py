@@ -35,6 +35,7 @@ STATE, MANIFEST = "state.json", "manifest.json"
 _FILES = (STUDENT, TEACHER, OPTIMIZER, STATE)
 _NAME = re.compile(r"step_(\d{8,})")
 _METADATA = "dtg_ssod"  # key of our JSON among a weights file's metadata
+_MOST_TENSORS = 100_000  # of a weights file; a hostile one may name millions of empty ones
 
 
 def _say(message: str) -> None:
@@ -349,6 +350,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
+                if len(file.keys()) > _MOST_TENSORS:
+                    raise ValueError(f"{len(file.keys())} tensors, more than {_MOST_TENSORS}")
                 metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:

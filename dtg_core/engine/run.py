@@ -103,6 +103,10 @@ class Fit:
         try:
             with StopSignals() as signals:
                 status = self._train(start, signals, stop_at)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise UserError(self._out_of_memory()) from error
         finally:
             if self.report:
                 self.report.close()
@@ -119,10 +123,10 @@ class Fit:
                 return 128 + signals.agreed
         clock = Clock(start)
         for batches in clock.waiting(self._batches(start)):
+            done, self.recent = batches[0].step + 1, batches
             figures = train_step(
                 self.student, self.teacher, self.optimizer, batches, self.config, self.accelerator, signals
             )
-            done, self.recent = batches[0].step + 1, batches
             self.window.add(figures)
             if self.report:
                 self.report.progress.advance()
@@ -204,8 +208,7 @@ class Fit:
             signals.agreed = self._greatest(signals.received)
             if signals.agreed:
                 return False
-            if self.accelerator.is_main_process:
-                results[which] = coco_metrics(self.sources.val, found)
+            results[which] = on_main(self.accelerator, lambda val=self.sources.val, found=found: coco_metrics(val, found))
         if self.report:
             self.report.evaluation(done, results)
             self._write("results.json", json.dumps(results, indent=1) + "\n")
@@ -309,6 +312,17 @@ class Fit:
 
     # Small helpers ------------------------------------------------------------------------------------------------------
 
+    def _out_of_memory(self) -> str:
+        """What was asked of the memory, and what to ask less of."""
+        device = self.accelerator.device
+        peak = f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, " if device.type == "cuda" else ""
+        views = [view for batch in self.recent[:1] for view in (batch.labeled, batch.unlabeled and batch.unlabeled.student) if view]
+        shapes = " and ".join("x".join(map(str, view.pixels.shape)) for view in views)
+        step = self.recent[0].step if self.recent else 0
+        return (f"step {step}: out of memory on {device} ({peak}views of {shapes or 'an evaluation'}) - lower "
+                "data.unlabeled_per_device and data.labeled_per_device (optim.accumulate keeps the batch), lower "
+                "views.short_edge and views.long_edge, or use --mixed_precision bf16; --resume auto continues")
+
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
@@ -399,12 +413,12 @@ class Clock:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Let the main process act and give its result to all. When it fails with a UserError, the others end with status 2."""
+    """Let the main process act and give its result to all. When it fails, the others end with status 2 instead of waiting."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome = [action(), None]
-        except UserError as error:
+        except Exception as error:
             outcome = [None, error]
     if accelerator.num_processes > 1:
         failure = outcome[1]

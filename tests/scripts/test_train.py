@@ -147,6 +147,52 @@ def test_a_worker_that_dies_is_told(data: TinyData, tmp_path: Path) -> None:
     assert "Traceback" not in ended.err
 
 
+def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import torch
+
+        from dtg_core.engine import run as engine
+
+        step = engine.train_step
+
+        def full(*arguments: object) -> object:
+            if arguments[3][0].step == 4:  # type: ignore[index]
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB")
+            return step(*arguments)  # type: ignore[arg-type]
+
+        engine.train_step = full  # type: ignore[assignment]
+
+    told = command(data, "gfl", tmp_path / "run", "run.checkpoint_every=2")
+    ended = run(told, tmp_path / "logs", prepare=prepare)
+    assert ended.status == 2
+    (error,) = [line for line in ended.err.splitlines() if line.startswith("error:")]
+    assert "step 4: out of memory on cpu (views of 1x3x" in error
+    assert all(key in error for key in ("data.unlabeled_per_device", "views.short_edge", "--mixed_precision"))
+    assert "Traceback" not in ended.err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()].count("step_00000004") == 1
+    assert run([*told, "--resume", "auto"], tmp_path / "logs").status == 0
+    assert run(command(data, "gfl", tmp_path / "other"), tmp_path / "logs").status == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "other")
+
+
+def test_a_bare_environment(data: TinyData, tmp_path: Path) -> None:
+    """No HOME, no terminal, C locale, a closed stdin, a strange time zone, and a clock that runs backwards."""
+    clock = "import itertools, time; time.time = itertools.count(2e9, -60.0).__next__"
+    code = f"{clock}; import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = command(data, "gfl", tmp_path / "run", steps=3)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "scripts" / "train.py"), *arguments], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=200,
+        env={"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1", "LC_ALL": "C", "TZ": "Nowhere/None",
+             "TERM": "dumb"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found = lines(tmp_path / "run", times=True)
+    assert all(line["step_seconds"] > 0 for line in found if "step_seconds" in line)
+    assert run(command(data, "gfl", tmp_path / "other", steps=3), tmp_path / "logs").status == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "other")
+
+
 def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> None:
     """A learning rate that blows the weights up: the same steps are skipped, the teacher stays finite, the step repeats."""
     output = tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import random
@@ -360,6 +361,18 @@ def test_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "w.onnx").write_bytes(data)
     with pytest.raises(UserError, match="unknown kind"):
         load_weights(tmp_path / "w.onnx")
+
+
+def test_headers_that_ask_for_too_much(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    empty = {f"{number:x}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(120_000)}
+    many = json.dumps(empty).encode()
+    wrong = [json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}}).encode()
+             for dtype, shape in (("F32", [3]), ("F99", [2]), ("F32", [2**40, 2**40]), ("F32", [-2]))]  # fmt: skip
+    for header, claimed in ((b"{}", 2**62), (many, len(many)), *((text, len(text)) for text in wrong)):
+        path.write_bytes(claimed.to_bytes(8, "little") + header + bytes(8 if header in wrong else 0))
+        with pytest.raises(UserError, match=r"w\.safetensors: not a whole safetensors file"):
+            load_weights(path)
 
 
 class Hostile:

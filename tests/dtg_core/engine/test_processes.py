@@ -154,6 +154,23 @@ def test_a_mistake_of_the_main_process_ends_all(data: TinyData, tmp_path: Path) 
     assert processes[1].err == ""
 
 
+def test_a_failing_evaluation_of_the_main_process_ends_all(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        from dtg_core.engine import run as engine
+
+        def broken(*_: object) -> object:
+            raise ValueError("the evaluator is broken")
+
+        engine.coco_metrics = broken  # type: ignore[assignment]
+
+    settings = "run.evaluate_every=2"
+    processes = start_many(command(data, "gfl", tmp_path / "run", settings, steps=5), tmp_path / "logs", 2, prepare)
+    ends = [process.wait() for process in processes]
+    assert "the evaluator is broken" in ends[0].err
+    assert ends[0].status != 0
+    assert ends[1].status == 2
+
+
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
         from dtg_core.engine import loop
