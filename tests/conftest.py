@@ -16,9 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from dtg_core.structures import PairBatch, Targets, ViewBatch  # noqa: E402
 
-# One thread here and in the processes that tests start; Accelerate warns of several processes without the variable.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
