@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
         if getattr(arguments, flag) < least:
             raise UserError(f"--{flag}: use at least {least} (found {getattr(arguments, flag)})")
 
+    from tqdm import tqdm
+
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.explain import objects_in
@@ -84,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.batch)
     hull = settings.views.box_hull
     steps = range(arguments.step, arguments.step + -(-arguments.images // arguments.batch))
-    pairs = (unlabeled(data, step).to(teacher.device) for step in steps)
+    seen = tqdm(steps, unit="batch", leave=False, disable=None)  # on a terminal only
+    pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
     batches = ((pair, objects_in(pair.student, truth, hull)) for pair in pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}
     found = measure(teacher.detector, student.detector, batches, rules, hull)
