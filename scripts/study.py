@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from common import DETECTORS, STAGES, Parser, load_settings, main_guard, train_parser
 
 from dtg_core.errors import UserError, nearest
-from dtg_core.settings import dotted, plain_yaml, to_yaml
+from dtg_core.settings import dotted, flatten
 
 if TYPE_CHECKING:
     from dtg_core.engine.jobs import Job
@@ -37,6 +37,8 @@ def parser() -> Parser:
     add("study", type=Path, metavar="STUDY.yaml", help="the study file; see configs/studies and docs/studies.md")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time; each gets cores / N threads (default: 1)")
     add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
+    add("--launcher", metavar="COMMAND",
+        help='what starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
     add("--dry-run", action="store_true", help="check the study and print the commands of its runs, and stop")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change a setting of all runs")
     return result
@@ -64,14 +66,15 @@ def main(argv: Sequence[str]) -> int:
         for line in _commands(planned):
             print(line)
         return 0
-    return _run(study, planned, folder, arguments.jobs)
+    launcher = shlex.split(arguments.launcher) if arguments.launcher else [sys.executable]
+    return _run(study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)])
 
 
 def settings_of(arguments: Sequence[str], warnings: list[str]) -> Mapping[str, Any]:
     """All settings of a train.py command line by dotted key; its warnings go to ``warnings``."""
     settings, _, told = load_settings(train_parser().parse(arguments))
     warnings += told
-    return dotted(plain_yaml(to_yaml(settings), "settings"))
+    return dotted(json.loads(json.dumps(flatten(settings))))
 
 
 def _commands(planned: Plan) -> list[str]:
@@ -82,7 +85,8 @@ def _commands(planned: Plan) -> list[str]:
     return [*lines, f"{len(planned.runs)} runs ({done} finished) and {len(planned.phases)} shared supervised phases"]
 
 
-def _run(study: Study, planned: Plan, folder: Path, parallel: int) -> int:
+def _run(study: Study, planned: Plan, folder: Path, parallel: int, train: Sequence[str]) -> int:
+    """Train what is not finished and compare. Gives the exit status."""
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.jobs import run_jobs
     from dtg_core.engine.signals import StopSignals
@@ -91,7 +95,7 @@ def _run(study: Study, planned: Plan, folder: Path, parallel: int) -> int:
     lock.open(resume=True, overwrite=False)
     if study.data.source:
         _split(study, folder / "splits")
-    todo = _jobs(planned, folder / "logs")
+    todo = _jobs(planned, folder / "logs", train)
     finished = [run for run in planned.runs if run.finished]
     _say(f"{folder}: {len(planned.runs)} runs, {len(finished)} of them finished, and {len(planned.phases)} shared supervised "
          f"phases to train; {parallel} at a time")
@@ -114,14 +118,14 @@ def _run(study: Study, planned: Plan, folder: Path, parallel: int) -> int:
     return 1 if failed else 0
 
 
-def _jobs(planned: Plan, logs: Path) -> list[Job]:
+def _jobs(planned: Plan, logs: Path, train: Sequence[str]) -> list[Job]:
     """What is to be done: the phase of a run just before the first run that needs it."""
     from dtg_core.engine.jobs import Job
     from dtg_core.engine.study import steps_done
 
     def job(name: str, work: Phase | PlannedRun, start: int, told: Callable[[], str], after: str | None) -> Job:
         return Job(
-            name, lambda: [sys.executable, str(TRAIN), *work.command()], logs / f"{name}.log", work.steps - start,
+            name, lambda: [*train, *work.command()], logs / f"{name}.log", work.steps - start,
             lambda: max(steps_done(work.folder) - start, 0), told, after,
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dtg_core.engine.signals import StopSignals
 
 POLL = 0.1  # seconds between two looks at the processes
+GRACE = 60.0  # seconds that the children of a process may take longer than itself to stop
 LOOK = 300.0  # seconds between two lines about all of them
 
 
@@ -47,6 +48,25 @@ class Running:
     job: Job
     process: subprocess.Popen[bytes]
     began: float = field(default_factory=time.monotonic)
+    asked: float | None = None  # when it was asked to stop
+
+    def stop(self) -> None:
+        """Ask it and the processes that it has started, which are a group of their own."""
+        self.asked = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+
+    def ended(self) -> bool:
+        """Whether it has; a launcher that was asked to stop may be gone before the processes that it has started."""
+        if self.process.poll() is None:
+            return False
+        if self.asked is None or time.monotonic() - self.asked > GRACE:
+            return True
+        try:
+            os.killpg(self.process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return True
+        return False
 
 
 def run_jobs(
@@ -73,15 +93,17 @@ def run_jobs(
             if board.running and not _wait(board.running, signals):
                 board.tell("still running")
     finally:
-        if not board.stopping:
-            board.stop()  # an error of ours must not leave them behind
+        if board.running:  # an error of ours must not leave them behind
+            board.stop()
+            for one in board.running:
+                one.process.wait()
     return board.failed
 
 
 def _wait(running: Sequence[Running], signals: StopSignals) -> bool:
     """Until one has ended or a signal has come. False: neither has for some minutes."""
     asked, began = signals.received, time.monotonic()
-    while all(one.process.poll() is None for one in running) and signals.received == asked:
+    while not any(one.ended() for one in running) and signals.received == asked:
         time.sleep(POLL)
         if time.monotonic() - began > LOOK:
             return False
@@ -100,9 +122,10 @@ class _Board:
 
     def next_ready(self) -> Job | None:
         """Take the first waiting job whose ``after`` is done; drop those whose ``after`` has failed."""
-        for job in [job for job in self.waiting if job.after in self.failed]:
-            self.waiting.remove(job)
-            self.failed[job.name] = f"not started, since {job.after} failed"
+        for job in list(self.waiting):  # a job stands after the one that it waits for, so chains fall as well
+            if job.after in self.failed:
+                self.waiting.remove(job)
+                self.failed[job.name] = f"not started, since {job.after} failed"
         open_ = {job.name for job in self.waiting} | {one.job.name for one in self.running}
         ready = next((job for job in self.waiting if job.after not in open_), None)
         if ready is not None:
@@ -110,31 +133,28 @@ class _Board:
         return ready
 
     def start(self, job: Job, environment: Mapping[str, str]) -> None:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        command = list(job.command())
-        with open(job.log, "a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment),
-                start_new_session=True,  # so that Ctrl-C reaches it through us, once
-            )
-        self.running.append(Running(job, process))
-        self.tell(f"started {job.name}")
+        try:
+            self.running.append(Running(job, _process(job, environment)))
+            self.tell(f"started {job.name}")
+        except OSError as error:
+            self.fail(job, f"cannot be started ({error.strerror}: {error.filename})")
+
+    def fail(self, job: Job, problem: str) -> None:
+        self.failed[job.name] = problem
+        self.tell(f"FAILED {job.name}: {problem}")
 
     def stop(self) -> None:
         """Start nothing more, and ask all processes to end, once: a second signal would end them without a checkpoint."""
         self.stopping = True
         self.waiting.clear()
         for one in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(one.process.pid, signal.SIGTERM)  # each leads a group of its own
+            one.stop()
         if self.running:
             self.tell("waiting until they have stopped, after a checkpoint")
 
     def collect(self) -> None:
         """Note the jobs that have ended since."""
-        for one in [one for one in self.running if one.process.poll() is not None]:
+        for one in [one for one in self.running if one.ended()]:
             self.running.remove(one)
             status, job = one.process.returncode, one.job
             took = tqdm.format_interval(int(time.monotonic() - one.began))
@@ -144,8 +164,7 @@ class _Board:
             elif self.stopping:
                 self.tell(f"stopped {job.name}")
             else:
-                self.failed[job.name] = f"status {status}{_before(last_line(job.log), ': ')} (log: {job.log})"
-                self.tell(f"FAILED {job.name}: {self.failed[job.name]}")
+                self.fail(job, f"status {status}{_before(last_line(job.log), ': ')} (log: {job.log})")
 
     def tell(self, event: str) -> None:
         names = ", ".join(one.job.name for one in self.running) or "none"
@@ -159,6 +178,18 @@ class _Board:
         rest = sum(max(job.work - job.done(), 0) for job in self.jobs if job.name not in self.failed)
         pace = (time.monotonic() - self.began) / max(done - self.before, 1)
         return f", about {tqdm.format_interval(int(rest * pace))} left" if done > self.before and rest else ""
+
+
+def _process(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    command = list(job.command())
+    with open(job.log, "a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment),
+            start_new_session=True,  # so that Ctrl-C reaches it through us, once
+        )
 
 
 def last_line(log: Path) -> str:

@@ -1,20 +1,29 @@
 """study.py: grids, what runs share, interruptions and failures, on tiny runs of a few steps."""
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ROOT, TINY, TinyData, lines, weights
+from runs import ROOT, TINY, TinyData, lines, weights, write_coco
 from runs import run as fork
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import study as script  # noqa: E402
-from common import STAGES  # noqa: E402
+from common import STAGES, train_parser  # noqa: E402
 
+from dtg_core.engine.compare import effective  # noqa: E402
 from dtg_core.engine.study import Plan, plan, read_study  # noqa: E402
+from dtg_core.errors import UserError  # noqa: E402
 
 STEPS, START = 6, 3
 SETTINGS = [*TINY, f"run.steps={STEPS}", f"guidance.start_step={START}", "guidance.ramp_steps=1", "run.log_every=2"]
@@ -69,3 +78,192 @@ def test_shared_supervised_phases_change_nothing(data: TinyData, tmp_path: Path,
         assert not (one.folder / "checkpoints" / "step_00000003").exists()  # it went on from the phase's
         final.append(weights(one.folder))
     assert final[0] != final[1] != final[2]
+
+
+# Study files -----------------------------------------------------------------------------------------------------------
+
+
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_study_files(file: Path, tmp_path: Path) -> None:
+    """Each opens with its command and cost, and its grid parses to command lines of train.py that are all different."""
+    head = file.read_text()
+    assert f"#   python scripts/study.py configs/studies/{file.name} --" in head
+    assert re.search(r"^# Cost +(\d+) runs", head, re.MULTILINE)
+    study = read_study(file)
+    found = plan(study, file, tmp_path, [], lambda given: script.settings_of(given, []), STAGES)
+    assert int(re.search(r"^# Cost +(\d+) runs", head, re.MULTILINE)[1]) == len(found.runs)  # type: ignore[index]
+    assert len({run.name for run in found.runs}) == len({json.dumps(run.settings) for run in found.runs}) == len(found.runs)
+    assert {run.settings["detector"] for run in found.runs} == set(study.detectors)
+    assert not any("{fold}" in argument or "{percent}" in argument for run in found.runs for argument in run.arguments)
+
+
+@pytest.mark.parametrize("table", ["1", "2", "2d", "3", "3c"])
+def test_studies_of_the_papers_tables_are_its_commands(table: str, tmp_path: Path) -> None:
+    """Each run is a row of docs/paper_tables.md, and each row of these tables but those of all of COCO is a run."""
+    text = (ROOT / "docs" / "paper_tables.md").read_text(encoding="utf-8")
+    wanted = {}
+    for number, row, command in re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \| `train ([^`]+)` \|$", text, re.MULTILINE):
+        short = re.sub(r"\W", "", number)
+        mine = {"1": ["1"], "2": ["2a", "2b", "2c", "2e"], "2d": ["2d"], "3": ["3a", "3b"], "3c": ["3c"]}[table]
+        if short in mine and "full" not in row:
+            for fold in range(1, 6 if table == "1" else 2):
+                arguments = shlex.split(command.replace("${FOLD}", str(fold)))
+                arguments[arguments.index("--config") + 1] = str(ROOT / "configs" / "coco_partial.yaml")
+                settings = effective(script.settings_of(arguments, []), STAGES)
+                wanted[json.dumps(settings, sort_keys=True)] = row
+    file = ROOT / "configs" / "studies" / f"coco_table{table}.yaml"
+    found = plan(read_study(file), file, tmp_path, [], lambda given: script.settings_of(given, []), STAGES)
+    assert {json.dumps(run.settings, sort_keys=True) for run in found.runs} == set(wanted)
+
+
+def test_rows_without_an_effect_are_left_out(tmp_path: Path) -> None:
+    rows = "rows: {default: {}, tau: {guidance.stages.head.tau: 0.6}, sure: {guidance.stages.head.pseudo_score: 0.7}}"
+    found = planned(write_study(tmp_path, f"detectors: [gfl, faster_rcnn]\nseeds: [3]\n{rows}\n"), "guidance.start_step=5")
+    assert [run.name for run in found.runs] == [
+        "gfl-supervised-default-seed3", "gfl-sparse-default-seed3", "gfl-dense-default-seed3", "gfl-dense-tau-seed3",
+        "gfl-sparse-sure-seed3", "faster_rcnn-supervised-default-seed3", "faster_rcnn-sparse-default-seed3",
+        "faster_rcnn-dense-default-seed3",
+    ]  # fmt: skip
+    assert found.copies["gfl-sparse-tau-seed3"] == "gfl-sparse-default-seed3"
+
+
+def test_what_acts_before_guidance_is_not_shared(tmp_path: Path) -> None:
+    """The same phase for what acts later, another one for each setting that acts in it, none where there is nothing to share."""
+    rows = ["base: {}", "alpha: {guidance.alpha: 3}", "rotate: {views.rotate: 3}", "lr: {optim.lr: 0.5}", "ema: {optim.ema: 0.5}",
+            "start: {guidance.start_step: 9}", "none: {guidance.start_step: 0}", "flip: {views.flip: 0.1}",
+            "late: {guidance.start_step: 90}", "images: {data.unlabeled_per_device: 7}", "labelled: {data.labeled_per_device: 7}"]
+    file = write_study(tmp_path, f"paradigms: [dense, sparse]\nset: {{guidance.start_step: 5, run.steps: 20}}\nrows: {{{', '.join(rows)}}}\n")
+    phases = {run.name.split("-")[2]: run.phase for run in planned(file).runs if "dense" in run.name}
+    alike = {name for name, phase in phases.items() if phase == phases["base"]}
+    assert alike == {"base", "alpha", "rotate", "images"}
+    assert phases["none"] is phases["late"] is None
+    others = [phases[name] for name in ("base", "lr", "ema", "start", "flip", "labelled")]
+    assert len({phase.folder for phase in others if phase}) == 6
+    assert phases["start"] is not None
+    assert phases["start"].steps == 9
+    by_seed = [run.phase for run in planned(write_study(tmp_path, "seeds: [0, 1]\nparadigms: [dense]\n")).runs]
+    assert by_seed == [None, None]  # alone in it
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed: [1]", ["study.yaml:2", "seed", "did you mean 'seeds'"]),
+        ("detectors: [gfll]", ["detectors", "'gfll'", "did you mean 'gfl'"]),
+        ("paradigms: [denze]", ["study.yaml:2", "denze", "did you mean 'dense'"]),
+        ("seeds: []", ["seeds", "is empty"]),
+        ("seeds: [1, 1]", ["seeds", "twice"]),
+        ("seeds: [-1]", ["seeds", "out of range"]),
+        ("set: {optim.lrr: 1}", ["gfl-supervised-seed0", "optim.lrr", "did you mean 'optim.lr'"]),
+        ("rows: {a b: {optim.lr: fast}}", ["gfl-supervised-a_b-seed0", "optim.lr", "a number"]),
+        ("rows: {a b: {}, a_b: {}}", ["'a b' and 'a_b'", "rename one"]),
+        ("rows: {a: 3}", ["rows.a", "wanted settings"]),
+        ("config: none.yaml", ["none.yaml", "no such file"]),
+        ("data: {percents: [10]}", ["data.percents", "neither is given"]),
+        ("data: {source: a.json}", ["data.source", "data.percents and data.folds"]),
+        ("data: {source: a.json, percents: [10], folds: [1]}", ["data.images", "data.source needs it"]),
+        ("data: {source: a.json, labeled: b.json}", ["data.labeled", "leave one of the two out"]),
+        ("data: {unlabeled: a.json}", ["data.unlabeled", "belongs to data.labeled"]),
+        ("data: {labeled: 'a{fold}.json'}", ["data.labeled", "data.folds are not given"]),
+        ("data: {labeled: a.json, folds: [1, 2]}", ["data.labeled", "has no {fold}"]),
+        ("data: {labeled: a, percents: [100]}", ["data.percents", "out of range"]),
+        ("seeds: [0\n", ["study.yaml:", "not plain YAML"]),
+    ],
+)
+def test_bad_study_files_are_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = write_study(tmp_path, text)
+    if text.startswith("config:"):
+        file.write_text(text)
+    with pytest.raises(UserError) as error:
+        script.main([str(file), "--dry-run", "--output", str(tmp_path / "out")])
+    assert all(part in str(error.value) for part in parts), str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_command_lines(tmp_path: Path) -> None:
+    file = write_study(tmp_path, "")
+    for arguments, part in (
+        ([str(tmp_path / "studdy.yaml")], "did you mean 'study.yaml'"),
+        ([str(file), "--jobs", "0"], "--jobs"),
+        ([str(file), "--job", "2"], "did you mean '--jobs'"),
+        ([str(file), "--dry-run", "--set", "run.stepz=3"], "did you mean 'run.steps'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(part)):
+            script.main(arguments)
+
+
+def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_study(tmp_path, "seeds: [0, 1]\n")
+    assert script.main([str(file), "--dry-run", "--output", str(tmp_path / "out"), "--set", "guidance.start_step=7"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert commands.pop() == "6 runs (0 finished) and 2 shared supervised phases"
+    assert len(commands) == 8
+    for command in commands:
+        train_parser().parse(shlex.split(command)[2:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(data: TinyData, tmp_path: Path) -> None:
+    file = write_study(tmp_path, "paradigms: [supervised]\n", data)
+    (work,) = planned(file, *TINY, "run.steps=1").runs
+    assert fork(work.command(), tmp_path / "logs").status == 0
+    assert planned(file, *TINY, "run.steps=1", "run.log_every=7").runs[0].finished
+    with pytest.raises(UserError, match=r"other settings \(optim.lr: 0.0005 -> 0.25\).*another --output"):
+        planned(file, *TINY, "run.steps=1", "optim.lr=0.25")
+
+
+# Whole studies ---------------------------------------------------------------------------------------------------------
+
+
+def run(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "study.py"), str(file), "--output", str(file.parent / "out"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_splits_interruption_failure_and_table(tmp_path: Path) -> None:
+    """A source is split; one row cannot start and fails alone; the study is stopped, goes on, and ends with the table."""
+    source, val = write_coco(tmp_path / "source", 12, 1), write_coco(tmp_path / "val", 3, 3)
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        (tmp_path / "source" / "images" / f"{number}.png").rename(tmp_path / "pictures" / f"{number}.png")
+    file = write_study(tmp_path, (
+        f"paradigms: [dense]\nrows: {{good: {{}}, bad: {{backbone.weights: nowhere.safetensors}}}}\n"
+        f"data: {{source: {source}, images: {tmp_path / 'pictures'}, val: {val}, percents: [25], folds: [1]}}\n"
+    ))  # fmt: skip
+    settings = ["--set", *TINY, "run.steps=3000", "run.log_every=1"]
+    folder = tmp_path / "out" / "runs" / "gfl-dense-good-25percent-fold1-seed0"
+    process = run(file, *settings)
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 130, err
+    assert "stopped by signal 2 with 0 of 2 runs finished; the same command goes on" in err
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    labeled = json.loads((tmp_path / "out" / "splits" / "fold1_25_labeled.json").read_text())["images"]
+    unlabeled = json.loads((tmp_path / "out" / "splits" / "fold1_25_unlabeled.json").read_text())["images"]
+    assert (len(labeled), len({image["id"] for image in labeled + unlabeled})) == (3, 12)
+
+    process = run(file, "--set", *TINY, f"run.steps={step + 2}", "run.log_every=1")  # the other settings are the same
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    assert "error: gfl-dense-bad-25percent-fold1-seed0: status 2: error: " in err
+    assert "nowhere.safetensors" in err
+    assert out.startswith("## Results")
+    assert (tmp_path / "out" / "compare.md").read_text() in out
+    assert "<table>" in (tmp_path / "out" / "compare.html").read_text()
+    log = (tmp_path / "out" / "logs" / f"{folder.name}.log").read_text()
+    assert f"resuming from {checkpoint} at step {step}" in log
+    assert [line["step"] for line in lines(folder)] == [*range(1, step + 3), step + 2]
+
+    source.write_text(source.read_text().replace('"green"', '"blue"'))
+    process = run(file, "--set", *TINY, f"run.steps={step + 2}", "run.log_every=1")
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 2
+    assert "splits: made of another" in err
