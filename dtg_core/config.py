@@ -40,7 +40,7 @@ class StageRule:
     rank_weight: float = 3.0  # beta
     temperature: float = 1.0  # T
     # Not in the paper, for weak teachers whose scores are noise
-    consensus_rank: float | None = None  # rank by the mean IoU of a member's box with the others, divided by this, not by logit
+    consensus_rank: float | None = None  # rank by a box' mean IoU with its cluster over this, instead of by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
     # the sparse-to-dense baseline (Sec. 3.1)

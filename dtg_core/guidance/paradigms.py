@@ -15,7 +15,7 @@ from torch import Tensor
 from dtg_core.boxes import Hull, clip, project
 from dtg_core.config import StageRule
 from dtg_core.guidance.clustering import cluster_nms, select_candidates
-from dtg_core.guidance.consensus import cluster_trust, peer_consensus
+from dtg_core.guidance.consensus import cluster_trust, consensus
 from dtg_core.guidance.correspondence import correspond
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
 from dtg_core.guidance.pseudo_labels import pseudo_labels
@@ -136,7 +136,8 @@ def _with_consensus(
     if rule.cluster_trust:
         dense = replace(dense, trust=cluster_trust(members, clusters.num_clusters))
     if rule.consensus_rank is not None:
-        dense = replace(dense, teacher_logit=peer_consensus(members)[dense.candidate] / rule.consensus_rank)
+        agreed = consensus(members.box, members.cluster, members)
+        dense = replace(dense, teacher_logit=agreed[dense.candidate] / rule.consensus_rank)
     return dense
 
 
