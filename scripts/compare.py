@@ -12,8 +12,6 @@ from pathlib import Path
 
 from common import STAGES, Parser, main_guard
 
-from dtg_core.errors import UserError
-
 
 def parser() -> Parser:
     result = Parser("Compare finished runs in one table.")
@@ -32,24 +30,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(runs: Sequence[Path], output: Path | None = None, over: Sequence[str] = ()) -> None:
-    """Print the table of finished runs, and write it to ``output`` with a page of curves."""
-    from dtg_core.engine.compare import compare, draw_curves, to_html, to_markdown
+    """Print the tables of finished runs, and write them to ``output`` with a page of curves."""
+    from dtg_core.engine.compare import compare, save, to_markdown
 
     comparison = compare(runs, STAGES, over)
-    markdown = to_markdown(comparison)
-    print(markdown, end="")
-    if output is None:
-        return
-    curves = draw_curves(comparison)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "compare.md").write_text(markdown, encoding="utf-8")
-        (output / "compare.html").write_text(to_html(comparison, curves), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}) - give another --output") from error
-    if curves is None:
-        print("no curves: they need evaluations in metrics.jsonl, and matplotlib (pip install 'dtg-ssod[report]')")
-    print(f"written to {output}")
+    print(to_markdown(comparison), end="")
+    if output is not None:
+        save(comparison, output)
+        print(f"written to {output}")
 
 
 if __name__ == "__main__":

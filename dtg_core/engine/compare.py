@@ -2,15 +2,13 @@
 
 Runs whose settings differ in the seed or the fold only are one row: a mean and the standard deviation over them. A *fold* is
 another draw of the same data: ``data.shapes_seed``, or files whose names differ in the number of a fold only. Settings that
-cannot have had an effect, as the sparse threshold of a dense stage, are left out before runs are compared.
+cannot have had an effect, as the sparse threshold of a dense stage, are left out before runs are compared, and images per
+process and micro-batches give way to the images of a step, which are what training depends on.
 """
 from __future__ import annotations
 
-import base64
-import html
-import importlib
-import io
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +18,17 @@ from typing import Any
 
 from dtg_core.config import Config
 from dtg_core.engine.metrics import read_metrics
+from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
 from dtg_core.settings import dotted, plain_yaml, yaml_scalar
 
 FIGURES = ("AP", "AP50", "AP75")
 #: Settings that change no weight and no figure.
 SILENT = {"run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
-          "run.max_skipped", "data.workers", "optim.reference_batch"}  # fmt: skip
+          "run.max_skipped", "data.workers", "optim.reference_batch", "data.labeled_per_device", "data.unlabeled_per_device",
+          "optim.accumulate"}  # fmt: skip
+#: The images of a step, over all processes: what the last three come to.
+BATCH = "images_of_a_step"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
 FOLD_FILES = ("data.labeled", "data.unlabeled")
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
@@ -34,7 +36,7 @@ _FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 #: Settings of a stage's rule that only one paradigm reads.
 SPARSE_ONLY = {"pseudo_score", "proposals"}
 #: Settings that only matter where something is learnt from unlabelled images.
-UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", "data.unlabeled_per_device", "data.shapes_unlabeled", "views.geometric",
+UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
                   "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip
 
 
@@ -47,6 +49,7 @@ class Run:
     results: dict[str, Any]  # of results.json
     curve: list[tuple[int, float, float]]  # step, seconds of training until then, the teacher's AP
     seconds: float  # of training, without evaluations
+    waiting: float  # seconds of these that were spent waiting for data
 
     @property
     def name(self) -> str:
@@ -86,9 +89,6 @@ class Comparison:
     notes: list[str]
 
 
-Table = list[list[str]]  # the first is the header
-
-
 def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Sequence[str] = ()) -> Comparison:
     """Read runs and group them.
 
@@ -98,7 +98,8 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
         over: keys, beside seed and fold, that may differ between the runs of a row.
 
     Raises:
-        UserError: a run is not finished, is given twice, or was evaluated on another data set than the first.
+        UserError: a run is not finished, is given twice, was evaluated on another data set than the first, or learnt from
+            files that have changed since another run of its row.
     """
     runs = [read_run(path, stages) for path in paths]
     unknown = [key for key in over if not any(key in run.settings for run in runs)]
@@ -106,14 +107,13 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
         raise UserError(f"--over {unknown[0]}: no run has such a setting with an effect - give a key as in config.yaml")
     first = runs[0]
     for run in runs[1:]:
-        if _evaluated_on(run) != _evaluated_on(first):
-            raise UserError(f"{run.path}: evaluated on other images or classes than {first.path} "
-                            f"({_evaluated_on(run)[0]} and {_evaluated_on(first)[0]}) - compare them apart")
+        _refuse_other_images(run, first)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_shared(run, over), sort_keys=True), []).append(run)
     for members in groups.values():
         _refuse_copies(members, over)
+        _refuse_changed_data(members)
     differing = _differing(list(groups.values()), over)
     rows = [Row(name, members) for name, members in zip(_names(list(groups.values()), differing), groups.values())]
     notes = [
@@ -126,30 +126,32 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
 def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
     """A run folder's settings, results and curve. Raises UserError unless it is finished and evaluated."""
     config, results = _read(path / "config.yaml", path), _read(path / "results.json", path)
-    settings = effective(dotted(plain_yaml(config, str(path / "config.yaml"))), stages)
+    told = dotted(plain_yaml(config, str(path / "config.yaml")))
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]
+        settings = effective(told | _batch(told, found), stages)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'results.json'}: not the results of a run - give a folder that train.py wrote") from error
     if step != settings.get("run.steps"):
         raise UserError(f"{path}: not finished (evaluated at step {step} of {settings.get('run.steps')}) - "
                         "let it end, or continue it with --resume auto")
-    curve, seconds, before = [], 0.0, 0
+    curve, seconds, waiting, before = [], 0.0, 0.0, 0
     file = path / "metrics.jsonl"
     for line in read_metrics(file) if file.is_file() else ():
         if line.get("step_seconds"):
             seconds += (line["step"] - before) * line["step_seconds"]
+            waiting += (line["step"] - before) * (line.get("data_seconds") or 0)
             before = line["step"]
         if line.get("teacher/AP") is not None:
             curve.append((line["step"], seconds, line["teacher/AP"]))
-    return Run(path, settings, found, curve, seconds)
+    return Run(path, settings, found, curve, seconds, waiting)
 
 
 def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The settings that had an effect: without other detectors' sections and stages, and what the paradigms do not read."""
     detector = settings.get("detector")
-    core = {field.name for field in fields(Config)}
+    core = {field.name for field in fields(Config)} | {BATCH}
     own = stages.get(str(detector))
     paradigms = {key.split(".")[2]: value for key, value in settings.items() if _is_stage_paradigm(key)}
     paradigms = {stage: value for stage, value in paradigms.items() if own is None or stage in own}
@@ -174,33 +176,44 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
-    """The tables by title: results, settings that differ, AP of each class."""
-    rows = comparison.rows
-    results: Table = [["", *FIGURES, "difference", *(f"student {name}" for name in FIGURES), "runs", "minutes"]]
+    """The tables by title: results, the student's, AP on the way, cost, AP of each class, settings that differ."""
+    rows, runs = comparison.rows, [run for row in comparison.rows for run in row.runs]
+    versus = [f"{name} - first" for name in FIGURES] if len(rows) > 1 else []
+    results: Table = [["", *FIGURES, *versus, "runs"]]
+    student: Table = [["student", *FIGURES]]
+    cost: Table = [["", "minutes of training", "seconds per step", "waiting for data", "steps", "images of a step"]]
     for row in rows:
-        both = ([_mean_and_spread(row.values(which, name)) for name in FIGURES] for which in ("teacher", "student"))
-        teacher, student = both
-        minutes = statistics.fmean(run.seconds for run in row.runs) / 60
-        results.append([row.name, *teacher, _difference(row, rows[0]), *student, str(len(row.runs)), f"{minutes:.1f}"])
-    found = {"Results": results}
-    if comparison.differing:
-        header = ["setting", *(row.name for row in rows)]
-        found["Settings that differ"] = [header, *([key, *values] for key, values in comparison.differing.items())]
-    classes = list(rows[0].runs[0].results["teacher"].get("classes", {}))
+        means = [_mean_and_spread(row.values("teacher", name)) for name in FIGURES]
+        differences = [_difference(row, rows[0], name) for name in FIGURES] if versus else []
+        results.append([row.name, *means, *differences, str(len(row.runs))])
+        student.append([row.name, *(_mean_and_spread(row.values("student", name)) for name in FIGURES)])
+        cost.append([row.name, *_cost(row)])
+    found = {"Results": results, "The student, whose average the teacher is": student}
+    if any(len(run.curve) > 1 for run in runs):
+        way: Table = [["step", *(row.name for row in rows)]]
+        for step in sorted({point[0] for run in runs for point in run.curve}):
+            at_step = ([dict((at, ap) for at, _, ap in run.curve).get(step) for run in row.runs] for row in rows)
+            way.append([str(step), *map(_mean_and_spread, at_step)])
+        found["Teacher's AP on the way"] = way
+    found["Cost"] = cost
+    classes = list(runs[0].results["teacher"].get("classes", {}))
     if classes:
         per_class: Table = [["teacher's AP of", *(row.name for row in rows)]]
         for name in classes:
             values = ([run.results["teacher"]["classes"].get(name) for run in row.runs] for row in rows)
             per_class.append([name, *map(_mean_and_spread, values)])
         found["Classes"] = per_class
+    if comparison.differing:
+        header = ["setting", *(row.name for row in rows)]
+        found["Settings that differ"] = [header, *([key, *values] for key, values in comparison.differing.items())]
     return found
 
 
 def to_markdown(comparison: Comparison) -> str:
     """All tables, as text that is readable as it stands."""
     parts = []
-    for title, table in tables(comparison).items():
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in table]
+    for title, rows in tables(comparison).items():
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in rows]
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -209,78 +222,62 @@ def to_markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(comparison: Comparison, picture: bytes | None) -> str:
-    """One page without any reference to another file; ``picture`` is a PNG."""
-    body = []
-    for number, (title, table) in enumerate(tables(comparison).items()):
-        lines = [_html_line(line, "td" if row else "th") for row, line in enumerate(table)]
-        body.append(f"<h2>{title}</h2><div><table>{''.join(lines)}</table></div>")
-        if number == 0 and picture is not None:
-            data = base64.b64encode(picture).decode()
-            body.append(f'<img alt="AP of the teachers against step and time" src="data:image/png;base64,{data}">')
-    body += [f"<p>{html.escape(line.removeprefix('- '))}</p>" for line in _remarks(comparison)]
-    return _PAGE.replace("BODY", "\n".join(body))
+def to_html(comparison: Comparison) -> str:
+    """The same and the curves of AP, as one page without any reference to another file."""
+    parts = [section(title, table(lines)) for title, lines in tables(comparison).items()]
+    curves = draw_curves(comparison)
+    remarks = [paragraph(line.removeprefix("- ")) for line in _remarks(comparison)]
+    return page("Comparison of runs", [parts[0], *remarks, *([curves] if curves else []), *parts[1:]])
 
 
-def draw_curves(comparison: Comparison) -> bytes | None:
-    """PNG of the teachers' AP against step and training time, each run a thin line, their mean a thick one. None: without
-    matplotlib, or when no run was evaluated on its way."""
+def draw_curves(comparison: Comparison) -> str:
+    """Charts of the teachers' AP against step and training time, each run a thin line, their mean a thick one, as HTML.
+
+    Empty when no run was evaluated on its way.
+    """
+    if not any(len(run.curve) > 1 for row in comparison.rows for run in row.runs):
+        return ""
+    against = []
+    for column, (title, label, scale) in enumerate((("Teacher's AP against step", "step", 1),
+                                                    ("Teacher's AP against time", "minutes of training", 60))):
+        lines = []
+        for number, row in enumerate(comparison.rows):
+            curves = [[(point[column] / scale, point[2]) for point in run.curve] for run in row.runs]
+            lines += [Line(row.name, curve, number, thin=len(curves) > 1) for curve in curves]
+            lines.append(Line(row.name, _mean_curve(row, column, scale), number))
+        against.append(chart(title, lines, label, size=(560, 300)))
+    return charts(against)
+
+
+def save(comparison: Comparison, folder: Path) -> None:
+    """Write ``compare.md`` and ``compare.html``. Raises UserError when the folder cannot be written."""
     try:
-        figure_of = importlib.import_module("matplotlib.figure").Figure  # the extra "report"; no window and no global state
-    except ImportError:
-        return None
-    if not any(run.curve for row in comparison.rows for run in row.runs):
-        return None
-    figure = figure_of(figsize=(10, 3.8), layout="constrained")
-    against = figure.subplots(1, 2, sharey=True)
-    for number, row in enumerate(comparison.rows):
-        color = f"C{number % 10}"
-        curves = [run.curve for run in row.runs if run.curve]
-        alone = len(curves) == 1
-        for column, axes in enumerate(against):
-            scale = 60 if column else 1
-            for curve in curves:
-                axes.plot([point[column] / scale for point in curve], [point[2] for point in curve], color=color, marker="o",
-                          linewidth=2 if alone else 0.7, alpha=1 if alone else 0.5, markersize=4 if alone else 2)
-            if not alone and len({tuple(point[0] for point in curve) for curve in curves}) == 1:
-                mean = [tuple(map(statistics.fmean, zip(*points))) for points in zip(*curves)]
-                axes.plot([point[column] / scale for point in mean], [point[2] for point in mean], color=color, linewidth=2)
-        against[0].plot([], [], color=color, label=row.name)
-    for axes, label in zip(against, ("step", "minutes of training")):
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-    against[0].set_ylabel("teacher's AP")
-    against[0].legend(frameon=False, fontsize="small")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    return stream.getvalue()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("compare.md", to_markdown(comparison)), ("compare.html", to_html(comparison))):
+            draft = folder / f"{name}.tmp"
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}) - give another folder") from error
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison of runs</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child { text-align: left; }
-tr:first-child th { border-bottom: 2px solid #222; }
-img { max-width: 100%; margin-top: 1rem; }
-p { color: #555; margin: .4rem 0; }
-</style></head><body>
-<h1>Comparison of runs</h1>
-BODY
-</body></html>
-"""
+def _mean_curve(row: Row, column: int, scale: float) -> list[Point]:
+    """Of the runs of a row, if there are several, evaluated at the same steps; else empty."""
+    curves = [run.curve for run in row.runs]
+    if len(curves) < 2 or len({tuple(point[0] for point in curve) for curve in curves}) > 1:
+        return []
+    return [(statistics.fmean(point[column] for point in points) / scale, statistics.fmean(point[2] for point in points))
+            for points in zip(*curves)]
 
 
-def _html_line(line: Sequence[str], tag: str) -> str:
-    cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line[1:])
-    return f"<tr><th>{html.escape(line[0])}</th>{cells}</tr>"
+def _cost(row: Row) -> list[str]:
+    """The cells of a row in the table of costs; times are means over its runs."""
+    first, seconds = row.runs[0], statistics.fmean(run.seconds for run in row.runs)
+    steps = int(first.settings["run.steps"])
+    waiting = statistics.fmean(run.waiting for run in row.runs) / seconds if seconds else 0.0
+    images = [first.settings.get(f"{BATCH}.{kind}") for kind in ("labeled", "unlabeled")]
+    return [f"{seconds / 60:.1f}", f"{seconds / steps:.3f}", f"{waiting:.0%}", str(steps),
+            " + ".join(str(number) for number in images if number is not None)]
 
 
 def _read(file: Path, run: Path) -> str:
@@ -305,11 +302,49 @@ def _shared(run: Run, over: Sequence[str]) -> dict[str, Any]:
     return kept | {key: _FOLD.sub("*", kept[key]) for key in FOLD_FILES if isinstance(kept.get(key), str)}
 
 
+def _batch(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The images of a step; a run that does not tell had one process."""
+    parts = settings.get("optim.accumulate") or 1
+    alone = {kind: (settings.get(f"data.{kind}_per_device") or 0) * parts for kind in ("labeled", "unlabeled")}
+    return {f"{BATCH}.{kind}": number for kind, number in results.get(BATCH, alone).items()}
+
+
+def _digest(run: Run, which: str) -> str | None:
+    """Of a data set that the run has read; None: it does not tell."""
+    return ((run.results.get("data") or {}).get(which) or {}).get("sha256")
+
+
 def _evaluated_on(run: Run) -> tuple[str, list[str]]:
     """The images, and the classes."""
     val = run.settings.get("data.val")
     images = f"{run.settings.get('data.shapes_val')} embedded images" if val is None else str(val)
     return images, list(run.results["teacher"].get("classes", {}))
+
+
+def _refuse_other_images(run: Run, first: Run) -> None:
+    """Unless both were evaluated on the same images, boxes and classes, wherever their file lies."""
+    own, firsts = _evaluated_on(run), _evaluated_on(first)
+    digests = _digest(run, "val"), _digest(first, "val")
+    if own[1] == firsts[1] and (digests[0] == digests[1] if None not in digests else own == firsts):
+        return
+    same = " - a file of the same name, but with other images or boxes" if own == firsts else ""
+    raise UserError(f"{run.path}: evaluated on other images or classes than {first.path} ({own[0]} and {firsts[0]}{same}) - "
+                    "compare them apart")
+
+
+def _refuse_changed_data(runs: Sequence[Run]) -> None:
+    """Runs of the same files must have read the same boxes from them."""
+    seen: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        for which in ("labeled", "unlabeled"):
+            digest = _digest(run, which)
+            if digest is None:
+                continue
+            files = (which, *(run.settings.get(key) for key in (EMBEDDED_FOLD, *FOLD_FILES)))
+            other = seen.setdefault(files, run)
+            if _digest(other, which) not in (None, digest):
+                raise UserError(f"{run.path}: its {which} data are not those of {other.path}, though the files' names are the "
+                                "same - a mean over both would be of two things, so compare them apart")
 
 
 def _refuse_copies(runs: Sequence[Run], over: Sequence[str]) -> None:
@@ -358,18 +393,19 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.2f}{spread}"
 
 
-def _difference(row: Row, first: Row) -> str:
-    """Of the teachers' mean AP; with its spread where both rows have the same seeds and folds, run by run."""
+def _difference(row: Row, first: Row, figure: str) -> str:
+    """Of the teachers' means; with its spread where both rows have the same seeds and folds, run by run."""
     if row is first:
         return ""
-    ours, theirs = ([value or 0.0 for value in one.values("teacher", "AP")] for one in (row, first))
+    ours, theirs = ([value or 0.0 for value in one.values("teacher", figure)] for one in (row, first))
     paired = sorted(run.draw for run in row.runs) == sorted(run.draw for run in first.runs) and len(ours) > 1
     spread = f" ± {statistics.stdev(a - b for a, b in zip(ours, theirs)):.2f}" if paired else ""
     return f"{statistics.fmean(ours) - statistics.fmean(theirs):+.2f}{spread}"
 
 
 def _remarks(comparison: Comparison) -> Iterator[str]:
-    yield "- AP, AP50, AP75: the teacher's, mean ± standard deviation over seeds and folds; difference: in AP to the first."
+    yield ("- AP, AP50, AP75: the teacher's, mean ± standard deviation over seeds and folds; differences to the first row, with "
+           "their deviation run by run where both rows have the same seeds and folds. Times are those of this machine then.")
     yield from (f"- {note}." for note in comparison.notes)
     for row in comparison.rows:
         yield f"- {row.name}: {', '.join(str(run.path) for run in row.runs)}"

@@ -29,6 +29,8 @@ Backend = Literal["pycocotools", "faster_coco_eval"]
 
 #: COCO's twelve figures, in the evaluator's order.
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+#: IoU thresholds whose curves of precision over recall are kept, with their places among the evaluator's ten.
+CURVES = {"0.50": 0, "0.75": 5}
 
 
 @dataclass
@@ -88,6 +90,18 @@ def coco_metrics(index: CocoIndex, found: Found, backend: Backend = "pycocotools
     Raises:
         ValueError: an image given twice, an unknown image or class, a value that is not finite.
     """
+    return metrics_and_curves(index, found, backend)[0]
+
+
+def metrics_and_curves(
+    index: CocoIndex, found: Found, backend: Backend = "pycocotools"
+) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
+    """``coco_metrics``, and the curves that lie behind it.
+
+    Returns:
+        (what ``coco_metrics`` gives, {IoU of CURVES: {class: its precision at recalls 0, 0.01, .. 1}}); classes without any
+        object have no curve.
+    """
     seen, rows = found.merged()
     _check(index, seen, rows)
     coco, coco_eval = _evaluator(backend)
@@ -102,11 +116,15 @@ def coco_metrics(index: CocoIndex, found: Found, backend: Backend = "pycocotools
         evaluation.summarize()
     figures = {name: _percent(value) for name, value in zip(FIGURES, evaluation.stats)}
     precision = evaluation.eval["precision"]  # [IoU thresholds, recalls, classes, areas, detection limits], -1: no object
-    classes = {}
+    classes: dict[str, float | None] = {}
+    curves: dict[str, dict[str, list[float]]] = {iou: {} for iou in CURVES}
     for row, name in enumerate(index.class_names):
         values = precision[:, :, row, 0, -1]
-        classes[name] = _percent(values[values > -1].mean()) if (values > -1).any() else None
-    return {**figures, "classes": classes}
+        known = (values > -1).any()
+        classes[name] = _percent(values[values > -1].mean()) if known else None
+        for iou, threshold in CURVES.items() if known else ():
+            curves[iou][name] = values[threshold].round(4).tolist()
+    return {**figures, "classes": classes}, curves
 
 
 def coco_results(index: CocoIndex, found: Found) -> list[dict[str, Any]]:

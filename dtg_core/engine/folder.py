@@ -3,6 +3,9 @@
     config.yaml             every setting
     metrics.jsonl           one object a line: losses and figures of the guidance, means since the line before
     results.json            teacher's and student's COCO figures at the last evaluation
+    precision.json          the teacher's curves of precision over recall at the last evaluation
+    pictures/               what the teacher taught and found at each evaluation
+    report.html             all of this to look at, one file
     weights/*.safetensors   teacher and student, self-contained
     checkpoints/            where ``--resume`` continues
     nonfinite/              the step at which a run gave up, for ``--replay``

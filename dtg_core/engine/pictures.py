@@ -103,12 +103,32 @@ def draw_found(image: Image.Image, found: Found, class_names: Sequence[str]) -> 
     scale = max(1.0, LEAST_SIDE / max(min(image.size), 1)) if max(image.size) < 2 * LEAST_SIDE else 1.0
     size = max(round(min(image.size) * scale / 45), 12)
     canvas = Canvas.of(image, scale, size)
+    _draw_boxes(canvas, found, class_names, max(size // 4, 3))
+    return canvas.image
+
+
+def predictions_sheet(
+    index: CocoIndex, rows: Sequence[int], found: Sequence[Found], class_names: Sequence[str], columns: int = 4
+) -> Image.Image:
+    """Images of a data set, each with what was ``found`` in it in colors over its own labels in white."""
+    tiles = []
+    for row, boxes in zip(rows, found):
+        image = index.image(row)
+        canvas = Canvas.of(image, TILE / max(image.size))
+        for box in index.objects(row)[0]:
+            canvas.box(box, PAPER, 3)
+        _draw_boxes(canvas, boxes, class_names, 2)
+        tiles.append(canvas.image)
+    return sheet([tiles[start : start + columns] for start in range(0, len(tiles), columns)])
+
+
+def _draw_boxes(canvas: Canvas, found: Found, class_names: Sequence[str], width: int) -> None:
     rows = list(zip(found.boxes, found.scores.tolist(), found.labels.tolist()))[::-1]
     for box, _, label in rows:
-        canvas.box(box, color_of(label), max(size // 4, 3))
+        canvas.box(box, color_of(label), width)
     for box, score, label in rows:
-        canvas.label(float(box[0]) * scale, float(box[1]) * scale, f"{class_names[label]} {score:.2f}", color_of(label))
-    return canvas.image
+        x, y = float(box[0]) * canvas.scale, float(box[1]) * canvas.scale
+        canvas.label(x, y, f"{class_names[label]} {score:.2f}", color_of(label))
 
 
 # Sheets ----------------------------------------------------------------------------------------------------------------

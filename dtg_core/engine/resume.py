@@ -32,7 +32,7 @@ def stamp(config: Config, sources: Sources, processes: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "processes": processes,
         "global_batch": {"labeled": labeled, "unlabeled": unlabeled},
-        "data": {"labeled": _digest(sources.labeled), "unlabeled": _digest(sources.unlabeled)},
+        "data": {"labeled": digest(sources.labeled), "unlabeled": digest(sources.unlabeled)},
         "config": flatten(config),
     }
     return json.loads(json.dumps(made))
@@ -67,18 +67,18 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     return notes
 
 
-def _digest(index: CocoIndex | None) -> dict[str, Any] | None:
+def digest(index: CocoIndex | None) -> dict[str, Any] | None:
     """Number of images and boxes, and a hash of file names, boxes and classes; the images themselves are not read."""
     if index is None:
         return None
-    digest = hashlib.sha256(json.dumps([list(index.file_names), list(index.class_names)]).encode())
+    found = hashlib.sha256(json.dumps([list(index.file_names), list(index.class_names)]).encode())
     for array in (index.boxes, index.labels, index.box_start, index.crowd):
-        digest.update(array.tobytes())
-    return {"images": len(index), "boxes": len(index.boxes), "sha256": digest.hexdigest()}
+        found.update(array.tobytes())
+    return {"images": len(index), "boxes": len(index.boxes), "sha256": found.hexdigest()}
 
 
-def _counts(digest: Mapping[str, Any] | None) -> str:
-    return "none" if digest is None else f"{digest['images']} images with {digest['boxes']} boxes"
+def _counts(told: Mapping[str, Any] | None) -> str:
+    return "none" if told is None else f"{told['images']} images with {told['boxes']} boxes"
 
 
 def _short(value: Any) -> str:

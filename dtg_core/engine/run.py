@@ -24,13 +24,14 @@ from dtg_core.engine.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from dtg_core.engine.evaluate import coco_metrics, find
+from dtg_core.engine.evaluate import Found, find, metrics_and_curves
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Window, make_optimizer, train_step
 from dtg_core.engine.memory import keep_freed_memory
 from dtg_core.engine.metrics import MetricsWriter, Progress, Trackers
 from dtg_core.engine.replay import describe, step_data
-from dtg_core.engine.resume import check_stamp, stamp
+from dtg_core.engine.report import save_pictures, write_report
+from dtg_core.engine.resume import check_stamp, digest, stamp
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.signals import StopSignals
 from dtg_core.engine.watch import Watch
@@ -78,6 +79,7 @@ class Fit:
         labeled = sources.labeled
         self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
         self.report: RunReport | None = None
+        self.shows = True  # pictures and report.html, until they fail
 
     def run(self, resume: str | None, insist: bool = False, stop_at: int | None = None) -> int:
         """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
@@ -103,6 +105,8 @@ class Fit:
         try:
             with StopSignals() as signals:
                 status = self._train(start, signals, stop_at)
+            if status:  # not by an evaluation
+                self._show()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -194,27 +198,50 @@ class Fit:
     def _evaluate(self, done: int, signals: StopSignals) -> bool:
         """Evaluate teacher and student, each image in one process. False: broken off by a signal."""
         if self.sources.val is None:
+            self._show(done)
             return True
-        results: dict[str, Any] = {"step": done}
+        batch, data = self.stamp["global_batch"], {**self.stamp["data"], "val": digest(self.sources.val)}
+        results: dict[str, Any] = {"step": done, "images_of_a_step": batch, "data": data}
+        found: dict[str, Found] = {}
+        curves: dict[str, Any] = {}
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
             batches: Iterable[ViewBatch] = eval_batches(
                 self.sources.val, self.config.views, self.config.run.evaluate_batch, self.accelerator.process_index,
                 self.accelerator.num_processes, self.config.data.workers,
             )
-            found = find(
+            found[which] = find(
                 detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
                 self.config.run.score_threshold, self.accelerator,
             )  # fmt: skip
             signals.agreed = self._greatest(signals.received)
             if signals.agreed:
                 return False
-            results[which] = on_main(self.accelerator, lambda val=self.sources.val, found=found: coco_metrics(val, found))
+            results[which], curves[which] = on_main(
+                self.accelerator, lambda val=self.sources.val, found=found[which]: metrics_and_curves(val, found)
+            )
         if self.report:
             self.report.evaluation(done, results)
+            self._write("precision.json", json.dumps(curves["teacher"]) + "\n")
             self._write("results.json", json.dumps(results, indent=1) + "\n")
             for warning in self.watch.evaluation(done, results["teacher"]["AP"]):
                 self._say(warning)
+        self._show(done, found["teacher"])
         return True
+
+    def _show(self, evaluated: int | None = None, found: Found | None = None) -> None:
+        """Write report.html, after an evaluation with new pictures. Whatever fails there costs the pictures, not the run."""
+        if self.report is None or not self.shows:
+            return
+        folder = self.folder.path
+        try:
+            if evaluated is not None:
+                save_pictures(folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config,
+                              found, self.accelerator.device)
+            write_report(folder)
+        except Exception as error:
+            self.shows = False
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._say(f"warning: {folder / 'report.html'}: given up ({reason}) - training goes on")
 
     @torch.no_grad()
     def _score_histogram(self, stage: str) -> str:

@@ -36,13 +36,14 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
     names = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     checkpoint = {"student.safetensors", "teacher.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert names == {
-        ".lock", "config.yaml", "metrics.jsonl", "results.json",
+        ".lock", "config.yaml", "metrics.jsonl", "results.json", "precision.json", "report.html",
+        *(f"pictures/{kind}-{step:06}.jpg" for kind in ("guidance-head", "predictions") for step in (3, 6)),
         *(f"weights/{which}.safetensors" for which in ("teacher", "student")),
         *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
     }  # fmt: skip
     results = json.loads((output / "results.json").read_text())
     assert results["step"] == 6
-    assert set(results) == {"teacher", "student", "step"}
+    assert set(results) == {"teacher", "student", "step", "images_of_a_step", "data"}
     assert {"AP", "AP50", "AP75", "classes"} <= set(results["teacher"])
     found = lines(output, times=True)
     assert [line["step"] for line in found] == [1, 2, 3, 3, 4, 5, 6, 6]

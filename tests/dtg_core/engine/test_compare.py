@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+from pages import stands_alone
 
 from dtg_core.engine.compare import FIGURES, compare, draw_curves, effective, tables, to_html, to_markdown
 from dtg_core.errors import UserError
@@ -23,7 +24,7 @@ from run_settings import RunSettings  # noqa: E402
 def write_run(
     folder: Path, ap: float, *, paradigm: str = "dense", seed: int = 0, fold: int = 0, labeled: str | None = None,
     alpha: float = 2.0, tau: float = 0.4, step: int | None = 100, output: str = "",
-    classes: tuple[str, ...] = ("cat", "dog"),
+    classes: tuple[str, ...] = ("cat", "dog"), made: dict[str, Any] | None = None, per_device: int = 1,
 ) -> Path:
     settings = RunSettings()
     stages = {
@@ -34,15 +35,15 @@ def write_run(
         settings, detector="gfl", paradigm=paradigm,
         run=replace(settings.run, steps=100, seed=seed, output=output or str(folder)),
         guidance=replace(settings.guidance, alpha=alpha, stages=stages),
-        data=replace(settings.data, shapes_seed=fold, labeled=labeled),
+        data=replace(settings.data, shapes_seed=fold, labeled=labeled, labeled_per_device=per_device),
     )  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(settings))
     told = {name: ap + number for number, name in enumerate(FIGURES)} | {"classes": {name: ap for name in classes}}
     if step is not None:
-        (folder / "results.json").write_text(json.dumps({"step": step, "teacher": told, "student": told}))
-    lines = [{"step": 50, "step_seconds": 0.6}, {"step": 50, "teacher/AP": ap / 2}, {"step": 100, "step_seconds": 1.8},
-             {"step": 100, "teacher/AP": ap}]  # fmt: skip
+        (folder / "results.json").write_text(json.dumps({"step": step, "teacher": told, "student": told, **(made or {})}))
+    lines = [{"step": 50, "step_seconds": 0.6, "data_seconds": 0.3}, {"step": 50, "teacher/AP": ap / 2},
+             {"step": 100, "step_seconds": 1.8, "data_seconds": 0.3}, {"step": 100, "teacher/AP": ap}]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -51,15 +52,24 @@ def results(*paths: Path) -> list[list[str]]:
     return tables(compare(paths, STAGES))["Results"]
 
 
+def read_from(**data: str) -> dict[str, Any]:
+    """What a run tells of the data that it has read: here a digest for each."""
+    return {"data": {name: {"sha256": digest} for name, digest in data.items()}}
+
+
 def test_means_spreads_and_differences(tmp_path):
     sparse = [write_run(tmp_path / f"s{seed}", ap, paradigm="sparse", seed=seed) for seed, ap in enumerate((30, 32, 34))]
     dense = [write_run(tmp_path / f"d{seed}", ap, seed=seed) for seed, ap in enumerate((31, 33.5, 34.5))]
     header, first, second = results(*sparse, *dense)
-    assert header[:5] == ["", "AP", "AP50", "AP75", "difference"]
-    assert first[:5] == ["gfl, sparse", "32.00 ± 2.00", "33.00 ± 2.00", "34.00 ± 2.00", ""]
+    assert header == ["", "AP", "AP50", "AP75", "AP - first", "AP50 - first", "AP75 - first", "runs"]
+    assert first == ["gfl, sparse", "32.00 ± 2.00", "33.00 ± 2.00", "34.00 ± 2.00", "", "", "", "3"]
     assert second[:2] == ["gfl, dense", "33.00 ± 1.80"]
-    assert second[4] == "+1.00 ± 0.50"  # of 1.0, 1.5 and 0.5, seed by seed
-    assert (first[-2], first[-1]) == ("3", "2.0")  # 50 steps of 0.6 s and 50 of 1.8 s
+    assert second[4:7] == ["+1.00 ± 0.50"] * 3  # of 1.0, 1.5 and 0.5, seed by seed
+    whole = tables(compare([*sparse, *dense], STAGES))
+    # 50 steps of 0.6 s and 50 of 1.8 s, of which each waits 0.3 s; defaults of one process
+    assert whole["Cost"][1] == ["gfl, sparse", "2.0", "1.200", "25%", "100", "1 + 4"]
+    assert whole["Teacher's AP on the way"][1:] == [["50", "16.00 ± 1.00", "16.50 ± 0.90"], ["100", "32.00 ± 2.00", "33.00 ± 1.80"]]
+    assert whole["Classes"][1] == ["cat", "32.00 ± 2.00", "33.00 ± 1.80"]
 
 
 def test_other_seeds_have_no_paired_spread(tmp_path):
@@ -74,9 +84,9 @@ def test_other_seeds_have_no_paired_spread(tmp_path):
 def test_folds_are_one_row_and_shares_are_not(tmp_path):
     files = ["fold1_1_labeled.json", "fold2_1_labeled.json", "fold1_10_labeled.json"]
     runs = [write_run(tmp_path / str(number), 20, labeled=name) for number, name in enumerate(files)]
-    assert [row[-2] for row in results(*runs)[1:]] == ["2", "1"]
+    assert [row[-1] for row in results(*runs)[1:]] == ["2", "1"]
     runs = [write_run(tmp_path / f"e{number}", 20, fold=number) for number in range(3)]
-    assert [row[-2] for row in results(*runs)[1:]] == ["3"]
+    assert [row[-1] for row in results(*runs)[1:]] == ["3"]
     runs = [write_run(tmp_path / f"s{n}", 20, labeled=f"x/instances_train2017.{n}@10.json") for n in (1, 2)]
     assert len(results(*runs)) == 2
 
@@ -133,30 +143,57 @@ def test_refusals(tmp_path):
         compare([tmp_path / "other"], STAGES)
 
 
+def test_images_of_a_step_part_runs_and_processes_do_not(tmp_path):
+    def batch(labeled: int) -> dict[str, Any]:
+        return {"images_of_a_step": {"labeled": labeled, "unlabeled": 4}}
+
+    runs = [write_run(tmp_path / "a", 20, per_device=2, made=batch(2)),
+            write_run(tmp_path / "b", 21, per_device=1, seed=1, made=batch(2)),  # two processes
+            write_run(tmp_path / "c", 22, per_device=1, seed=2, made=batch(1))]  # fmt: skip
+    assert [row[-1] for row in results(*runs)[1:]] == ["2", "1"]
+    assert compare(runs, STAGES).differing == {"images_of_a_step.labeled": ["2", "1"]}
+
+
+def test_data_are_judged_by_what_was_read(tmp_path):
+    first = write_run(tmp_path / "first", 20, labeled="a.json", made=read_from(labeled="1", val="1"))
+    same = write_run(tmp_path / "same", 21, seed=1, labeled="a.json", made=read_from(labeled="1", val="1"))
+    assert len(results(first, same)) == 2
+    changed = write_run(tmp_path / "changed", 21, seed=2, labeled="a.json", made=read_from(labeled="2", val="1"))
+    with pytest.raises(UserError, match=r"its labeled data are not those of .*first"):
+        compare([first, same, changed], STAGES)
+    elsewhere = write_run(tmp_path / "elsewhere", 21, seed=3, labeled="a.json", made=read_from(labeled="1", val="2"))
+    with pytest.raises(UserError, match="same name, but with other images or boxes"):
+        compare([first, elsewhere], STAGES)
+
+
 def test_pages(tmp_path):
     runs = [write_run(tmp_path / f"<b>{seed}", 20 + seed, seed=seed) for seed in range(2)]
     comparison = compare(runs, STAGES)
     widths = {len(line) for line in to_markdown(comparison).splitlines() if line.startswith("| ")}
     assert len(widths) <= len(tables(comparison))  # columns are aligned
-    page = to_html(comparison, b"\x89PNG")
+    page = to_html(comparison)
     assert "<b>" not in page
     assert "&lt;b&gt;" in page
-    assert not re.search(r"(src|href)=\"(?!data:)|http", page)
+    assert stands_alone(page)
 
 
 def test_curves(tmp_path):
-    pytest.importorskip("matplotlib")
     runs = [write_run(tmp_path / str(seed), 20 + seed, seed=seed) for seed in range(2)]
     comparison = compare(runs, STAGES)
     assert comparison.rows[0].runs[0].curve == [(50, pytest.approx(30.0), 10.0), (100, pytest.approx(120.0), 20.0)]
-    assert (draw_curves(comparison) or b"").startswith(b"\x89PNG")
+    curves = draw_curves(comparison)
+    assert (curves.count("<polyline"), curves.count("class=thin")) == (6, 4)  # two runs and their mean, twice
+    assert "2 at 50" not in curves
+    assert "10.25 at 50" in curves  # the mean of 10 and 10.5
+    (tmp_path / "0" / "metrics.jsonl").unlink()
+    assert draw_curves(compare(runs[:1], STAGES)) == ""
 
 
-def test_without_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_command_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", 20)
     assert compare_script.main([str(run), "--output", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert sum("dtg-ssod[report]" in line for line in shown.splitlines()) == 1
-    assert "<img" not in (tmp_path / "out" / "compare.html").read_text()
-    assert (tmp_path / "out" / "compare.md").read_text() in shown
+    assert (tmp_path / "out" / "compare.md").read_text() in capsys.readouterr().out
+    assert stands_alone((tmp_path / "out" / "compare.html").read_text())
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    with pytest.raises(UserError, match="cannot be written"):
+        compare_script.main([str(run), "--output", str(run / "results.json")])

@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from dtg_core.data.coco import CocoIndex, load_coco
-from dtg_core.engine.evaluate import FIGURES, Found, coco_metrics, coco_results, find, format_metrics
+from dtg_core.engine.evaluate import FIGURES, Found, coco_metrics, coco_results, find, format_metrics, metrics_and_curves
 from dtg_core.errors import UserError
 from dtg_core.structures import Detections, ViewBatch
 
@@ -369,3 +369,18 @@ def test_two_processes_share_the_images(tmp_path: Path) -> None:
     assert first["classes"]["a"] == pytest.approx(100)
     assert "KeyError" in (tmp_path / "0.txt").read_text()
     assert "evaluation failed on process 0" in (tmp_path / "1.txt").read_text()
+
+
+def test_curves_are_the_evaluators() -> None:
+    index, found = random_case(1)
+    metrics, curves = metrics_and_curves(index, found)
+    precision = reference(index, found).eval["precision"]
+    assert metrics == coco_metrics(index, found)
+    for iou, threshold in (("0.50", 0), ("0.75", 5)):
+        known = [name for name, ap in metrics["classes"].items() if ap is not None]
+        assert list(curves[iou]) == known
+        for label, name in enumerate(index.class_names):
+            if name in known:
+                place = sorted(index.category_ids).index(index.category_ids[label])
+                np.testing.assert_allclose(curves[iou][name], precision[threshold, :, place, 0, 2], atol=1e-4)
+    assert any(max(values) > 0 for values in curves["0.50"].values())

@@ -1,0 +1,224 @@
+"""``report.html`` of a run folder: curves, AP of each class, precision over recall, predictions, and what the teacher teaches.
+
+``save_pictures`` draws at each evaluation, ``write_report`` makes the page of what the folder holds by then.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dtg_core.config import Config
+from dtg_core.data.coco import CocoIndex
+from dtg_core.data.plan import StepData
+from dtg_core.data.sources import Sources
+from dtg_core.engine import evaluate
+from dtg_core.engine.explain import explain
+from dtg_core.engine.metrics import read_metrics
+from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
+from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
+from dtg_core.engine.predict import Found
+from dtg_core.settings import dotted, plain_yaml
+
+TAUGHT, PREDICTED = 3, 8  # images on the sheets
+SCORE = 0.3  # of predictions that are drawn
+MOST_CLASSES = 60  # with a chart of their own
+
+#: Titles of the guidance's figures; others keep their name.
+GUIDANCE = {
+    "candidates": "Candidates in an image", "clusters": "Clusters in an image", "cluster_size": "Candidates in a cluster",
+    "matched": "Share of the candidates with a student's sample", "background": "Background samples in an image",
+    "pseudo_boxes": "Boxes in an image over the pseudo score",
+}  # fmt: skip
+CAPTIONS = {
+    "predictions": f"The teacher's boxes over a score of {SCORE}, in colors; labels are white",
+    "guidance": "What the teacher teaches in the stage",
+}
+
+
+# Pictures --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_pictures(
+    folder: Path, step: int, teacher: nn.Module, student: nn.Module, sources: Sources, config: Config,
+    found: evaluate.Found | None, device: torch.device,
+) -> None:
+    """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, at each evaluation of the same images.
+
+    Args:
+        folder: for the pictures.
+        teacher, student: satisfy ``dtg_core.protocol.Detector``; the student is in evaluation mode meanwhile.
+        found: the teacher's detections of the validation set, if there is one.
+
+    Raises:
+        OSError: cannot be written. UserError: an image cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if sources.val is not None and found is not None:
+        rows = sample_rows(sources.val, PREDICTED)
+        names = sources.val.class_names
+        sheet = predictions_sheet(sources.val, rows, [found_in(found, row, sources.val) for row in rows], names)
+        _save(sheet, folder / f"predictions-{step:06}.jpg")
+    if sources.unlabeled is None:
+        return
+    pair = StepData(sources.labeled, sources.unlabeled, config.views, config.run.seed, 1, TAUGHT)[0].unlabeled
+    assert pair is not None
+    pair, training = pair.to(device), student.training
+    student.eval()
+    try:
+        for name in teacher.stages:  # type: ignore[union-attr]
+            rule = config.guidance.stages[name]
+            if rule.paradigm != "none":
+                told = explain(teacher, student, pair, name, rule, config.views.box_hull)  # type: ignore[arg-type]
+                sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
+                _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
+    finally:
+        student.train(training)
+
+
+def sample_rows(index: CocoIndex, count: int) -> list[int]:
+    """At most ``count`` rows of images with objects, from all over the data set."""
+    rows = np.flatnonzero(np.diff(index.box_start))
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
+
+
+def found_in(found: evaluate.Found, row: int, index: CocoIndex) -> Found:
+    """The detections over SCORE of an image of ``index``, best first."""
+    every = found.merged()[1]
+    own = every[(every[:, 6] == row) & (every[:, 4] > SCORE)]
+    own = own[own[:, 4].argsort()[::-1]]
+    height, width = index.sizes[row].tolist()
+    return Found((height, width), own[:, :4].astype(np.float32), own[:, 4].astype(np.float32), own[:, 5].astype(np.int64))
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    draft = path.with_name(f"{path.name}.tmp")
+    sheet.save(draft, "JPEG", quality=88)
+    os.replace(draft, path)
+
+
+# The page --------------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path) -> None:
+    """Write ``report.html`` of a run folder that has a ``config.yaml``; what else is missing is left out.
+
+    Raises:
+        OSError: a file cannot be read or written. UserError, ValueError: one is not what a run writes.
+    """
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
+    settings = dotted(plain_yaml(config, str(folder / "config.yaml")))
+    lines = list(read_metrics(folder / "metrics.jsonl"))
+    results, precision = (_json(folder / name) for name in ("results.json", "precision.json"))
+    step = max((line.get("step", 0) for line in lines), default=0)
+    body = [
+        paragraph(f"{settings.get('detector', 'detector')} on {settings.get('backbone.name')}, {_paradigms(settings)}; seed "
+                  f"{settings.get('run.seed')}; step {step} of {settings.get('run.steps')}"),
+        *([section("COCO figures", table(_figures(results)))] if results else []),
+        section("Curves", charts(_curves(lines))),
+        *([section("Classes", table(_classes(results)))] if results else []),
+        *([section("Precision over recall, teacher", *_precision(precision, results))] if precision else []),
+        *_pictures(folder / "pictures", step),
+        section("Settings", folded("config.yaml", config)),
+    ]  # fmt: skip
+    draft = folder / "report.html.tmp"
+    draft.write_text(page(folder.resolve().name, body), encoding="utf-8")
+    os.replace(draft, folder / "report.html")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Empty when there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _paradigms(settings: Mapping[str, Any]) -> str:
+    return f"{settings['paradigm']} guidance" if settings.get("paradigm") not in (None, "supervised") else "supervised"
+
+
+def _figures(results: Mapping[str, Any]) -> Table:
+    names = evaluate.FIGURES
+    return [["", *names], *([who, *(_shown(results[who].get(name)) for name in names)] for who in ("teacher", "student"))]
+
+
+def _classes(results: Mapping[str, Any]) -> Table:
+    teacher, student = (results[who]["classes"] for who in ("teacher", "student"))
+    return [["AP of", "teacher", "student"], *([name, _shown(teacher[name]), _shown(student.get(name))] for name in teacher)]
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A chart for each kind of figure in metrics.jsonl."""
+    points: dict[str, list[Point]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and isinstance(value, (int, float)):
+                points.setdefault(name, []).append((line["step"], value))
+
+    def lines_of(names: Iterable[str], start: int = 0) -> list[Line]:
+        return [Line(" ".join(name.split("/")[start:]), points[name], color) for color, name in enumerate(names) if name in points]
+
+    def under(branch: str) -> list[str]:
+        return sorted(name for name in points if name.startswith(f"{branch}/"))
+
+    guidance = under("guidance")
+    kinds = sorted({name.split("/")[2] for name in guidance}, key=lambda kind: [*GUIDANCE, kind].index(kind))
+    of_kind = {kind: [Line(name.split("/")[1], points[name], color)
+                      for color, name in enumerate(name for name in guidance if name.endswith(f"/{kind}"))] for kind in kinds}
+    found = [
+        ("AP", lines_of(("teacher/AP", "student/AP", "teacher/AP50", "teacher/AP75"))),
+        ("Losses on labelled images", lines_of(under("labeled"), 1)),
+        ("Losses on unlabelled images, before alpha", lines_of(under("unlabeled"), 1)),
+        ("Unlabelled loss for each unit of labelled loss", lines_of(["loss_ratio"])),
+        *((GUIDANCE.get(kind, kind), of_kind[kind]) for kind in kinds),
+        ("Learning rate", lines_of(["lr"])),
+        ("Seconds of a step", lines_of(["step_seconds", "data_seconds"])),
+        ("Share of the steps that were skipped", lines_of(["skipped"] if any(y for _, y in points.get("skipped", ())) else [])),
+    ]  # fmt: skip
+    return [chart(title, some) for title, some in found if some]
+
+
+def _precision(curves: Mapping[str, Mapping[str, Sequence[float]]], results: Mapping[str, Any]) -> list[str]:
+    """Means over all classes, and a small chart for each."""
+    def line(number: int, iou: str, values: Sequence[float]) -> Line:
+        return Line(f"IoU {iou}", [(place / (len(values) - 1), value) for place, value in enumerate(values)], number)
+
+    means = [line(number, iou, list(map(statistics.fmean, zip(*curves[iou].values()))))
+             for number, iou in enumerate(curves) if curves[iou]]  # fmt: skip
+    if not means:
+        return [paragraph("no object in the validation set")]
+    names = list(next(iter(curves.values())))
+    known = results.get("teacher", {}).get("classes", {})
+    small = [chart(f"{name}, AP {_shown(known.get(name))}",
+                   [line(number, iou, curves[iou][name]) for number, iou in enumerate(curves)], "recall", 1.0, 1.0, (240, 160))
+             for name in names[:MOST_CLASSES]]  # fmt: skip
+    rest = [paragraph(f"the first {MOST_CLASSES} of {len(names)} classes")] if len(names) > MOST_CLASSES else []
+    return [charts([chart("Mean over all classes", means, "recall", 1.0, 1.0)]), charts(small), *rest]
+
+
+def _pictures(folder: Path, step: int) -> list[str]:
+    """The newest picture of each kind up to ``step``; later ones are of a time before the run was resumed."""
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in sorted(folder.glob("*.jpg")):
+        match = re.fullmatch(r"(.+)-(\d+)", path.stem)
+        if match and newest.get(match[1], (-1, path))[0] < int(match[2]) <= step:
+            newest[match[1]] = int(match[2]), path
+    parts = []
+    for kind in sorted(newest, reverse=True):  # predictions first
+        at, path = newest[kind]
+        title, _, stage = kind.partition("-")
+        caption = f"{CAPTIONS.get(title, title)} {stage}".strip() + f" at step {at}"
+        parts.append(picture(path.read_bytes(), "jpeg", caption))
+    return [section("Pictures", *parts)] if parts else []
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

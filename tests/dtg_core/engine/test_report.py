@@ -1,0 +1,127 @@
+"""Reports of runs: what is in them, that they stand alone, and that a failure costs the pictures and nothing else."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from pages import read_page, stands_alone
+from PIL import Image
+from runs import TinyData
+
+from dtg_core.data.coco import load_coco
+from dtg_core.engine import report
+from dtg_core.engine import run as run_module
+from dtg_core.engine.evaluate import Found
+from dtg_core.engine.report import found_in, sample_rows, write_report
+from dtg_core.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> TinyData:
+    return TinyData.write(tmp_path_factory.mktemp("data"))
+
+
+EVALUATED = ("run.evaluate_every=3", "run.checkpoint_every=3")
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A run of GFL that was evaluated at steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert runs.run(runs.command(data, "gfl", folder / "run", *EVALUATED), folder / "logs").status == 0
+    return folder / "run"
+
+
+def test_a_run_writes_pictures_at_evaluations_and_its_report(finished):
+    names = sorted(path.name for path in (finished / "pictures").iterdir())
+    assert names == [f"{kind}-{step:06}.jpg" for kind in ("guidance-head", "predictions") for step in (3, 6)]
+    with Image.open(finished / "pictures" / "guidance-head-000006.jpg") as sheet:
+        assert sheet.width > 1500  # five tiles
+        assert sheet.height > report.TAUGHT * 290
+    text = (finished / "report.html").read_text()
+    assert stands_alone(text)
+    assert text.count("data:image/jpeg") == 2
+    words = " ".join(read_page(text).text)
+    for wanted in ("COCO figures", "Losses on labelled images", "Losses on unlabelled images", "Candidates in an image", "head",
+                   "Mean over all classes", "green, AP", "red, AP", "at step 6", "config.yaml", "max_skipped"):  # fmt: skip
+        assert wanted in words, wanted
+    assert "at step 3" not in words
+    curves = json.loads((finished / "precision.json").read_text())
+    assert {iou: sorted(classes) for iou, classes in curves.items()} == {iou: ["green", "red"] for iou in ("0.50", "0.75")}
+    told = json.loads((finished / "results.json").read_text())
+    assert told["images_of_a_step"] == {"labeled": 1, "unlabeled": 2}
+    assert {name: told["data"][name]["images"] for name in told["data"]} == {"labeled": 5, "unlabeled": 9, "val": 3}
+
+
+@pytest.mark.parametrize(("paradigm", "kinds"), [
+    ("dense", ["guidance-rcnn", "guidance-rpn", "predictions"]), ("supervised", ["predictions"]),
+])  # fmt: skip
+def test_stages_that_are_guided_have_a_picture(data, tmp_path, paradigm, kinds):
+    arguments = runs.command(data, "faster_rcnn", tmp_path / "run", steps=3, paradigm=paradigm)
+    assert runs.run(arguments, tmp_path / "logs").status == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir()) == [f"{kind}-000003.jpg" for kind in kinds]
+    assert (tmp_path / "run" / "report.html").read_text().count("data:image/jpeg") == len(kinds)
+
+
+def test_without_a_validation_set_there_are_curves_and_guidance(data, tmp_path):
+    arguments = runs.command(data, "gfl", tmp_path / "run", steps=3)
+    place = arguments.index("--val")
+    assert runs.run([*arguments[:place], *arguments[place + 2 :]], tmp_path / "logs").status == 0
+    words = " ".join(read_page((tmp_path / "run" / "report.html").read_text()).text)
+    assert "Losses on labelled images" in words
+    assert "What the teacher teaches" in words
+    assert "COCO figures" not in words
+
+
+def refuse(*_: object) -> None:
+    raise OSError(28, "No space\nleft on device")
+
+
+def fill_the_disk() -> None:
+    run_module.save_pictures = refuse
+
+
+def test_a_failure_is_one_warning_and_changes_nothing(data, finished, tmp_path):
+    process = runs.run(runs.command(data, "gfl", tmp_path / "run", *EVALUATED), tmp_path / "logs", prepare=fill_the_disk)
+    assert process.status == 0
+    told = [line for line in process.err.splitlines() if "report.html" in line]
+    assert len(told) == 1  # of two evaluations
+    assert told[0].startswith("warning: ")
+    assert told[0].endswith("report.html: given up ([Errno 28] No space left on device) - training goes on")
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert runs.lines(tmp_path / "run") == runs.lines(finished)  # drawing has no part in the training
+    assert (tmp_path / "run" / "results.json").read_text() == (finished / "results.json").read_text()
+
+
+def test_a_report_takes_what_there_is(finished, tmp_path):
+    with pytest.raises(OSError, match="config"):
+        write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "labeled/head/cls": null, "lr": 0.1}\n{"step": 8, "lr": 0.2}\n')
+    (tmp_path / "pictures").mkdir()
+    for name in ("predictions-000004.jpg", "predictions-000008.jpg", "predictions-000012.jpg", "guidance-head.jpg", "mine.jpg"):
+        (tmp_path / "pictures" / name).write_bytes(b"x")
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert stands_alone(text)
+    assert "Learning rate" in text
+    assert "at step 8" in text  # 12 is of a time before the run went back to step 8
+    assert text.count("data:image/") == 1
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError):
+        write_report(tmp_path)
+
+
+def test_predictions_are_those_of_the_image(data):
+    index = load_coco(data.val)
+    rows = [[0, 0, 9, 9, 0.9, 1, 2], [1, 1, 5, 5, 0.95, 0, 2], [0, 0, 8, 8, 0.2, 1, 2], [3, 3, 7, 7, 0.9, 0, 0]]
+    found = Found([np.arange(3)], [np.array(rows, np.float64)])
+    own = found_in(found, 2, index)
+    assert own.boxes.tolist() == [[1, 1, 5, 5], [0, 0, 9, 9]]  # best first, and none under the threshold
+    assert own.labels.tolist() == [0, 1]
+    assert len(found_in(found, 1, index).boxes) == 0
+    assert sample_rows(index, 2) == [0, 2]
+    assert sample_rows(index, 9) == [0, 1, 2]
