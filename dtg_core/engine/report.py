@@ -8,7 +8,7 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,17 @@ from dtg_core.settings import dotted, plain_yaml
 TAUGHT, PREDICTED = 3, 8  # images on the sheets
 SCORE = 0.3  # of predictions that are drawn
 MOST_CLASSES = 60  # with a chart of their own
+APS = (("teacher", "AP"), ("student", "AP"), ("teacher", "AP50"), ("teacher", "AP75"))
 
 #: Titles of the guidance's figures; others keep their name.
 GUIDANCE = {
     "candidates": "Candidates in an image", "clusters": "Clusters in an image", "cluster_size": "Candidates in a cluster",
-    "matched": "Share of the candidates with a student's sample", "background": "Background samples in an image",
+    "matched": "Share of candidates that reach the student", "background": "Background samples in an image",
     "pseudo_boxes": "Boxes in an image over the pseudo score",
 }  # fmt: skip
 CAPTIONS = {
-    "predictions": f"The teacher's boxes over a score of {SCORE}, in colors; labels are white",
-    "guidance": "What the teacher teaches in the stage",
+    "predictions": f"the teacher's boxes over a score of {SCORE} in colors, labels in white",
+    "guidance": "what the teacher teaches in the stage",
 }
 
 
@@ -163,25 +164,27 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
             if name != "step" and isinstance(value, (int, float)):
                 points.setdefault(name, []).append((line["step"], value))
 
-    def lines_of(names: Iterable[str], start: int = 0) -> list[Line]:
-        return [Line(" ".join(name.split("/")[start:]), points[name], color) for color, name in enumerate(names) if name in points]
+    def lines_of(names: Mapping[str, str]) -> list[Line]:
+        """Of the figures that are there, by name in the file and in the legend."""
+        return [Line(names[name], points[name], color) for color, name in enumerate(names) if name in points]
 
-    def under(branch: str) -> list[str]:
-        return sorted(name for name in points if name.startswith(f"{branch}/"))
+    def under(branch: str, kind: str = "") -> dict[str, str]:
+        """Figures "branch/stage/kind", of one kind only if given; told by what is not given."""
+        parts = {name: name.split("/")[1:] for name in sorted(points) if name.startswith(f"{branch}/")}
+        return {name: stage if kind else f"{stage} {own}" for name, (stage, own) in parts.items() if kind in ("", own)}
 
-    guidance = under("guidance")
-    kinds = sorted({name.split("/")[2] for name in guidance}, key=lambda kind: [*GUIDANCE, kind].index(kind))
-    of_kind = {kind: [Line(name.split("/")[1], points[name], color)
-                      for color, name in enumerate(name for name in guidance if name.endswith(f"/{kind}"))] for kind in kinds}
+    kinds = list(dict.fromkeys(name.split("/")[2] for name in under("guidance")))
+    kinds.sort(key=lambda kind: [*GUIDANCE, kind].index(kind))
+    skipped = any(value for _, value in points.get("skipped", ()))
     found = [
-        ("AP", lines_of(("teacher/AP", "student/AP", "teacher/AP50", "teacher/AP75"))),
-        ("Losses on labelled images", lines_of(under("labeled"), 1)),
-        ("Losses on unlabelled images, before alpha", lines_of(under("unlabeled"), 1)),
-        ("Unlabelled loss for each unit of labelled loss", lines_of(["loss_ratio"])),
-        *((GUIDANCE.get(kind, kind), of_kind[kind]) for kind in kinds),
-        ("Learning rate", lines_of(["lr"])),
-        ("Seconds of a step", lines_of(["step_seconds", "data_seconds"])),
-        ("Share of the steps that were skipped", lines_of(["skipped"] if any(y for _, y in points.get("skipped", ())) else [])),
+        ("AP", lines_of({f"{who}/{name}": f"{who} {name}" for who, name in APS})),
+        ("Losses on labelled images", lines_of(under("labeled"))),
+        ("Losses on unlabelled images, before alpha", lines_of(under("unlabeled"))),
+        ("Unlabelled loss for each unit of labelled loss", lines_of({"loss_ratio": ""})),
+        *((GUIDANCE.get(kind, kind), lines_of(under("guidance", kind))) for kind in kinds),
+        ("Learning rate", lines_of({"lr": ""})),
+        ("Seconds of a step", lines_of({"step_seconds": "whole", "data_seconds": "waiting for data"})),
+        ("Share of steps that were skipped", lines_of({"skipped": ""} if skipped else {})),
     ]  # fmt: skip
     return [chart(title, some) for title, some in found if some]
 
@@ -215,7 +218,7 @@ def _pictures(folder: Path, step: int) -> list[str]:
     for kind in sorted(newest, reverse=True):  # predictions first
         at, path = newest[kind]
         title, _, stage = kind.partition("-")
-        caption = f"{CAPTIONS.get(title, title)} {stage}".strip() + f" at step {at}"
+        caption = f"Step {at}: {CAPTIONS.get(title, title)} {stage}".rstrip()
         parts.append(picture(path.read_bytes(), "jpeg", caption))
     return [section("Pictures", *parts)] if parts else []
 

@@ -46,9 +46,9 @@ def test_a_run_writes_pictures_at_evaluations_and_its_report(finished):
     assert text.count("data:image/jpeg") == 2
     words = " ".join(read_page(text).text)
     for wanted in ("COCO figures", "Losses on labelled images", "Losses on unlabelled images", "Candidates in an image", "head",
-                   "Mean over all classes", "green, AP", "red, AP", "at step 6", "config.yaml", "max_skipped"):  # fmt: skip
+                   "Mean over all classes", "green, AP", "red, AP", "Step 6: the teacher's boxes", "config.yaml", "max_skipped"):  # fmt: skip
         assert wanted in words, wanted
-    assert "at step 3" not in words
+    assert "Step 3:" not in words
     curves = json.loads((finished / "precision.json").read_text())
     assert {iou: sorted(classes) for iou, classes in curves.items()} == {iou: ["green", "red"] for iou in ("0.50", "0.75")}
     told = json.loads((finished / "results.json").read_text())
@@ -72,7 +72,7 @@ def test_without_a_validation_set_there_are_curves_and_guidance(data, tmp_path):
     assert runs.run([*arguments[:place], *arguments[place + 2 :]], tmp_path / "logs").status == 0
     words = " ".join(read_page((tmp_path / "run" / "report.html").read_text()).text)
     assert "Losses on labelled images" in words
-    assert "What the teacher teaches" in words
+    assert "what the teacher teaches" in words
     assert "COCO figures" not in words
 
 
@@ -108,7 +108,7 @@ def test_a_report_takes_what_there_is(finished, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert stands_alone(text)
     assert "Learning rate" in text
-    assert "at step 8" in text  # 12 is of a time before the run went back to step 8
+    assert "Step 8:" in text  # 12 is of a time before the run went back to step 8
     assert text.count("data:image/") == 1
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError):
