@@ -21,7 +21,7 @@ from dtg_core.errors import UserError
 def parser() -> Parser:
     result = Parser("Turn YOLO or Pascal VOC labels into a COCO JSON.")
     add = result.add_argument
-    add("--format", type=one_of(("yolo", "voc")), required=True, metavar="yolo|voc")
+    add("--format", type=one_of(("yolo", "voc")), required=True, metavar="yolo|voc", help="what is imported")
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, with any subfolders")
     add("--labels", type=Path, required=True, metavar="DIR", help="folder of the .txt or .xml files, arranged like the "
                                                                   "images")

@@ -16,6 +16,7 @@ from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
 from dtg_core.engine.loop import make_optimizer, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
+from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
@@ -68,9 +69,12 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
                         "make room, or give another --output")
     on_gpu = accelerator.device.type == "cuda"
     unlabeled = "none" if sources.unlabeled is None else f"{len(sources.unlabeled)}"
+    images, processes = global_batch(config, accelerator.num_processes), accelerator.num_processes
     return [
         f"data: {len(sources.labeled)} labelled, {unlabeled} unlabelled and {len(sources.val) if sources.val else 0} "
         "validation images",
+        f"batch: {images[0]} labelled and {0 if sources.unlabeled is None else images[1]} unlabelled images, over "
+        f"{processes} {'process' if processes == 1 else 'processes'}",
         f"step: {training:.2f} s training, {reading:.2f} s reading with one process",
         *(["losses were not finite - lower optim.lr, or check the data"] if skipped else []),
         f"run: about {timedelta(seconds=round(step_seconds * config.run.steps))} for {config.run.steps} steps, evaluation "

@@ -138,7 +138,7 @@ class Progress:
         self.total, self.start, self.done = total, start, start
         self.stream = stream or sys.stderr
         self.began = time.monotonic()
-        self.bar: tqdm[Any] | None = None
+        self.bar: Any = None  # tqdm's, on a terminal
         try:
             if self.stream.isatty():
                 self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=self.stream)

@@ -33,7 +33,7 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
     before = tree(data.labeled.parent)
     process = run([*arguments, "--dry-run"], tmp_path / "logs")
     assert (process.status, errors(process)) == (0, []), process.err
-    for word in ("5 labelled, 9 unlabelled and 3 validation images", "s training", "for 6 steps", "of the process at most", "a checkpoint",
+    for word in ("5 labelled, 9 unlabelled and 3 validation images", "batch: 1 labelled and 2 unlabelled images, over 1 process\n", "s training", "for 6 steps", "of the process at most", "a checkpoint",
                  "nothing was written"):  # fmt: skip
         assert word in process.out
     assert "not finite" not in process.out
