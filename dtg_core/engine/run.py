@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -217,7 +218,7 @@ class Fit:
             if signals.agreed:
                 return False
             results[which], curves[which] = on_main(
-                self.accelerator, lambda val=self.sources.val, found=found[which]: metrics_and_curves(val, found)
+                self.accelerator, partial(metrics_and_curves, self.sources.val, found[which])
             )
         if self.report:
             self.report.evaluation(done, results)
