@@ -10,9 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dtg_core.settings import refuse
+from dtg_core.settings import Renames, refuse
 
 Paradigm = Literal["dense", "sparse", "none"]
+
+#: What former versions called their keys; whoever renames one appends a table, which makes the next version.
+RENAMED: Renames = ()
+SCHEMA = len(RENAMED) + 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class DataRules:
     box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused where it looks like another
     allow_outside_root: bool = False  # whether file names may lead out of the images' folder
     use_json_area: bool = False  # judge small, medium and large by "area" of the JSON (COCO: of masks), not of the boxes
-    truncated: Literal["skip", "use"] = "skip"  # image files that are cut off
+    truncated: Literal["skip", "use", "error"] = "skip"  # image files that are cut off; use: what there is of them
     float_range: tuple[float, float] | None = None  # values of float images that become black and white
     max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
 
@@ -156,6 +160,8 @@ class RunConfig:
     steps: int = 180_000
     seed: int = 0
     output: str | None = None  # run folder; None: runs/<detector>-<paradigm>-<data>-seed<seed>
+    init: str | None = None  # weights file or run folder that teacher and student start from
+    reset_head: bool = False  # draw the layers that depend on the classes anew, instead of taking them from ``init``
     log_every: int = 50
     evaluate_every: int = 0  # 0: only at the end
     checkpoint_every: int = 0
@@ -170,6 +176,7 @@ class RunConfig:
 class Config:
     """Everything but the detectors' own sections, which the command line adds."""
 
+    schema: int = SCHEMA  # version of these keys
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -180,6 +187,7 @@ class Config:
 
 #: The interval of each number; a round bracket leaves its end out. A pattern's * stands for any stage.
 RANGES = {
+    "schema": f"[{SCHEMA}, {SCHEMA}]",
     "guidance.alpha": "[0, inf)",
     "guidance.start_step": "[0, inf)",
     "guidance.ramp_steps": "[0, inf)",
@@ -251,6 +259,10 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
         if rule.background_tau is not None and rule.background_tau > rule.tau:
             key = f"guidance.stages.{name}.background_tau"
             refuse(key, f"is over tau (found {rule.background_tau} and {rule.tau})", origins)
+    if run.init is not None and config.backbone.weights is not None:
+        refuse("backbone.weights", "is not read, because run.init has all weights - leave one of the two out", origins)
+    if run.reset_head and run.init is None:
+        refuse("run.reset_head", "there is no head to reset, because no weights are loaded - give --init WEIGHTS", origins)
     warnings = []
     beyond = [step for step in optim.milestones if step >= run.steps]
     if beyond:
@@ -259,7 +271,7 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
         warnings.append(f"optim.warmup_steps: {optim.warmup_steps} of {run.steps} steps, so lr never reaches its full value")
     backbone = config.backbone
     partly_frozen = backbone.batch_norm == "frozen" or backbone.freeze_to_stride > 0
-    if partly_frozen and not backbone.pretrained and backbone.weights is None:
+    if partly_frozen and not backbone.pretrained and backbone.weights is None and run.init is None:
         # Measured: residual branches end in a batch norm of weight 0, so that frozen ones never learn anything.
         warnings.append("backbone.pretrained: false, but layers are frozen as they were drawn at random - use "
                         "backbone.batch_norm=train and backbone.freeze_to_stride=0")

@@ -10,7 +10,11 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # A loader's worker hands its error on as the text of its traceback, which ends with the message.
-        return super().__str__().rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
+        return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip()
+
+
+class CutOff(UserError):
+    """An image file is cut off, and ``data.rules.truncated=error`` lets no other image take its place."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

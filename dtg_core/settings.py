@@ -5,6 +5,8 @@
     flatten        {"optim.lr": 0.01, ...}
     to_yaml        every value, in a form that ``load_config`` reads back equal
 
+A file may say ``schema: N``, the version of its keys. Keys of an older version are renamed as tables tell; a newer one is refused.
+
 A dotted *key* names a value ("guidance.stages.rpn.tau"); its *origin* is "default", "FILE:LINE" or "command line". Files
 can only set what the dataclasses declare: no anchors, tags, duplicate or unknown keys.
 """
@@ -36,13 +38,22 @@ _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
 _MAX_DIGITS = 18  # fits 64 bits
 
 
-def load_config(kind: type[T], file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[T, dict[str, str]]:
+#: Tables of renamed keys: the first takes keys of version 1 to those of version 2, and so on. None: there is no such key any more.
+Renames = Sequence[Mapping[str, str | None]]
+
+
+def load_config(
+    kind: type[T], file: Path | None = None, overrides: Sequence[str] = (), renamed: Renames | None = None,
+    notes: list[str] | None = None,
+) -> tuple[T, dict[str, str]]:
     """Build ``kind`` from its defaults, a YAML file and overrides, the later winning.
 
     Args:
         kind: a dataclass all of whose fields have defaults.
         file: YAML that may set any field at any depth; None: defaults only.
         overrides: "dotted.key=value" with the value in YAML's syntax; an empty value is null.
+        renamed: what older versions of the file called its keys; None: the file has no version.
+        notes: takes a warning when the file was of an older version.
 
     Returns:
         The configuration, and the origin of each key of ``flatten``.
@@ -53,7 +64,7 @@ def load_config(kind: type[T], file: Path | None = None, overrides: Sequence[str
     config = kind()
     origins = dict.fromkeys(flatten(config), DEFAULT)
     if file is not None:
-        node = _compose(_read(file), str(file))
+        node = _migrated(_compose(_read(file), str(file)), str(file), renamed, notes)
         if node is not None:
             config = _Reader(kind, str(file), None, origins).read(config, node)
     config = overridden(config, overrides, origins)
@@ -68,12 +79,12 @@ def overridden(config: T, overrides: Sequence[str], origins: dict[str, str] | No
     return config
 
 
-def plain_yaml(text: str, name: str) -> Any:
-    """A YAML text of any content as dictionaries with text keys, lists and scalars.
+def plain_yaml(text: str, name: str, renamed: Renames | None = None) -> Any:
+    """A YAML text of any content as dictionaries with text keys, lists and scalars, with ``renamed`` as in ``load_config``.
 
     Raises UserError naming ``name`` and the line.
     """
-    node = _compose(text, name)
+    node = _migrated(_compose(text, name), name, renamed, None)
     reader = _Reader(type(None), name, None, {})
     try:
         return None if node is None else reader.free(node, "")
@@ -208,6 +219,59 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         raise UserError(f"{place}: not text (character {error.character:#x})") from error
     except (RecursionError, ValueError) as error:
         raise UserError(f"{place}: not plain YAML (nested too deeply, or a malformed number)") from error
+
+
+def _migrated(node: yaml.Node | None, name: str, renamed: Renames | None, notes: list[str] | None) -> yaml.Node | None:
+    """The node of a file in the current version's keys, without its entry "schema". It is changed in place."""
+    version = _taken(node, ["schema"]) if renamed is not None else None
+    if version is None or renamed is None:
+        return node
+    current = len(renamed) + 1
+    text = str(version[1].value)
+    place = f"{_printable(name)}:{version[1].start_mark.line + 1}: schema"
+    if not _is_plain(version[1]) or not _INT.fullmatch(text) or len(text) > _MAX_DIGITS or int(text) < 1:
+        raise UserError(f"{place}: wanted a version from 1 on (found {_shown(version[1])})")
+    if int(text) > current:
+        raise UserError(f"{place}: made by version {text} of the settings, newer than this program's version {current} - update it")
+    changed = []
+    for table in renamed[int(text) - 1 :]:
+        for old, new in table.items():
+            pair = _taken(node, old.split("."))
+            if pair is None:
+                continue
+            changed.append(f"{old} -> {new}" if new else f"{old} has no effect any more")
+            if new:
+                *path, last = new.split(".")
+                home = _section(node, path)
+                home.value.append((yaml.ScalarNode("str", last, pair[0].start_mark), pair[1]))
+    if int(text) < current and notes is not None:
+        notes.append(f"{_printable(name)}: made by version {text} of the settings, read as version {current} ("
+                     f"{', '.join(changed) or 'nothing to change'})")
+    return node
+
+
+def _taken(node: yaml.Node | None, path: Sequence[str]) -> tuple[yaml.Node, yaml.Node] | None:
+    """Remove the entry of a dotted key from nested mappings and give its key and value; None: there is none."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    for pair in node.value:
+        if isinstance(pair[0], yaml.ScalarNode) and pair[0].value == path[0]:
+            if len(path) > 1:
+                return _taken(pair[1], path[1:])
+            node.value.remove(pair)
+            return pair
+    return None
+
+
+def _section(node: Any, path: Sequence[str]) -> yaml.MappingNode:
+    """The mapping of a dotted key, made where it is missing."""
+    for name in path:
+        found = [child for key, child in node.value if key.value == name and isinstance(child, yaml.MappingNode)]
+        if not found:
+            found = [yaml.MappingNode("map", [], node.start_mark)]
+            node.value.append((yaml.ScalarNode("str", name, node.start_mark), found[0]))
+        node = found[0]
+    return cast(yaml.MappingNode, node)
 
 
 def _override(text: str) -> yaml.Node:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
@@ -96,6 +96,8 @@ def train_parser() -> Parser:
     add("--val", metavar="ANNOTATIONS.json", help="images to evaluate on (data.val)")
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to (data.images)")
     add("--output", metavar="DIR", help="run folder (run.output)")
+    add("--init", metavar="WEIGHTS", help="weights file or run folder that student and teacher start from (run.init)")
+    add("--reset-head", action="store_const", const=True, help="with --init: train the class layers from scratch (run.reset_head)")
     add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or from the given checkpoint")
     add("--resume-with-changes", action="store_true", help="resume although settings or data have changed")
     add("--stop-at", type=int, metavar="N", help="write a checkpoint after N steps and stop there, to be resumed later")
@@ -112,6 +114,7 @@ def train_parser() -> Parser:
 _FLAG_KEYS = {
     "detector": "detector", "backbone": "backbone.name", "steps": "run.steps", "seed": "run.seed", "labeled": "data.labeled",
     "unlabeled": "data.unlabeled", "val": "data.val", "images": "data.images", "output": "run.output",
+    "init": "run.init", "reset_head": "run.reset_head",
 }
 
 
@@ -126,7 +129,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
     """
     from run_settings import DETECTOR_RANGES, RunSettings
 
-    from dtg_core.config import RANGES, cross_check, paper_stages
+    from dtg_core.config import RANGES, RENAMED, cross_check, paper_stages
 
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
@@ -136,7 +139,8 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
         overrides.append(f"paradigm={arguments.paradigm}")
         overrides += [f"guidance.stages.{stage}.paradigm={_stage_paradigm(arguments.paradigm)}" for stage in paper_stages()]
     file = _shortest(arguments.config or QUICKSTART)
-    settings, origins = load_config(RunSettings, file, [*overrides, *arguments.set])
+    notes: list[str] = []
+    settings, origins = load_config(RunSettings, file, [*overrides, *arguments.set], RENAMED, notes)
     if origins["detector"] == DEFAULT:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
     settings = _fill_paradigms(settings, origins)
@@ -147,7 +151,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
         if settings.paradigm == "supervised" and rule.paradigm != "none":
             key = f"guidance.stages.{stage}.paradigm"
             refuse(key, f"the paradigm is supervised (found {rule.paradigm}) - use none, or another paradigm", origins)
-    return settings, origins, cross_check(settings, origins)
+    return settings, origins, [*notes, *cross_check(settings, origins)]
 
 
 def is_supervised(settings: RunSettings) -> bool:
@@ -177,6 +181,28 @@ def _shortest(path: Path) -> Path:
     except ValueError:  # another drive
         return path
     return relative if len(str(relative)) < len(str(path)) else path
+
+
+def check_devices(environment: Mapping[str, str], gpus: int) -> None:
+    """Raise UserError where a launcher's environment asks for GPUs that are not there, instead of a silent start on the CPU or a
+    failure deep in CUDA.
+
+    Args:
+        environment: of this process, as ``accelerate launch`` and ``torchrun`` set it. gpus: how many torch finds.
+    """
+    if environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        return
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if not gpus and visible not in ("", "-1"):
+        raise UserError(f"CUDA_VISIBLE_DEVICES: torch finds none of these GPUs (found {visible}) - unset it, or mend the index, "
+                        "the driver or the CUDA build of torch")
+    processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    if not gpus and processes > 1:
+        raise UserError(f"processes: {processes} were started for GPUs, and torch finds none - mend the driver or the CUDA build "
+                        "of torch, or set ACCELERATE_USE_CPU=true to train on the CPU")
+    if 0 < gpus < processes:
+        raise UserError(f"processes: {processes} on this machine, which has fewer GPUs (found {gpus}) - start {gpus} of them, or "
+                        "make more GPUs visible")
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------

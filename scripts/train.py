@@ -9,14 +9,16 @@ signal has stopped it, after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, is_supervised, load_settings, main_guard, train_parser
+from common import DETECTORS, check_devices, is_supervised, load_settings, main_guard, train_parser
 
 from dtg_core.errors import UserError
 from dtg_core.settings import to_yaml
@@ -24,6 +26,7 @@ from dtg_core.settings import to_yaml
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from run_settings import RunSettings
+    from torch import nn
 
     from dtg_core.data.sources import Sources
 
@@ -64,7 +67,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.replay:
         return _replay(arguments, settings, sources, accelerator)
     torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
-    detector = DETECTORS[settings.detector](settings, len(sources.labeled.class_names))
+    detector, remarks = _detector(settings, sources)
+    if accelerator.is_main_process:
+        for remark in remarks:
+            print(f"warning: {remark}", file=sys.stderr)
     if arguments.dry_run:
         for line in dry_run(settings, detector, sources, folder.path, accelerator):
             accelerator.print(line)
@@ -80,8 +86,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _accelerator(accumulate: int) -> Accelerator:
+    import torch
     from accelerate import Accelerator
 
+    if not torch.accelerator.is_available() or torch.cuda.is_available():
+        check_devices(os.environ, torch.cuda.device_count())
     try:
         with warnings.catch_warnings():
             # The threads that it chooses for several processes on CPUs are a good choice, which needs no advice.
@@ -101,6 +110,20 @@ def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bo
         settings = replace(settings, optim=scale_lr(settings, accelerator.num_processes))
         accelerator.print(f"--scale-lr: optim.lr {before:g} -> {settings.optim.lr:g}")
     return settings
+
+
+def _detector(settings: RunSettings, sources: Sources) -> tuple[nn.Module, list[str]]:
+    """The detector with its first weights, and warnings; where a run is resumed, its checkpoint replaces them."""
+    from dtg_core.engine.initial import start_from
+    from dtg_core.engine.predict import find_weights
+
+    classes, make = sources.labeled.class_names, DETECTORS[settings.detector]
+    if settings.run.init is None:
+        return make(settings, len(classes)), []
+    bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
+    detector = make(bare, len(classes))
+    path = find_weights(Path(settings.run.init))
+    return detector, start_from(path, detector, partial(make, bare), classes, settings.run.reset_head)
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dtg_core.data.coco import CocoIndex
 from dtg_core.data.report import Report
-from dtg_core.errors import UserError
+from dtg_core.errors import CutOff, UserError
 
 SMALL = 32  # px; sides below are unusual
 NEAR = 3  # bits in which the signatures of near copies may differ
@@ -96,6 +96,8 @@ def _look(index: CocoIndex, row: int) -> Look:
             odd.add(f"images have a side under {SMALL} px")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
+    except CutOff:
+        raise
     except (UserError, OSError) as error:
         reason = str(error).removeprefix(f"{path}: ").partition(" - ")[0]
         return Look(reason, tuple(sorted(odd)), b"", 0)

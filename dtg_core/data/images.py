@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from dtg_core.config import DataRules
-from dtg_core.errors import UserError
+from dtg_core.errors import CutOff, UserError
 
 EXIF_ORIENTATION = 0x0112
 RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
@@ -43,13 +43,18 @@ def read_image(
         odd: collects what is odd about the image.
 
     Raises:
-        UserError: the file is missing or no readable image.
+        UserError: the file is missing or no readable image; CutOff where the rules ask to stop at cut off ones.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
     with _opened(path, rules) as image:
         if rules.truncated == "use":
             ImageFile.LOAD_TRUNCATED_IMAGES = True  # Pillow has no other way; it holds for the whole process
-        image.load()
+        try:
+            image.load()
+        except OSError as error:
+            if rules.truncated == "error" and "truncated" in str(error):
+                raise CutOff(f"{path}: it is cut off ({error}) - restore it, or set data.rules.truncated=skip") from error
+            raise
         if getattr(image, "n_frames", 1) > 1:
             odd.add(FRAMES)
         orientation = _orientation(image, odd)

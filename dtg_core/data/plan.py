@@ -20,7 +20,7 @@ from dtg_core.config import ViewsConfig
 from dtg_core.data.coco import CocoIndex
 from dtg_core.data.geometry import FILL
 from dtg_core.data.views import CANVAS_MULTIPLE, View, collate, collate_pair, labeled_view, strong_view, test_view, weak_view
-from dtg_core.errors import UserError, printable
+from dtg_core.errors import CutOff, UserError, printable
 from dtg_core.structures import PairBatch, StepBatch, ViewBatch
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ class StepData(Dataset[StepBatch]):
         for attempt in range(TRIES):
             try:
                 return row, pool.image(row)
+            except CutOff:
+                raise
             except UserError as error:
                 self.substituted += 1
                 problem = printable(str(error))
@@ -169,6 +171,8 @@ class EvalData(Dataset[ViewBatch]):
         end."""
         try:
             return self.index.image(row)
+        except CutOff:
+            raise
         except UserError as error:
             log.warning("%s; an empty image takes its place", printable(str(error)))
             height, width = self.index.sizes[row].tolist()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dtg_core.config import Config
+from dtg_core.config import RENAMED, Config
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
@@ -24,7 +24,7 @@ from dtg_core.settings import dotted, plain_yaml, yaml_scalar
 
 FIGURES = ("AP", "AP50", "AP75")
 #: Settings that change no weight and no figure.
-SILENT = {"run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
+SILENT = {"schema", "run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
           "run.max_skipped", "data.workers", "optim.reference_batch", "data.labeled_per_device", "data.unlabeled_per_device",
           "optim.accumulate"}  # fmt: skip
 #: The images of a step, over all processes: what the last three come to.
@@ -126,7 +126,7 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
 def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
     """A run folder's settings, results and curve. Raises UserError unless it is finished and evaluated."""
     config, results = _read(path / "config.yaml", path), _read(path / "results.json", path)
-    told = dotted(plain_yaml(config, str(path / "config.yaml")))
+    told = dotted(plain_yaml(config, str(path / "config.yaml"), RENAMED))
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from dtg_core.boxes import clip, project
-from dtg_core.config import Config
+from dtg_core.config import RENAMED, Config
 from dtg_core.data.images import read_image
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import collate, test_view
@@ -150,7 +150,7 @@ def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:
     settings = make_dataclass("Settings", [(name, section, field(default_factory=section))], bases=(Config,), frozen=True)
     known = {entry.name for entry in fields(settings)}
     try:
-        told = dotted(plain_yaml(text, "its settings"))
+        told = dotted(plain_yaml(text, "its settings", RENAMED))
         own = [f"{key}={yaml_scalar(value)}" for key, value in told.items() if key.split(".")[0] in known]
         return package, load_config(settings, None, own)[0]
     except UserError as error:

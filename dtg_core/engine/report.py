@@ -118,7 +118,7 @@ def write_report(folder: Path) -> None:
         OSError: a file cannot be read or written. UserError, ValueError: one is not what a run writes.
     """
     config = (folder / "config.yaml").read_text(encoding="utf-8")
-    settings = dotted(plain_yaml(config, str(folder / "config.yaml")))
+    settings = dotted(plain_yaml(config, str(folder / "config.yaml"), RENAMED))
     lines = list(read_metrics(folder / "metrics.jsonl"))
     results, precision = (_json(folder / name) for name in ("results.json", "precision.json"))
     step = max((line.get("step", 0) for line in lines), default=0)

@@ -18,6 +18,7 @@ from dtg_core.settings import flatten
 
 #: Settings that may change: they do not touch the course of the training, or the stamp judges them by their effect.
 FREE = (
+    "schema", "run.init", "run.reset_head",
     "run.steps", "run.output", "run.log_every", "run.evaluate_every", "run.checkpoint_every", "run.evaluate_batch",
     "run.score_threshold", "run.max_skipped", "run.trackers", "data.labeled", "data.unlabeled", "data.val", "data.images",
     "data.unlisted", "data.workers", "data.*_per_device", "data.shapes_*", "optim.accumulate", "optim.reference_batch",

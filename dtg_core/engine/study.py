@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from dtg_core.config import RENAMED
 from dtg_core.engine.checkpoint import checkpoint_name
 from dtg_core.engine.compare import effective
 from dtg_core.engine.metrics import read_metrics
@@ -307,7 +308,7 @@ def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]])
     file = run.folder / "config.yaml"
     if not file.is_file():
         return
-    there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file))), stages)
+    there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"
                for key, value in run.settings.items() if key in there and there[key] != value]  # fmt: skip
     if changes:

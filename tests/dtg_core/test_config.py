@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtg_core.config import RANGES, Config, cross_check
+from dtg_core.config import RANGES, RENAMED, SCHEMA, Config, cross_check
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, flatten, load_config, to_yaml, yaml_scalar
+from dtg_core.settings import check_ranges, flatten, load_config, plain_yaml, to_yaml, yaml_scalar
 
 
 def load(*overrides: str) -> Config:
@@ -176,6 +176,42 @@ def test_unreadable_files(tmp_path: Path) -> None:
     assert message(load_config, Config, path).startswith(f"{path}:2: not text")
     assert "did you mean 'c.yaml'" in message(load_config, Config, tmp_path / "cc.yaml")
     assert "folder" in message(load_config, Config, tmp_path)
+
+
+RENAMES: list[dict[str, str | None]] = [
+    {"optim.rate": "optim.speed", "train": None, "guidance.weight": "optim.weight"},
+    {"optim.speed": "optim.lr", "optim.weight": "guidance.alpha"},
+]  # of a program whose settings are of version 3
+
+
+def test_fault_60_older_schema_is_migrated(tmp_path: Path) -> None:
+    text = "schema: 1\noptim:\n  rate: 0.5\n  gamma: 0.3\ntrain: {x: 1}\nguidance: {weight: 7}\n"
+    path, notes = written(tmp_path, text), list[str]()
+    config, origins = load_config(Config, path, ["run.steps=7"], RENAMES, notes)
+    assert (config.optim.lr, config.optim.gamma, config.guidance.alpha, config.run.steps) == (0.5, 0.3, 7.0, 7)
+    assert (origins["optim.lr"], origins["guidance.alpha"]) == (f"{path}:3", f"{path}:6")
+    (note,) = notes
+    assert note.startswith(f"{path}: made by version 1 of the settings, read as version 3 (optim.rate -> optim.speed, ")
+    assert "train has no effect any more" in note
+    notes.clear()
+    written(tmp_path, "schema: 2\noptim: {weight: 2}\n")
+    assert load_config(Config, path, [], RENAMES, notes)[0].guidance.alpha == 2
+    assert "read as version 3 (optim.weight -> guidance.alpha)" in notes[0]
+    assert plain_yaml("schema: 2\noptim: {speed: 3}\n", "x", RENAMES) == {"optim": {"lr": 3}}
+
+
+def test_fault_60_newer_schema_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "run: {seed: 1, warp: 2}\nschema: 4\n")
+    assert message(load_config, Config, path, [], RENAMES).startswith(f"{path}:2: schema: made by version 4 of the settings")
+    for text, found in (("x", "'x'"), ("0", "'0'"), ("[1]", "a list of 1"), ("'1'", 'the text "1"'), ("", "nothing")):
+        assert f"version from 1 on (found {found})" in message(load_config, Config, written(tmp_path, f"schema: {text}\n"), [], RENAMES)
+    notes: list[str] = []
+    written(tmp_path, f"schema: {SCHEMA}\nrun: {{seed: 9}}\n")
+    assert load_config(Config, path, [], RENAMED, notes)[0].run.seed == 9
+    written(tmp_path, "run: {seed: 9}\n")  # written by hand: of today
+    assert load_config(Config, path, [], RENAMES, notes)[0].run.seed == 9
+    assert notes == []
+    assert f"schema: {SCHEMA}\n" in to_yaml(Config())
 
 
 def test_empty_sections_change_nothing(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from runs import DETECTORS, TINY, TinyData, command, errors, run, write_coco
+from runs import DETECTORS, TINY, TinyData, command, errors, run, weights, write_coco
 
-from dtg_core.config import BackboneConfig, Config, cross_check
+from common import check_devices  # isort: skip
+
+from dtg_core.config import SCHEMA, BackboneConfig, Config, cross_check
 from dtg_core.engine import dry_run as dry_run_module
 from dtg_core.errors import UserError
 from dtg_core.models.backbone import build_pyramid
@@ -140,6 +144,78 @@ def test_fault_56_weights_of_another_model(tmp_path: Path) -> None:
                 build_pyramid(BackboneConfig("test_resnet", weights=str(path)), 8, (8, 16), "conv")
 
 
+def start(data: TinyData, name: str, output: Path, *flags: str) -> list[str]:
+    """One step of lr 0 from a weights file."""
+    return [*command(data, name, output, "optim.lr=1e-30", "optim.weight_decay=0", steps=1), *flags]
+
+
+def moved(now: dict[str, bytes], before: dict[str, bytes]) -> list[str]:
+    """Tensors of teacher and student that are not the teacher's of an earlier run; of another size, or by more than 1e-6."""
+    numbers = {key: (np.frombuffer(value, np.float32), np.frombuffer(before[f"teacher/{key.partition('/')[2]}"], np.float32))
+               for key, value in now.items()}
+    return [key for key, (one, other) in numbers.items() if one.shape != other.shape or not np.allclose(one, other, 0, 1e-6)]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_init_starts_teacher_and_student(data: TinyData, tmp_path: Path, name: str) -> None:
+    assert run(command(data, name, tmp_path / "first", "run.seed=5"), tmp_path / "logs").status == 0
+    first = weights(tmp_path / "first")
+    for source in (tmp_path / "first", tmp_path / "first" / "weights" / "teacher.safetensors"):
+        process = run(start(data, name, tmp_path / "second", "--init", str(source), "--overwrite"), tmp_path / "logs")
+        assert process.status == 0, process.err
+        assert not moved(weights(tmp_path / "second"), first)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_fault_56_head_of_other_classes(data: TinyData, tmp_path: Path, name: str) -> None:
+    assert run(command(data, name, tmp_path / "first"), tmp_path / "logs").status == 0
+    first = weights(tmp_path / "first")
+    for number, names in enumerate((["green", "red", "blue"], ["green", "yellow"])):
+        content = json.loads(data.labeled.read_text())
+        content["categories"] = [{"id": id_, "name": word} for id_, word in enumerate(names, 1)]
+        for image in content["images"]:
+            image["file_name"] = str(data.labeled.parent / "images" / image["file_name"])
+        own = tmp_path / f"classes{number}.json"
+        own.write_text(json.dumps(content))
+        flags = ["--labeled", str(own), "--init", str(tmp_path / "first"), "--set", "data.val=null", "data.rules.allow_outside_root=true"]
+        output = tmp_path / f"second{number}"
+        process = run(start(data, name, output, *flags), tmp_path / "logs")
+        assert process.status == 2
+        (line,) = errors(process)
+        assert "made for other classes (2: green, red; the data has " in line
+        assert "--reset-head" in line
+        assert not output.exists()
+        process = run(start(data, name, output, *flags, "--reset-head"), tmp_path / "logs")
+        assert process.status == 0, process.err
+        (warning,) = [line for line in process.err.splitlines() if "start at random" in line]
+        changed = moved(weights(output), first)
+        count = {"gfl": 2, "faster_rcnn": 4}[name]  # weights and biases of the classes, and of Faster R-CNN's boxes
+        assert f": {count} of " in warning
+        assert 0 < len(changed) <= 2 * count
+        assert all(word in key for key in changed for word in (("classification" if name == "gfl" else "rcnn"),))
+
+
+def test_fault_56_detector_of_another_architecture(data: TinyData, tmp_path: Path) -> None:
+    assert run(command(data, "gfl", tmp_path / "first"), tmp_path / "logs").status == 0
+    for flags in ([], ["--reset-head"]):
+        other = ["--set", "gfl.channels=24", "gfl.tower_depth=2"]
+        process = run(start(data, "gfl", tmp_path / "second", "--init", str(tmp_path / "first"), *flags, *other), tmp_path / "logs")
+        assert process.status == 2
+        (line,) = errors(process)
+        assert re.search(r"does not fit the detector \(\d+ of \d+ tensors: (head[\w.]+ \[[\d, ]+\] for \[[\d, ]+\](, )?){5}\)", line), line
+    for flags, problem in (
+        (["--init", str(tmp_path / "none.pt")], "none.pt: no such weights file"),
+        (["--init", str(tmp_path / "logs")], "no weights/teacher.safetensors in it"),
+        (["--reset-head"], "run.reset_head: there is no head to reset"),
+        (["--init", "x", "--set", "backbone.weights=y"], "backbone.weights: is not read"),
+    ):
+        process = run(start(data, "gfl", tmp_path / "second", *flags), tmp_path / "logs")
+        assert process.status == 2
+        (line,) = errors(process)
+        assert problem in line
+    assert not (tmp_path / "second").exists()
+
+
 def test_fault_59_no_such_device(data: TinyData, tmp_path: Path) -> None:
     import torch
 
@@ -150,6 +226,48 @@ def test_fault_59_no_such_device(data: TinyData, tmp_path: Path) -> None:
     assert process.status == 2
     (line,) = errors(process)
     assert line.startswith("error: accelerate: cannot start")
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "problem"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "7"}, 0, "CUDA_VISIBLE_DEVICES: torch finds none of these GPUs (found 7)"),
+        ({"LOCAL_WORLD_SIZE": "2"}, 0, "2 were started for GPUs, and torch finds none"),
+        ({"LOCAL_WORLD_SIZE": "4"}, 2, "4 on this machine, which has fewer GPUs (found 2)"),
+        ({"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, 2, None),
+        ({"LOCAL_WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": "-1"}, 0, None),
+        ({}, 0, None),
+        ({"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "3", "ACCELERATE_USE_CPU": "true"}, 0, None),
+    ],
+)  # fmt: skip
+def test_fault_59_launchers_that_ask_for_missing_gpus(environment: dict[str, str], gpus: int, problem: str | None) -> None:
+    if problem is None:
+        check_devices(environment, gpus)
+        return
+    with pytest.raises(UserError) as caught:
+        check_devices(environment, gpus)
+    assert problem in str(caught.value)
+
+
+def test_fault_59_train_stops_where_a_gpu_is_asked_for(data: TinyData, tmp_path: Path) -> None:
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("has a GPU")
+    env = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": "5"}
+    process = run(command(data, "gfl", tmp_path / "run"), tmp_path / "logs", env)
+    assert process.status == 2
+    (line,) = errors(process)
+    assert line.startswith("error: CUDA_VISIBLE_DEVICES: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fault_60_newer_schema(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "newer.yaml").write_text(f"schema: {SCHEMA + 1}\nrun:\n  warp_drive: true\n")
+    process = run([*command(data, "gfl", tmp_path / "run"), "--config", str(tmp_path / "newer.yaml")], tmp_path / "logs")
+    assert process.status == 2
+    (line,) = errors(process)
+    assert f"newer.yaml:1: schema: made by version {SCHEMA + 1} of the settings" in line
 
 
 def test_fault_60_config_of_another_version(data: TinyData, tmp_path: Path) -> None:

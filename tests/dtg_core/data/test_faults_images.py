@@ -23,7 +23,7 @@ from dtg_core.data import images as images_module  # noqa: E402
 from dtg_core.data.check import check_images, require_images  # noqa: E402
 from dtg_core.data.coco import list_folder, load_coco  # noqa: E402
 from dtg_core.data.images import read_image  # noqa: E402
-from dtg_core.data.plan import StepData  # noqa: E402
+from dtg_core.data.plan import EvalData, StepData, steps_loader  # noqa: E402
 from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
 from dtg_core.data.views import strong_view, weak_view  # noqa: E402
@@ -87,6 +87,27 @@ def test_fault_35_truncated_files(tmp_path: Path) -> None:
     finally:
         images_module.ImageFile.LOAD_TRUNCATED_IMAGES = False
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fault_35_truncated_files_stop_where_asked(tmp_path: Path, workers: int) -> None:
+    path = labeled(tmp_path)
+    raw = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(raw[: len(raw) // 2])
+    index = load_coco(path, rules=DataRules(truncated="error"))
+    with pytest.raises(UserError, match=r"2\.png: it is cut off") as caught:
+        list(steps_loader(StepData(index, None, VIEWS, 0, 2, 0), 0, 4, workers))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"2\.png: it is cut off"):
+        check_images(index, tmp_path, Report())
+    with pytest.raises(UserError, match=r"2\.png: it is cut off"):
+        [EvalData(index, VIEWS, 1, 0, 1)[row] for row in range(4)]
+    raw = noise().save(tmp_path / "whole.jpg") or (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(raw[:-2])
+    with pytest.raises(UserError, match=r"cut\.jpg: it is cut off"):
+        read_image(tmp_path / "cut.jpg", rules=DataRules(truncated="error"))
+    (tmp_path / "2.png").write_bytes(b"")  # damaged in another way: another image takes its place
+    assert len(list(steps_loader(StepData(index, None, VIEWS, 0, 2, 0), 0, 4, workers))) == 4
 
 
 def test_fault_36_noise_of_decoders(
