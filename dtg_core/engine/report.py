@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dtg_core.config import Config
+from dtg_core.config import RENAMED, Config
 from dtg_core.data.coco import CocoIndex
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
