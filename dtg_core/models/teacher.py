@@ -23,10 +23,13 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, rate: floa
 
     Parameters and float buffers (batch norm statistics) are averaged, integer buffers are copied. ``step`` counts from 0.
     """
-    keep = keep_rate(step, rate)
-    source = dict(student.state_dict())
-    target = teacher.state_dict()
-    floats = [name for name, tensor in target.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([target[n] for n in floats], [source[n] for n in floats], 1 - keep)
-    for name in target.keys() - set(floats):
-        target[name].copy_(source[name])
+    pairs = [
+        (averaged, own.detach()) for averaged, own in zip(teacher.parameters(), student.parameters(), strict=True)
+        if own.requires_grad  # frozen parameters are equal already
+    ]
+    for averaged, own in zip(teacher.buffers(), student.buffers(), strict=True):
+        if averaged.is_floating_point():
+            pairs.append((averaged, own))
+        else:
+            averaged.copy_(own)
+    torch._foreach_lerp_([averaged for averaged, _ in pairs], [own for _, own in pairs], 1 - keep_rate(step, rate))

@@ -1,0 +1,72 @@
+"""What a stretch of code asks of a device, counted on any machine: operations, and waits of the host for a result.
+
+A wait is an operator whose result's size or value the host needs before it can go on. They are counted on the CPU as well,
+where nothing waits, so that no GPU is needed to see one come in.
+"""
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Operators whose result has as many rows as the values say, or is a number of Python.
+WAITING = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
+    "aten::unique_consecutive", "aten::equal", "aten::bincount", "aten::repeat_interleave.Tensor", "torchvision::nms",
+}  # fmt: skip
+INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+#: Methods that bring a tensor to the host; on the CPU no operator tells of them.
+FETCHING = {Tensor.cpu, Tensor.tolist, Tensor.numpy}
+
+
+@dataclass
+class DeviceWork:
+    """Counts by the operator's name."""
+
+    operations: collections.Counter[str] = field(default_factory=collections.Counter)  # without views, which only rename
+    waits: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+@contextlib.contextmanager
+def device_work() -> Iterator[DeviceWork]:
+    """Count what happens inside, backward passes too."""
+    work = DeviceWork()
+    with _Fetches(work), _Operators(work):
+        yield work
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, work: DeviceWork) -> None:
+        super().__init__()
+        self.work = work
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if not func.is_view:
+            self.work.operations[name] += 1
+        by_mask = name in INDEXING and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if name in WAITING or by_mask:
+            self.work.waits[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Fetches(TorchFunctionMode):
+    def __init__(self, work: DeviceWork) -> None:
+        super().__init__()
+        self.work = work
+        self.fetched: list[Tensor] = []  # kept, so that no other tensor takes their ids
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in FETCHING and not any(args[0] is tensor for tensor in self.fetched):
+            self.work.waits[func.__name__] += 1
+        if func is Tensor.cpu:
+            self.fetched.append(result)
+        return result
