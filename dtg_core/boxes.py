@@ -13,6 +13,8 @@ from torchvision.ops import nms
 
 Hull = Literal["ellipse", "corners"]
 
+GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; more than any view is large
+
 
 def project(boxes: Tensor, matrix: Tensor, hull: Hull = "ellipse") -> Tensor:
     """Move boxes by a 3x3 matrix and take an axis-aligned box around the result.
@@ -74,10 +76,11 @@ def paired_iou(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def spread_groups(boxes: Tensor, groups: Tensor) -> Tensor:
-    """Boxes [M, 4] moved so far apart by group [M] that no two groups touch, in float64 so that no overlap changes."""
-    boxes = boxes.double()
-    span = boxes.amax() - boxes.amin() + 1
-    return boxes + (groups * span).unsqueeze(1)
+    """Boxes [M, 4] moved apart by group [M], so that no two groups touch, in float64 so that no overlap changes.
+
+    The boxes lie within half of ``GROUP_SPAN`` pixels of the origin, as those clipped to a view do.
+    """
+    return boxes.double() + (groups * GROUP_SPAN).unsqueeze(1)
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
@@ -85,14 +88,12 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     in float32, which moves an IoU by up to 1e-2 with many groups).
 
     Args:
-        boxes: [M, 4]. scores: [M]. groups: [M] int64.
+        boxes: [M, 4], see ``spread_groups``. scores: [M]. groups: [M] int64.
         iou_threshold: a box is suppressed by a better one of its group when their IoU is greater.
 
     Returns:
         [J] int64 indices of the boxes that are kept, best score first; equal scores: lower index first.
     """
-    if boxes.shape[0] == 0:
-        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     # sync: NMS gives as many indices as boxes survive.
     return nms(spread_groups(boxes, groups), scores.double(), iou_threshold)
 
