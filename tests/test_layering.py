@@ -21,6 +21,10 @@ RESERVED = {
     "accelerate": ("dtg_core/engine/", "scripts/"),
     "pycocotools": ("dtg_core/engine/", "dtg_core/data/"),
     "yaml": ("dtg_core/settings.py", "dtg_core/config.py"),
+    "onnx": ("dtg_core/engine/",),
+    "onnxscript": ("dtg_core/engine/",),
+    "onnxruntime": ("dtg_core/engine/",),
+    "av": ("dtg_core/data/",),
 }
 
 

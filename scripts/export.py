@@ -1,0 +1,73 @@
+"""A trained detector as one graph for torch.export and ONNX, with decoding and NMS in it.
+
+    python scripts/export.py RUN_OR_WEIGHTS --output DIR [--format onnx|torch_export|both] [--size H W] [--images PATH...]
+
+Each file is run on images and compared with the detector itself; one that differs is kept as ``.rejected``. ``DIR/teacher.json``
+says what the graph takes and gives, which docs/export.md explains. ONNX needs the extra ``export``.
+
+Exit status: 0; 2 after a mistake that is told in one line, and when a file is rejected.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import Parser, main_guard, one_of
+from predict import find_images
+
+from dtg_core.errors import UserError
+
+FORMATS = {"onnx": ("onnx",), "torch_export": ("torch_export",), "both": ("torch_export", "onnx")}
+IMAGES = 20  # most that are compared
+SIDES = 32, 8192  # limits of the graph's image, px
+
+
+def parser() -> Parser:
+    result = Parser("Write a trained detector as a graph that runs without this project.")
+    add = result.add_argument
+    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add("--output", type=Path, required=True, metavar="DIR", help="where the files go")
+    add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
+        help="of a run folder (default: teacher)")
+    add("--format", type=one_of(tuple(FORMATS)), default="both", metavar="onnx|torch_export|both", help="default: both")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the graph's image (default: a square of views.test_short_edge)")
+    add("--score", type=float, metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
+    add("--opset", type=int, default=18, metavar="N", help="ONNX opset (default: 18)")
+    add("--images", nargs="+", metavar="PATH", help=f"images, folders or patterns to compare on, {IMAGES} at most "
+        "(default: embedded ones)")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    for side in arguments.size or ():
+        if not SIDES[0] <= side <= SIDES[1]:
+            raise UserError(f"--size: use {SIDES[0]} to {SIDES[1]} px (found {side})")
+    if arguments.score is not None and not 0 <= arguments.score < 1:
+        raise UserError(f"--score: use 0 to 1 (found {arguments.score})")
+    names, root = find_images(arguments.images, arguments.output) if arguments.images else ([], Path())
+
+    from dtg_core.data.images import read_image
+    from dtg_core.data.shapes import draw_scene
+    from dtg_core.engine.export import export
+    from dtg_core.engine.predict import find_weights, load_detector
+
+    weights = find_weights(arguments.weights, arguments.which)
+    predictor = load_detector(weights, "cpu")
+    settings = predictor.settings
+    side = settings.views.test_short_edge
+    size = tuple(arguments.size or (side, side))
+    score = settings.run.score_threshold if arguments.score is None else arguments.score
+    pictures = [read_image(root / name, rules=settings.data.rules) for name in names[:IMAGES]]
+    pictures = pictures or [draw_scene(0, "val", number).image for number in range(IMAGES)]
+    formats = FORMATS[arguments.format]
+    try:
+        for line in export(predictor, pictures, arguments.output, weights.stem, formats, size, score, arguments.opset):
+            print(line)
+    except OSError as error:
+        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
