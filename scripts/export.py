@@ -45,13 +45,14 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--size: use {SIDES[0]} to {SIDES[1]} px (found {side})")
     if arguments.score is not None and not 0 <= arguments.score < 1:
         raise UserError(f"--score: use 0 to 1 (found {arguments.score})")
-    names, root = find_images(arguments.images, arguments.output) if arguments.images else ([], Path())
 
+    from dtg_core.data.files import IMAGE_SUFFIXES
     from dtg_core.data.images import read_image
     from dtg_core.data.shapes import draw_scene
     from dtg_core.engine.export import export
     from dtg_core.engine.predict import find_weights, load_detector
 
+    names, root = find_images(arguments.images, arguments.output, IMAGE_SUFFIXES) if arguments.images else ([], Path())
     weights = find_weights(arguments.weights, arguments.which)
     predictor = load_detector(weights, "cpu")
     settings = predictor.settings

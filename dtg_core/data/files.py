@@ -18,8 +18,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 FILE, LINK, OTHER = range(3)
 
 
-def list_images(folder: Path, report: Report) -> list[str]:
-    """Image files under a folder, relative to it and sorted; links are followed, hidden and known junk files are skipped."""
+def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[str]:
+    """Image files under a folder, or those of other lower-case ``suffixes``, relative to it and sorted; links are followed,
+    hidden and known junk files are skipped."""
     names: list[str] = []
     junk: list[str] = []
     seen: set[str] = set()  # real folders, so that links in a circle end
@@ -41,7 +42,7 @@ def list_images(folder: Path, report: Report) -> list[str]:
                 junk.append(name)
             elif entry.is_dir():
                 waiting.append(name + "/")
-            elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES or not entry.is_file():
+            elif os.path.splitext(entry.name)[1].lower() not in suffixes or not entry.is_file():
                 junk.append(name)
             else:
                 names.append(name)

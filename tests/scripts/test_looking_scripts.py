@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from conftest import ROOT
 from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
 
+from dtg_core.data.files import IMAGE_SUFFIXES
+from dtg_core.data.video import read_frames
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -22,6 +26,8 @@ import measure_guidance  # noqa: E402
 import predict  # noqa: E402
 import show_guidance  # noqa: E402
 import show_views  # noqa: E402
+
+find = partial(predict.find_images, suffixes=IMAGE_SUFFIXES)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize("script", ["predict.py", "show_views.py", "show_guidance.py", "measure_guidance.py", "compare.py"])
+@pytest.mark.parametrize(
+    "script", ["predict.py", "show_views.py", "show_guidance.py", "measure_guidance.py", "compare.py", "export.py"]
+)
 def test_help_is_fast(script):
     began = time.monotonic()
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
@@ -77,22 +85,116 @@ def test_predict_keeps_paths_names_and_ids(run, photos, tmp_path, capsys):
 def test_predict_finds_what_is_meant(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     whole = ["a.png", "trip/b.jpg", "trip/day 2/c.tif"]
-    assert predict.find_images([str(photos)], out) == (whole, photos)
-    assert predict.find_images([str(photos / "trip" / "b.jpg")], out) == (["b.jpg"], photos / "trip")
-    assert predict.find_images([str(photos / "**" / "*.jpg")], out) == (["trip/b.jpg"], photos)
-    assert predict.find_images([str(photos / "a.png"), str(photos / "trip")], out)[0] == whole
-    assert predict.find_images([str(photos), str(photos / "a.png")], out)[0] == whole  # once each
+    assert find([str(photos)], out) == (whole, photos)
+    assert find([str(photos / "trip" / "b.jpg")], out) == (["b.jpg"], photos / "trip")
+    assert find([str(photos / "**" / "*.jpg")], out) == (["trip/b.jpg"], photos)
+    assert find([str(photos / "a.png"), str(photos / "trip")], out)[0] == whole
+    assert find([str(photos), str(photos / "a.png")], out)[0] == whole  # once each
     monkeypatch.chdir(photos)
-    assert predict.find_images(["."], Path("trip"))[0] == ["a.png"]  # results of the time before are no input
+    assert find(["."], Path("trip"))[0] == ["a.png"]  # results of the time before are no input
     with pytest.raises(UserError, match="no image there"):
-        predict.find_images(["*.gif"], out)
+        find(["*.gif"], out)
+
+
+def test_predict_goes_on_after_empty_folders(photos, tmp_path, capsys):
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "empty" / "notes.txt").touch()
+    names, root = find([str(tmp_path / "empty"), str(photos / "trip")], tmp_path / "out")
+    assert (names, root) == (["b.jpg", "day 2/c.tif"], photos / "trip")
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'empty'}: no image there\n"
+    with pytest.raises(UserError, match="empty: no image there"):
+        find([str(tmp_path / "empty")], tmp_path / "out")
+    with pytest.raises(UserError, match="absent: no image there"):  # mistyped
+        find([str(photos), str(tmp_path / "absent")], tmp_path / "out")
+
+
+def test_predict_keeps_equal_names_apart(run, photos, tmp_path):
+    Image.new("RGB", (32, 32)).save(photos / "trip" / "a.png")
+    assert predict.main([str(run), str(photos), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    for name, shape in (("a.png", 64 / 48), ("trip/a.png", 1)):
+        with Image.open(tmp_path / "out" / "pictures" / name) as picture:
+            assert picture.width / picture.height == shape
+
+
+def write_video(path: Path, frames: int) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for seed in range(frames):
+            pixels = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        video.mux(stream.encode())
+
+
+def test_predict_takes_videos_frame_by_frame(run, photos, tmp_path, capsys):
+    write_video(photos / "trip" / "clip.mp4", 7)
+    whole = (photos / "trip" / "clip.mp4").read_bytes()
+    (photos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (photos / "none.avi").write_bytes(b"no video")
+    flags = ["--output", str(tmp_path / "out"), "--score", "0.01", "--batch", "4", "--device", "cpu"]
+    assert predict.main([str(run), str(photos), *flags]) == 0
+    shown = capsys.readouterr()
+    kept = sorted(path.name for path in (tmp_path / "out" / "pictures" / "cut.mp4").iterdir())
+    assert 0 < len(kept) < 7
+    assert kept == [f"{number:06d}.jpg" for number in range(1, len(kept) + 1)]
+    assert f"in {3 + 7 + len(kept)} images, 2 could not be read" in shown.out
+    assert f"cut.mp4: it ends after {len(kept)} of 7 frames" in shown.err
+    assert "none.avi: it cannot be read as a video at all" in shown.err
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    frames = {entry["file_name"]: entry["image_id"] for entry in results if "clip.mp4" in entry["file_name"]}
+    assert list(frames) == [f"trip/clip.mp4/{number:06d}.jpg" for number in range(1, 8)]
+    assert list(frames.values()) == list(range(min(frames.values()), min(frames.values()) + 7))
+    assert len({entry["image_id"] for entry in results}) == len({entry["file_name"] for entry in results})
+    with Image.open(tmp_path / "out" / "pictures" / "trip" / "clip.mp4" / "000007.jpg") as picture:
+        assert picture.width / picture.height == 64 / 48  # enlarged, as all small images
+
+
+def test_frames_are_turned_upright(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    write_video(path, 2)
+    upright = [np.asarray(frame) for frame in read_frames(path)]
+    real = av.open
+
+    class Turned:
+        """A file whose frames say that they are to be turned counterclockwise by 90 degrees."""
+
+        def __init__(self, *arguments):
+            self.video = real(*arguments)
+            self.streams = self.video.streams
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.video.close()
+
+        def decode(self, stream):
+            for frame in self.video.decode(stream):
+                yield SimpleNamespace(to_image=frame.to_image, rotation=90)
+
+    monkeypatch.setattr(av, "open", Turned)
+    turned = [np.asarray(frame) for frame in read_frames(path)]
+    for one, other in zip(upright, turned, strict=True):
+        np.testing.assert_array_equal(np.rot90(one), other)
+
+
+def test_videos_need_an_extra(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "clip.mp4").touch()
+    monkeypatch.setitem(sys.modules, "av", None)
+    flags = [str(run), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict.main(flags) == 1  # nothing could be read
+    assert "clip.mp4: videos need the package av - pip install 'dtg-ssod[video]'" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
 
 
 @pytest.mark.parametrize("output", [".", "trip", "trip/../../photos", ".."])
 def test_predict_never_writes_among_the_images(photos, monkeypatch, output):
     monkeypatch.chdir(photos)
     with pytest.raises(UserError, match="holds the images"):
-        predict.find_images(["trip" if output == "trip" else "."], Path(output))
+        find(["trip" if output == "trip" else "."], Path(output))
 
 
 def test_show_views(tmp_path, monkeypatch, capsys):

@@ -95,3 +95,12 @@ def test_settings_survive(tmp_path):
     settings = tiny_settings("gfl", 96)
     predictor = load_detector(write_weights(tmp_path, "gfl", settings), "cpu")
     assert predictor.settings.views.test_short_edge == 96
+
+
+def test_the_students_weights(tmp_path):
+    folder = write_weights(tmp_path)
+    student = load_detector(folder, "cpu", which="student").detector.state_dict()
+    alone = load_detector(folder / "weights" / "student.safetensors", "cpu").detector.state_dict()
+    teacher = load_detector(folder, "cpu").detector.state_dict()
+    assert all(torch.equal(student[name], alone[name]) for name in student)
+    assert any(not torch.equal(student[name], teacher[name]) for name in student)
