@@ -205,12 +205,10 @@ def _nms_of_any_number(boxes: Tensor, scores: Tensor, iou_threshold: float) -> T
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-torch.library.register_fake("torchvision::nms", _nms_of_any_number, allow_override=True)
-
-
 def _traced(graph: nn.Module, inputs: Prepared) -> ExportedProgram:
     try:
         with _quiet():
+            torch.library.register_fake("torchvision::nms", _nms_of_any_number, allow_override=True)
             return torch.export.export(graph, inputs)
     except Exception as error:  # any operation of any timm model may refuse, in its own way
         raise UserError(f"torch.export: cannot trace the detector ({_first_line(error)}) - use another backbone") from error
