@@ -80,7 +80,7 @@ assert not [name for name in sys.modules if name.startswith(("dtg_core", "gfl_dt
 print(json.dumps([told, *(numpy.asarray(part).tolist() for part in found)]))
 """
     command = [sys.executable, "-c", code, str(output / f"teacher{suffix}"), str(tmp_path / "given.npz")]
-    made = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": ""}, timeout=120)
+    made = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "", "OMP_NUM_THREADS": "1"}, timeout=280)
     assert made.returncode == 0, made.stderr
     told, boxes, scores, labels = json.loads(made.stdout)
 
