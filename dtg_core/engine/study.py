@@ -124,12 +124,17 @@ class PlannedRun:
     phase: Phase | None = None
 
     @property
+    def evaluated(self) -> int:
+        """The step of its last evaluation, 0: none."""
+        try:
+            return int(json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    @property
     def finished(self) -> bool:
         """Trained and evaluated to its last step."""
-        try:
-            return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["step"] == self.steps
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return self.evaluated == self.steps
 
     @property
     def started(self) -> bool:
@@ -303,10 +308,12 @@ def steps_done(folder: Path) -> int:
 
 
 def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]]) -> None:
-    """Raise UserError when the run's folder holds a run with other settings. Keys that only one side knows, as after an update
-    of the program, are passed over."""
+    """Raise UserError when the run's folder holds a finished run with other settings, which would be taken for this one.
+
+    Keys that only one side knows, as after an update of the program, are passed over. Unfinished runs are train.py's to judge.
+    """
     file = run.folder / "config.yaml"
-    if not file.is_file():
+    if run.evaluated < run.steps or not file.is_file():
         return
     there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"
