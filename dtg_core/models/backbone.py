@@ -141,13 +141,18 @@ def build_pyramid(
     return Pyramid(body, fpn, picked, strides, channels, stats["mean"], stats["std"])
 
 
-def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
-    """The timm feature extractor with its weights, without the layers that no map of ``strides`` needs."""
+def require_known(config: BackboneConfig) -> None:
+    """UserError for an unknown model and for options that are not the user's; nothing is built, so it can come before the data."""
     if config.name not in timm.list_models() and config.name not in timm.list_models(pretrained=True):
         raise UserError(f"backbone.name: unknown timm model {config.name!r}{nearest(config.name, timm.list_models())}")
     if taken := sorted(RESERVED & set(config.options)):
         raise UserError(f"backbone.options: {taken[0]!r} is set by the other keys of backbone, or has to stay as it is - "
                         "remove it")
+
+
+def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
+    """The timm feature extractor with its weights, without the layers that no map of ``strides`` needs."""
+    require_known(config)
     tensors = None
     if config.weights is not None:
         tensors = _from_file(Path(config.weights))

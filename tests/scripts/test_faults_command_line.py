@@ -127,6 +127,15 @@ def test_fault_54_contradictory_flags(data: TinyData, tmp_path: Path) -> None:
     assert "--unlabeled" in line
 
 
+def test_fault_55_an_unknown_backbone_stops_before_the_data(data: TinyData, tmp_path: Path) -> None:
+    arguments = [*command(data, "gfl", tmp_path / "run"), "--labeled", str(tmp_path / "none.json"), "--set", "backbone.name=test_resnot"]
+    process = run(arguments, tmp_path / "logs")
+    assert process.status == 2
+    (line,) = errors(process)
+    assert "backbone.name: unknown timm model 'test_resnot' - did you mean 'test_resnet'" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_fault_56_weights_of_another_model(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
