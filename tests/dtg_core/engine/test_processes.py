@@ -161,7 +161,7 @@ def test_a_failing_evaluation_of_the_main_process_ends_all(data: TinyData, tmp_p
         def broken(*_: object) -> object:
             raise ValueError("the evaluator is broken")
 
-        engine.coco_metrics = broken  # type: ignore[assignment]
+        engine.metrics_and_curves = broken  # type: ignore[assignment]
 
     settings = "run.evaluate_every=2"
     processes = start_many(command(data, "gfl", tmp_path / "run", settings, steps=5), tmp_path / "logs", 2, prepare)
