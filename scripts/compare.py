@@ -2,8 +2,8 @@
 
     python scripts/compare.py RUN... [--output DIR]
 
-The first run's row is the one that others are measured against. The table goes to stdout; with ``--output`` also to
-``compare.md`` and, with the curves of AP, to ``compare.html``, a single file.
+The first row of a detector and its labelled images is the one that others are measured against. The table goes to stdout; with
+``--output`` also to ``compare.md`` and, with the curves of AP, to ``compare.html``, a single file.
 """
 from __future__ import annotations
 

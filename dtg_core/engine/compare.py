@@ -30,7 +30,8 @@ SILENT = {"schema", "run.output", "run.log_every", "run.evaluate_every", "run.ev
 #: The images of a step, over all processes: what the last three come to.
 BATCH = "images_of_a_step"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
-FOLD_FILES = ("data.labeled", "data.unlabeled")
+LABELED, UNLABELED = "data.labeled", "data.unlabeled"
+FOLD_FILES = (LABELED, UNLABELED)
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
 _FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 #: Settings of a stage's rule that only one paradigm reads.
@@ -64,8 +65,8 @@ class Run:
 
     @property
     def draw(self) -> tuple[Any, ...]:
-        """Seed and fold: what may differ between the runs of a row."""
-        return tuple(str(self.settings.get(key)) for key in (SEED, EMBEDDED_FOLD, *FOLD_FILES))
+        """Seed and fold, which tell the runs of a row apart and pair those of two rows."""
+        return tuple(str(self.settings.get(key)) for key in (SEED, EMBEDDED_FOLD, LABELED))
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,16 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
     differing = _differing(list(groups.values()), over)
     rows = [Row(name, members) for name, members in zip(_names(list(groups.values()), differing), groups.values())]
     notes = [
-        f"{row.name}: its seeds or folds are not those of the first row, so the difference holds their spread too"
-        for row in rows[1:] if {run.draw for run in row.runs} != {run.draw for run in rows[0].runs}
+        f"{row.name}: its seeds or folds are not those of {first.name}, so the difference holds their spread too"
+        for row, first in ((row, reference(rows, row)) for row in rows)
+        if {run.draw for run in row.runs} != {run.draw for run in first.runs}
     ]  # fmt: skip
     return Comparison(rows, differing, notes)
+
+
+def reference(rows: Sequence[Row], row: Row) -> Row:
+    """The row that a row is measured against: the first with its detector and its labelled images."""
+    return next(other for other in rows if _labeled_by(other) == _labeled_by(row))
 
 
 def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
@@ -184,7 +191,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
     cost: Table = [["", "minutes of training", "seconds per step", "waiting for data", "steps", "images of a step"]]
     for row in rows:
         means = [_mean_and_spread(row.values("teacher", name)) for name in FIGURES]
-        differences = [_difference(row, rows[0], name) for name in FIGURES] if versus else []
+        differences = [_difference(row, reference(rows, row), name) for name in FIGURES] if versus else []
         results.append([row.name, *means, *differences, str(len(row.runs))])
         student.append([row.name, *(_mean_and_spread(row.values("student", name)) for name in FIGURES)])
         cost.append([row.name, *_cost(row)])
@@ -296,6 +303,14 @@ def _is_stage_paradigm(key: str) -> bool:
     return key.startswith("guidance.stages.") and key.endswith(".paradigm")
 
 
+def _labeled_by(row: Row) -> tuple[Any, ...]:
+    """Detector and labelled images, whatever the fold."""
+    settings = row.runs[0].settings
+    labeled = settings.get(LABELED)
+    images = settings.get("data.shapes_labeled") if labeled is None else _FOLD.sub("*", labeled)
+    return settings.get("detector"), images
+
+
 def _shared(run: Run, over: Sequence[str]) -> dict[str, Any]:
     """The settings that all runs of a row have in common."""
     kept = {key: value for key, value in run.settings.items() if key not in (SEED, EMBEDDED_FOLD, *over)}
@@ -350,7 +365,7 @@ def _refuse_changed_data(runs: Sequence[Run]) -> None:
 def _refuse_copies(runs: Sequence[Run], over: Sequence[str]) -> None:
     seen: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        draw = (*run.draw, *(json.dumps(run.settings.get(key)) for key in over))
+        draw = (*run.draw, str(run.settings.get(UNLABELED)), *(json.dumps(run.settings.get(key)) for key in over))
         if draw in seen:
             raise UserError(f"{run.path}: has the settings, seed and fold of {seen[draw].path} - a mean over both would "
                             "count one run twice, so give one of them")
@@ -404,8 +419,9 @@ def _difference(row: Row, first: Row, figure: str) -> str:
 
 
 def _remarks(comparison: Comparison) -> Iterator[str]:
-    yield ("- AP, AP50, AP75: the teacher's, mean ± standard deviation over seeds and folds; differences to the first row, with "
-           "their deviation run by run where both rows have the same seeds and folds. Times are those of this machine then.")
+    yield ("- AP, AP50, AP75: the teacher's, mean ± standard deviation over seeds and folds; differences to the first row of the "
+           "same detector and labelled images, with their deviation run by run where both rows have the same seeds and folds. "
+           "Times are those of this machine then.")
     yield from (f"- {note}." for note in comparison.notes)
     for row in comparison.rows:
         yield f"- {row.name}: {', '.join(str(run.path) for run in row.runs)}"

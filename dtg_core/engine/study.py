@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from dtg_core.config import RENAMED
 from dtg_core.engine.checkpoint import checkpoint_name
-from dtg_core.engine.compare import effective
+from dtg_core.engine.compare import BATCH, effective
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError
 from dtg_core.settings import check_ranges, dotted, load_config, plain_yaml, refuse, yaml_scalar
@@ -271,7 +271,7 @@ def plan(
             settings = parse(arguments)
         except UserError as error:
             raise UserError(f"{file}: {cell.name}: {error}") from error
-        acting = effective(settings, stages)
+        acting = acting_settings(settings, stages)
         run = PlannedRun(cell.name, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
         key = json.dumps(acting, sort_keys=True)
         if key in unique:
@@ -298,7 +298,14 @@ def phase_key(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
     """All settings that act before ``guidance.start_step``, and this step, as a text. Runs with the same one train alike until
     then."""
     unguided = {key: "none" if key.startswith(STAGES) and key.endswith(".paradigm") else value for key, value in settings.items()}
-    return json.dumps({**effective(unguided, stages), "guidance.start_step": settings["guidance.start_step"]}, sort_keys=True)
+    return json.dumps({**acting_settings(unguided, stages), "guidance.start_step": settings["guidance.start_step"]}, sort_keys=True)
+
+
+def acting_settings(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """``effective`` with the images of a micro-batch and the number of these, whose sums round differently."""
+    parts = settings.get("optim.accumulate")
+    batch = {f"{BATCH}.{kind}": [settings.get(f"data.{kind}_per_device"), parts] for kind in ("labeled", "unlabeled")}
+    return effective({**settings, **batch}, stages)
 
 
 def steps_done(folder: Path) -> int:

@@ -21,8 +21,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import study as script  # noqa: E402
 from common import STAGES, train_parser  # noqa: E402
 
-from dtg_core.engine.compare import effective  # noqa: E402
-from dtg_core.engine.study import Plan, plan, read_study  # noqa: E402
+from dtg_core.engine.study import Plan, acting_settings, plan, read_study  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 
 STEPS, START = 6, 3
@@ -112,7 +111,7 @@ def test_studies_of_the_papers_tables_are_its_commands(table: str, tmp_path: Pat
             for fold in range(1, 6 if table == "1" else 2):
                 arguments = shlex.split(command.replace("${FOLD}", str(fold)))
                 arguments[arguments.index("--config") + 1] = str(ROOT / "configs" / "coco_partial.yaml")
-                settings = effective(script.settings_of(arguments, []), STAGES)
+                settings = acting_settings(script.settings_of(arguments, []), STAGES)
                 wanted[json.dumps(settings, sort_keys=True)] = row
     file = ROOT / "configs" / "studies" / f"coco_table{table}.yaml"
     found = plan(read_study(file), file, tmp_path, [], lambda given: script.settings_of(given, []), STAGES)

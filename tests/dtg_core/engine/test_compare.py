@@ -78,7 +78,24 @@ def test_other_seeds_have_no_paired_spread(tmp_path):
             write_run(tmp_path / "c", 33, seed=0), write_run(tmp_path / "d", 34, seed=2)]  # fmt: skip
     comparison = compare(runs, STAGES)
     assert tables(comparison)["Results"][2][4] == "+3.00"
-    assert any("not those of the first row" in note for note in comparison.notes)
+    assert any("its seeds or folds are not those of gfl, sparse" in note for note in comparison.notes)
+
+
+def test_rows_are_measured_by_the_first_of_their_kind(tmp_path):
+    """Of their detector and labelled images, paired by fold also where only one side has unlabelled images."""
+    runs = []
+    for share, base in ((5, 10), (10, 20)):
+        for paradigm, more in (("supervised", (0, 0)), ("dense", (4, 6))):
+            for fold in (1, 2):
+                folder = tmp_path / f"{share}-{paradigm}-{fold}"
+                ap = base + fold + more[fold - 1]
+                runs.append(write_run(folder, ap, paradigm=paradigm, labeled=f"fold{fold}_{share}_labeled.json"))
+                config = folder / "config.yaml"
+                unlabeled = "null" if paradigm == "supervised" else f"fold{fold}_{share}_unlabeled.json"
+                config.write_text(config.read_text().replace("unlabeled: null", f"unlabeled: {unlabeled}", 1))
+    differences = [row[4] for row in results(*runs)[1:]]
+    assert differences == ["", "+5.00 ± 1.41", "", "+5.00 ± 1.41"]
+    assert not compare(runs, STAGES).notes
 
 
 def test_folds_are_one_row_and_shares_are_not(tmp_path):
