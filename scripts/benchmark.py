@@ -4,10 +4,11 @@
     python scripts/benchmark.py --detector faster_rcnn --config configs/quickstart.yaml --against sparse --json figures.json
     python scripts/benchmark.py --data --config configs/quickstart.yaml
 
-``overhead`` is step / bare passes - 1. The *bare passes* are the networks alone on views and proposals of the same shapes: the
-teacher's forward pass without gradients, and the student's forward and backward passes on the labelled and the strong
-views with the sum of all predictions as the loss. So making proposals, guidance, assignment, losses, gradient clipping,
-the optimizer and the moving average are all overhead. Making the data is not: loader processes do it beside the step.
+``overhead`` is step / bare passes; 1.05 is 5 % more. The *bare passes* are the networks alone on views and proposals of the
+same shapes: the teacher's forward pass without gradients, and the student's forward and backward passes on the labelled and
+the strong views with the sum of all predictions as the loss. So making proposals, guidance, assignment, losses, gradient
+clipping, the optimizer and the moving average are all overhead. Making the data is not: loader processes do it beside the
+step.
 
 Everything is timed in turn within one process; figures are medians over ``--repeats``, ratios are medians of the repeats'
 ratios. Weights are random, so no weights are needed. Random weights give no candidates: the thresholds of guidance are put

@@ -165,7 +165,7 @@ def _synchronized(student: nn.Module, last: bool, accelerator: Accelerator) -> A
 @torch.no_grad()
 def is_finite(module: nn.Module) -> bool:
     """Whether all parameters that train and all float buffers are finite; values that overflow when squared are not."""
-    tensors = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    tensors: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
     tensors += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     # sync: the teacher must never average what an overflowing update has left. The 2-norm is the quickest on a CPU.
     return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())

@@ -4,7 +4,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def keep_rate(step: int, rate: float) -> float:
@@ -23,7 +23,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, step: int, rate: floa
 
     Parameters and float buffers (batch norm statistics) are averaged, integer buffers are copied. ``step`` counts from 0.
     """
-    pairs = [
+    pairs: list[tuple[Tensor, Tensor]] = [
         (averaged, own.detach()) for averaged, own in zip(teacher.parameters(), student.parameters(), strict=True)
         if own.requires_grad  # frozen parameters are equal already
     ]

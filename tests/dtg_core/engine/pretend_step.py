@@ -9,6 +9,7 @@ Not a test: ``test_loop.py`` runs it in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from pretend_device import DEVICE, PretendDevice, module_to_device, to_device
 
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, paper_stages
 from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.engine.waits import device_work
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
 from dtg_core.structures import Movable, StepBatch
@@ -76,15 +78,20 @@ def count(name: str, images: int) -> PretendDevice:
     config = Config(guidance=guidance, optim=OptimConfig(lr=1e-4, momentum=0.9, warmup_steps=0))
     student = StudentModule(detector, stages).train()
     teacher = make_teacher(detector)
+    plain = StepBatch(0, make_views(2, 64, 64, BOXES, LABELS), make_pair(images, 64, 64))
+    twin, twin_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    with device_work() as work:  # what the benchmark counts on the CPU
+        train_step(twin, twin_teacher, make_optimizer(twin, config.optim), [plain], config, OneProcess())
     module_to_device(student)
     module_to_device(teacher)
     optimizer = make_optimizer(student, config.optim)
-    batch = moved(StepBatch(0, make_views(2, 64, 64, BOXES, LABELS), make_pair(images, 64, 64)))
+    batch = moved(plain)
     train_step(student, teacher, optimizer, [batch], config, OneProcess())  # fills the caches of anchors
     with PretendDevice() as device:
         figures = train_step(student, teacher, optimizer, [batch], config, OneProcess())
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in detector.stages)
+    assert work.waits.total() == sum(device.syncs.values()), (work.waits, device.syncs)
     return device
 
 
