@@ -168,6 +168,7 @@ class RunConfig:
     score_threshold: float = 0.05  # of evaluated detections (A29)
     evaluate_batch: int = 8
     channels_last: bool = True
+    compile: bool = False  # torch.compile of the backbone: minutes at the start and after new image sizes, for quicker steps
     max_skipped: int = 20  # steps in a row that may be skipped because they are not finite (a fp16 scaler needs up to 16)
     trackers: tuple[str, ...] = ()  # of Accelerate, beside metrics.jsonl: tensorboard, wandb, ...
 

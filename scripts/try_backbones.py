@@ -51,8 +51,7 @@ def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tu
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.loop import make_optimizer, train_step
-    from dtg_core.models.student import StudentModule
-    from dtg_core.models.teacher import make_teacher
+    from dtg_core.models.student import student_and_teacher
 
     scratch = ["backbone.pretrained=false", "backbone.freeze_to_stride=0", "backbone.batch_norm=train", "data.workers=0",
                "guidance.start_step=0", "guidance.ramp_steps=0", "optim.warmup_steps=0"]  # fmt: skip
@@ -60,9 +59,9 @@ def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tu
     settings, _, _ = load_settings(train_parser().parse(line))
     sources = open_sources(settings.data, supervised=False)
     torch.manual_seed(0)
-    student = StudentModule(DETECTORS[detector](settings, len(sources.labeled.class_names)), settings.guidance.stages)
+    student, teacher = student_and_teacher(DETECTORS[detector](settings, len(sources.labeled.class_names)), settings)
     accelerator = Accelerator()
-    teacher = make_teacher(student.detector).to(accelerator.device)
+    teacher.to(accelerator.device)
     module, optimizer = accelerator.prepare(student, make_optimizer(student, settings.optim))
     data = StepData(sources.labeled, sources.unlabeled, settings.views, 0, settings.data.labeled_per_device,
                     settings.data.unlabeled_per_device)  # fmt: skip

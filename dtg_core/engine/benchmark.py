@@ -31,8 +31,7 @@ from dtg_core.engine import loop
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.waits import device_work
 from dtg_core.guidance import teach
-from dtg_core.models.student import StudentModule
-from dtg_core.models.teacher import make_teacher
+from dtg_core.models.student import StudentModule, student_and_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import PairBatch, Proposals, StepBatch, Supervision, ViewBatch
 
@@ -77,14 +76,14 @@ def benchmark(
     keep_freed_memory()
     device = accelerator.device
     config = replace(config, optim=replace(config.optim, lr=0.0))
-    if config.run.channels_last:
-        detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _, teacher = student_and_teacher(detector, config)
     detector.to(device)
+    teacher.to(device)
     guidance, data = config.guidance, config.data
     first = guidance.start_step + guidance.ramp_steps  # from here on unlabelled losses count in full
     unlabeled = 0 if paradigm == "none" else data.unlabeled_per_device
     made = StepData(sources.labeled, sources.unlabeled, config.views, config.run.seed, data.labeled_per_device, unlabeled)
-    batch, teacher = made[first].to(device), make_teacher(detector)
+    batch = made[first].to(device)
     rules = guidance.stages
     if batch.unlabeled is not None:
         rules = with_candidates(cast(Detector, teacher), batch.unlabeled, rules, candidates)

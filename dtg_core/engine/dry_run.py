@@ -18,8 +18,7 @@ from dtg_core.engine.loop import make_optimizer, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
-from dtg_core.models.student import StudentModule
-from dtg_core.models.teacher import make_teacher
+from dtg_core.models.student import student_and_teacher
 
 CHECKPOINTS = 3  # kept at once while a new one is written
 
@@ -38,10 +37,8 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         UserError: the disk has no room for the checkpoints, or an image of the batches cannot be used.
     """
     keep_freed_memory()
-    if config.run.channels_last:
-        detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    module = StudentModule(detector, config.guidance.stages)
-    teacher = make_teacher(detector).to(accelerator.device)
+    module, teacher = student_and_teacher(detector, config)
+    teacher.to(accelerator.device)
     student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     data = StepData(
         sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,

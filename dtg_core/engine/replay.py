@@ -17,8 +17,7 @@ from dtg_core.engine.checkpoint import load_checkpoint
 from dtg_core.engine.loop import make_optimizer, train_step
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.models.student import StudentModule
-from dtg_core.models.teacher import make_teacher
+from dtg_core.models.student import student_and_teacher
 from dtg_core.structures import StepBatch, ViewBatch
 
 
@@ -58,8 +57,8 @@ def replay(
     """
     told = _read(file)
     step, parts = told["step"], told["parts"]
-    module = StudentModule(detector, config.guidance.stages)
-    teacher = make_teacher(detector).to(accelerator.device)
+    module, teacher = student_and_teacher(detector, config)
+    teacher.to(accelerator.device)
     student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
     load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
 

@@ -38,8 +38,7 @@ from dtg_core.engine.signals import StopSignals
 from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.models.student import StudentModule
-from dtg_core.models.teacher import make_teacher
+from dtg_core.models.student import student_and_teacher
 from dtg_core.settings import flatten, to_yaml
 from dtg_core.structures import StepBatch, ViewBatch
 
@@ -65,10 +64,8 @@ class Fit:
         self.config, self.sources, self.folder = config, sources, folder
         self.accelerator, self.metadata = accelerator, metadata
         keep_freed_memory()
-        if config.run.channels_last:
-            detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.module = StudentModule(detector, config.guidance.stages)
-        self.teacher = make_teacher(detector).to(accelerator.device)
+        self.module, teacher = student_and_teacher(detector, config)
+        self.teacher = teacher.to(accelerator.device)
         accelerator.gradient_accumulation_steps = 1  # train_step divides by itself, and exactly
         self.student, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
         self.stamp = stamp(config, sources, accelerator.num_processes)
@@ -109,9 +106,13 @@ class Fit:
             if status:  # not by an evaluation
                 self._show()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise UserError(self._out_of_memory()) from error
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise UserError(self._out_of_memory()) from error
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"run.compile: the backbone was not compiled ({reason}) - a C++ compiler is needed; or "
+                                "run.compile=false") from error
+            raise
         finally:
             if self.report:
                 self.report.close()

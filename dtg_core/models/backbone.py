@@ -74,6 +74,16 @@ class Pyramid(nn.Module):
         return self
 
 
+def compile_backbones(detector: nn.Module, backend: str = "inductor") -> None:
+    """Have the detector's backbone compiled by ``torch.compile`` when it is first run. Names of weights stay as they are.
+
+    Only the backbone: it has most of the work and fixed shapes, whereas what follows it depends on the number of objects.
+    """
+    for module in detector.modules():
+        if isinstance(module, Pyramid):
+            module.body.compile(backend=backend)
+
+
 class ExtraConvs(ExtraFPNBlock):
     """Coarser levels by 3x3 convolutions of stride 2 on the pyramid's last map, without ReLU (mmdetection's GFL neck)."""
 

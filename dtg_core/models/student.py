@@ -7,9 +7,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from dtg_core.config import StageRule
+from dtg_core.config import Config, StageRule
 from dtg_core.guidance.consensus import consensus_quality
 from dtg_core.losses import dense_terms, ordinary_terms
+from dtg_core.models.backbone import compile_backbones
+from dtg_core.models.teacher import make_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import Assignment, LossTerm, Predictions, Samples, Supervision, ViewBatch
 
@@ -41,6 +43,17 @@ class StudentModule(nn.Module):
         detector = cast(Detector, self.detector)
         terms = loss_terms(detector, learn(detector, views, supervision), self.rules)
         return {f"{branch}/{name}": term for name, term in terms.items()}
+
+
+def student_and_teacher(detector: nn.Module, config: Config) -> tuple[StudentModule, nn.Module]:
+    """The detector as student, and its copy as teacher, both laid out and compiled as ``config.run`` says."""
+    if config.run.channels_last:
+        detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = make_teacher(detector)
+    if config.run.compile:
+        compile_backbones(detector)
+        compile_backbones(teacher)
+    return StudentModule(detector, config.guidance.stages), teacher
 
 
 #: What a stage learns on a batch: its samples, what it predicts for them, and what it should.

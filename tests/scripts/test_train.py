@@ -176,6 +176,21 @@ def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> No
     assert weights(tmp_path / "run") == weights(tmp_path / "other")
 
 
+def test_a_compiler_that_fails_is_told(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import torch._inductor.config as inductor
+
+        inductor.cpp.cxx = (str(tmp_path / "no_compiler"),)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+
+    ended = run(command(data, "gfl", tmp_path / "run", "run.compile=true"), tmp_path / "logs", prepare=prepare)
+    assert ended.status == 2
+    (error,) = [line for line in ended.err.splitlines() if line.startswith("error:")]
+    assert "run.compile: the backbone was not compiled" in error
+    assert "run.compile=false" in error
+    assert "Traceback" not in ended.err
+
+
 def test_a_bare_environment(data: TinyData, tmp_path: Path) -> None:
     """No HOME, no terminal, C locale, a closed stdin, a strange time zone, and a clock that runs backwards."""
     clock = "import itertools, time; time.time = itertools.count(2e9, -60.0).__next__"

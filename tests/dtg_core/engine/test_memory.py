@@ -33,6 +33,8 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     told, before, after = done.stdout.split()
     if told == "False":
         pytest.skip("not glibc")
+    if int(before) == 0:  # memory of this size cannot come without faults: a sandbox's kernel that does not count them
+        pytest.skip("this kernel counts no page faults")
     assert int(before) > 1000
     assert int(after) < 100
 

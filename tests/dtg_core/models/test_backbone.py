@@ -115,3 +115,20 @@ def test_weights_of_another_model_are_refused(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="does not fit 'test_resnet'"):
         pyramid(weights=str(tmp_path / "w.safetensors"))
+
+
+def test_a_compiled_backbone_gives_the_same_maps_and_names_of_weights():
+    from dtg_core.models.backbone import compile_backbones
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = pyramid().eval(), pyramid().eval()
+    compile_backbones(torch.nn.Sequential(compiled), backend)
+    views = make_views(2, 64, 96)
+    torch.testing.assert_close(compiled(views), plain(views))
+    assert graphs
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
