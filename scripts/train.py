@@ -53,11 +53,12 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.dry_run import dry_run, require_writable
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.run import Fit, on_main
-    from dtg_core.models.backbone import require_known
+    from dtg_core.models.backbone import require_available, require_known
 
     folder = RunFolder(Path(settings.run.output or f"runs/{settings.detector}-{settings.paradigm}-seed{settings.run.seed}"))
     if not arguments.replay:  # before the data is read, which may take a while
-        on_main(accelerator, lambda: require_known(settings.backbone))
+        require = require_available if settings.run.init is None else require_known
+        on_main(accelerator, lambda: require(settings.backbone))
         on_main(accelerator, lambda: require_writable(folder.path))
         on_main(accelerator, lambda: folder.require_free(arguments.resume is not None, arguments.overwrite))
     report = Report()

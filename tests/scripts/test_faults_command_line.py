@@ -136,6 +136,30 @@ def test_fault_55_an_unknown_backbone_stops_before_the_data(data: TinyData, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_cannot_be_had_stop_before_the_data(data: TinyData, tmp_path: Path) -> None:
+    """A missing file, and a hub that is out of reach."""
+
+    def prepare() -> None:
+        import huggingface_hub
+
+        def no_network(*arguments: object, **options: object) -> None:
+            raise OSError
+
+        huggingface_hub.get_hf_file_metadata = no_network  # type: ignore[assignment]
+        huggingface_hub.try_to_load_from_cache = lambda *arguments: None  # type: ignore[assignment]
+
+    for words, message in (
+        (["backbone.weights=none.safetensors"], "backbone.weights none.safetensors: no such file - give"),
+        (["backbone.name=resnet18", "backbone.pretrained=true"], "model.safetensors) are neither cached nor can be fetched"),
+    ):
+        arguments = [*command(data, "gfl", tmp_path / "run"), "--labeled", str(tmp_path / "none.json"), "--set", *words]
+        process = run(arguments, tmp_path / "logs", prepare=prepare)
+        assert process.status == 2
+        (line,) = errors(process)
+        assert message in line
+        assert not (tmp_path / "run").exists()
+
+
 def test_fault_56_weights_of_another_model(tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
