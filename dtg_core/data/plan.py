@@ -6,7 +6,9 @@ that has another number of loader workers or of processes (with the same global 
 """
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Sequence
 from functools import lru_cache
@@ -200,6 +202,14 @@ def _ignore_signals(worker: int) -> None:
     """A signal to the whole process group is the training process' to answer, which still needs its batches."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Workers that are still there at exit would be waited for without end: they ignore the signal that is to end them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:  # multiprocessing ends daemons at exit too
+            child.kill()
 
 
 def eval_batches(

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,23 @@ def test_every_image_once_an_epoch() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert not np.array_equal(permutation(3, 0, 0, 10), permutation(3, 1, 0, 10))
     assert not np.array_equal(permutation(3, 0, 0, 10), permutation(4, 0, 0, 10))
+
+
+STOPPED_HALFWAY = """
+from dtg_core.data.plan import steps_loader
+
+class Numbers:
+    def __getitem__(self, item):
+        return item
+
+batches = iter(steps_loader(Numbers(), 0, 100, 1))
+next(batches)
+"""
+
+
+def test_a_process_ends_though_its_workers_wait() -> None:
+    """As where an error's traceback keeps the loader; workers are deaf to the signal by which multiprocessing ends them."""
+    subprocess.run([sys.executable, "-c", STOPPED_HALFWAY], timeout=60, check=True)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
