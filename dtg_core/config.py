@@ -196,7 +196,7 @@ RANGES = {
     "guidance.stages.*.nms_iou": "(0, 1]",
     "guidance.stages.*.max_candidates": "[1, inf)",
     "guidance.stages.*.min_iou": "[0, 1)",
-    "guidance.stages.*.background_tau": "[0, 1)",
+    "guidance.stages.*.background_tau": "(0, 1)",
     "guidance.stages.*.background_samples": "[0, inf)",
     "guidance.stages.*.rank_weight": "[0, inf)",
     "guidance.stages.*.temperature": "(0, inf)",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dtg_core.config import StageRule
-from dtg_core.guidance.rank_matching import rank_divergence
+from dtg_core.guidance.rank_matching import rank_matching
 from dtg_core.structures import Assignment, DenseGuidance, LossTerm, Predictions, Unreduced
 
 
@@ -50,7 +50,7 @@ def dense_terms(
         del terms["box"]
     if rule.rank:
         logits = predictions.logits[assignment.image, assignment.sample, assignment.label]
-        divergence = rank_divergence(logits, dense.teacher_logit, dense.cluster, dense.num_clusters, rule.temperature)
+        divergence = rank_matching(logits, dense.teacher_logit, dense.cluster, dense.num_clusters, rule.temperature)
         divergence = divergence if dense.trust is None else dense.trust * divergence
         terms["rank"] = LossTerm(divergence.sum() + 0 * logits.sum(), dense.live_clusters)
     return terms

@@ -18,14 +18,13 @@ def _mixed(x: Tensor) -> Tensor:
     return (x >> 16) ^ x
 
 
-def random_keys(seeds: Tensor, count: int) -> Tensor:
-    """[N, count] int64 in 0..2^32-1, uniform, from ``seeds`` [N] int64 and the column's index."""
-    column = torch.arange(count, device=seeds.device)
+def random_keys(seeds: Tensor, identity: Tensor) -> Tensor:
+    """[N, A] int64 in 0..2^32-1, uniform, from ``seeds`` [N] int64 and a number [A] int64 of each column."""
     seeds = _mixed((seeds & _MASK) ^ _mixed((seeds >> 32) & _MASK))
-    return _mixed(_mixed(column + 1).unsqueeze(0) ^ seeds.unsqueeze(1))
+    return _mixed(_mixed((identity + 1) & _MASK).unsqueeze(0) ^ seeds.unsqueeze(1))
 
 
-def sample_mask(mask: Tensor, limit: Tensor | int, seeds: Tensor, most: int) -> Tensor:
+def sample_mask(mask: Tensor, limit: Tensor | int, seeds: Tensor, most: int, identity: Tensor) -> Tensor:
     """At most ``limit`` random True entries of each row of a mask.
 
     Args:
@@ -33,12 +32,14 @@ def sample_mask(mask: Tensor, limit: Tensor | int, seeds: Tensor, most: int) -> 
         limit: [N] int64 or int, how many to keep per row.
         seeds: [N] int64.
         most: an upper bound of ``limit`` that the host knows.
+        identity: [A] int64, what each column is, so that the draw does not depend on where it stands: an image's own draws
+            are the same in any batch and on any canvas.
 
     Returns:
         [N, A] bool, a subset of ``mask``.
     """
     most = min(most, mask.shape[1])
-    keys = random_keys(seeds, mask.shape[1]) + 1
+    keys = random_keys(seeds, identity) + 1
     best, index = (keys * mask).topk(most, dim=1)
     limit = torch.as_tensor(limit, device=mask.device).reshape(-1, 1)
     chosen = (best > 0) & (torch.arange(most, device=mask.device) < limit)

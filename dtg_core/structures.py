@@ -111,6 +111,12 @@ class AnchorGrid:
         return torch.cat(parts).to(self.anchors.device)
 
     @cached_property
+    def identity(self) -> Tensor:
+        """[A] int64 that name each anchor by its place and shape, alike on all canvases, for random draws."""
+        left, top, right, bottom = (self.anchors * 8).round().long().unbind(1)
+        return left * 73856093 + top * 19349663 + right * 83492791 + bottom * 2654435761  # a spatial hash's primes
+
+    @cached_property
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per level, on the anchors' device: cells [L, R, 4]; (rows, columns, stride) [L, 3]; first anchor's row [L]."""
         starts = [sum(self.level_sizes[:index]) for index in range(len(self.shapes))]
@@ -139,6 +145,11 @@ class Proposals(Movable):
     @property
     def num_samples(self) -> int:
         return self.boxes.shape[1]
+
+    @property
+    def identity(self) -> Tensor:
+        """[A] int64, the proposals' ranks, for random draws."""
+        return torch.arange(self.num_samples, device=self.boxes.device)
 
     def take(self, image: Tensor, sample: Tensor) -> Tensor:
         """Boxes [M, 4] of samples given by their image [M] and sample [M]."""

@@ -68,14 +68,15 @@ def match(
     return Matches(matched, positive, negative)
 
 
-def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tensor) -> Matches:
+def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tensor, identity: Tensor) -> Matches:
     """At most ``samples`` random matches of each image, at most ``positive_share`` of them positive.
 
-    Positives that are missing are made up for by negatives. The draw is a pure function of ``seeds`` [N].
+    Positives that are missing are made up for by negatives. The draw is a pure function of ``seeds`` [N] and of what the
+    samples are, ``identity`` [A], see ``dtg_core.stateless.sample_mask``.
     """
     most = int(samples * positive_share)
-    positive = sample_mask(matches.positive, most, seeds, most)
-    negative = sample_mask(matches.negative, samples - positive.sum(1), seeds, samples)
+    positive = sample_mask(matches.positive, most, seeds, most, identity)
+    negative = sample_mask(matches.negative, samples - positive.sum(1), seeds, samples, identity)
     return Matches(matches.row, positive, negative)
 
 

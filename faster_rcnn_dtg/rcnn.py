@@ -9,7 +9,7 @@ from torch.nn.functional import l1_loss
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import roi_align
 
-from dtg_core.boxes import area
+from dtg_core.boxes import area, rank_in_group
 from dtg_core.structures import Assignment, Predictions, Proposals, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig
 from faster_rcnn_dtg.deltas import decode, encode
@@ -36,13 +36,15 @@ def sample_proposals(
         Proposals [N, ``config.samples``], padded, detached.
     """
     images, device = proposals.boxes.shape[0], proposals.boxes.device
+    identity = proposals.identity
     if add_truth:
         # A column for each object of the batch, valid in its own image only: no image's count has to reach the host.
         boxes = torch.cat((proposals.boxes, targets.boxes.expand(images, -1, -1)), 1)
         valid = torch.cat((proposals.valid, targets.image == torch.arange(images, device=device).unsqueeze(1)), 1)
+        identity = torch.cat((identity, len(identity) + rank_in_group(targets.image, images)))
         proposals = Proposals(boxes, valid)
     matches = match(proposals, targets, proposals.valid, config.iou, config.iou)
-    matches = balanced(matches, config.samples, config.positive_share, seeds)
+    matches = balanced(matches, config.samples, config.positive_share, seeds, identity)
     chosen = matches.positive | matches.negative
     spare = max(0, config.samples - proposals.num_samples)
     chosen = nn.functional.pad(chosen, (0, spare))

@@ -62,7 +62,7 @@ class RPNStage:
         config = self.config
         usable = samples.usable(sizes)
         matches = match(samples, targets, usable, config.positive_iou, config.negative_iou, config.low_quality_iou)
-        matches = balanced(matches, config.samples, config.positive_share, seeds)
+        matches = balanced(matches, config.samples, config.positive_share, seeds, samples.identity)
         return assignment(matches, replace(targets, labels=torch.zeros_like(targets.labels)))
 
     def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:

@@ -108,6 +108,7 @@ def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bo
     from dtg_core.engine.schedules import scale_lr
 
     settings = replace(settings, optim=replace(settings.optim, accumulate=accelerator.gradient_accumulation_steps))
+    accelerator.gradient_accumulation_steps = 1  # train_step divides by itself, and exactly
     if scale:
         before = settings.optim.lr
         settings = replace(settings, optim=scale_lr(settings, accelerator.num_processes))

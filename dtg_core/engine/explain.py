@@ -1,11 +1,11 @@
 """What the teacher tells the student of a batch, step by step, beside what sparse guidance would have told (Figs. 3 and 4).
 
-The functions of training are called one by one, so that what lies between them can be seen. Nothing here is fast.
+What training does within one step is kept, so that it can be looked at. Nothing here is fast.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torchvision.ops import box_iou
 from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side
 from dtg_core.config import StageRule
 from dtg_core.data.coco import CocoIndex
-from dtg_core.guidance import cluster_nms, correspond, inverse_nms, pseudo_labels, select_candidates
+from dtg_core.guidance import pseudo_labels
 from dtg_core.guidance.correspondence import MIN_SIDE
-from dtg_core.guidance.inverse_nms import best_scores
+from dtg_core.guidance.paradigms import dense_labels, student_scores
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
     Assignment,
@@ -110,25 +110,21 @@ def explain(teacher: Detector, student: Detector, pair: PairBatch, name: str, ru
     stage, (samples, predictions) = teacher.stages[name], outputs[name]
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
 
-    candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule)
-    groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
-    clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
-    moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
-    dense = inverse_nms(candidates, clusters, row, moved.num_samples, pair, hull)
+    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull)
+    moved, dense = labels.samples, labels.assignment
 
     detections = teacher.detect(outputs, pair.teacher, min(rule.tau, rule.pseudo_score))
     pseudo = pseudo_labels(detections, rule.pseudo_score, pair, hull)
-    labels = pseudo.labels if stage.num_classes > 1 else torch.zeros_like(pseudo.labels)  # an RPN knows objects only
-    pseudo = Targets(pseudo.boxes, labels, pseudo.image)
+    if stage.num_classes == 1:  # an RPN knows objects only
+        pseudo = replace(pseudo, labels=torch.zeros_like(pseudo.labels))
     sparse = stage.assign(moved, pseudo, pair.student.sizes, pair.student.seeds)
 
     proposals = None if moved is grid else moved
     learnt = student.run(pair.student, {name: Supervision(None, dense, proposals)})  # type: ignore[arg-type]
     logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
-    scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
     return Explained(
-        candidates, clusters, detections, moved, dense, sparse, pseudo, logits,
-        best_scores(scores, row, moved.num_samples), stage.num_classes, rule,
+        labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,
+        student_scores(samples, predictions, labels, pair), stage.num_classes, rule,
     )  # fmt: skip
 
 

@@ -49,7 +49,8 @@ def train_step(
 
     Returns:
         Losses and figures of the guidance by name, still on the device. "skipped" is 1 when the loss or its gradient was not
-        finite; nothing has been changed then.
+        finite, and nothing has been changed, or when what the update left was not, and the teacher has not been changed. Where
+        the weights themselves have overflowed, so that no later step can mend them, there is an "overflowed" too.
     """
     step, rules = batches[0].step, config.guidance.stages
     for group in optimizer.param_groups:
@@ -76,13 +77,16 @@ def train_step(
     finite = totals.decide(torch.as_tensor(norm), signals)
     if finite or accelerator.scaler is not None:  # a scaler skips such a step by itself, and lowers its scale
         optimizer.step()
-    finite = finite and is_finite(detector)
-    if finite:
+    share_statistics(detector, accelerator)
+    healthy = finite and is_finite(detector)
+    if healthy:
         update_teacher(teacher, detector, step, config.optim.ema)
     else:
         heal_statistics(detector, teacher)
+        if finite and not is_finite(detector):
+            figures["overflowed"] = 1.0
     optimizer.zero_grad(set_to_none=True)
-    return figures | {"skipped": float(not finite)}
+    return figures | {"skipped": float(not healthy)}
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,18 @@ def is_finite(module: nn.Module) -> bool:
     tensors += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     # sync: the teacher must never average what an overflowing update has left. The 2-norm is the quickest on a CPU.
     return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+
+
+@torch.no_grad()
+def share_statistics(detector: nn.Module, accelerator: Accelerator) -> None:
+    """Average the batch statistics that train over the processes, so that all of them average the same teacher."""
+    if accelerator.num_processes == 1:
+        return
+    norms = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+    own = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+    if own:
+        mean = cast(Tensor, accelerator.reduce(torch.cat([buffer.flatten() for buffer in own]), "mean"))
+        torch._foreach_copy_(own, [part.view_as(to) for part, to in zip(mean.split([to.numel() for to in own]), own)])
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     notes = [f"resuming with changes: {change}" for change in changes]
     if old["processes"] != new["processes"]:
         notes.append(f"resuming with {new['processes']} processes instead of {old['processes']}: the same batches, but sums "
-                     "in another order, so weights agree closely and not to the bit")
+                     "in another order and other padding, so weights agree closely and not to the bit")
     if old["torch"] != new["torch"]:
         made, here = old["torch"], new["torch"]
         notes.append(f"warning: the checkpoint was made by torch {made}, this is {here} - results may differ slightly")

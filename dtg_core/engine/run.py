@@ -66,7 +66,6 @@ class Fit:
         keep_freed_memory()
         self.module, teacher = student_and_teacher(detector, config)
         self.teacher = teacher.to(accelerator.device)
-        accelerator.gradient_accumulation_steps = 1  # train_step divides by itself, and exactly
         self.student, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
         self.stamp = stamp(config, sources, accelerator.num_processes)
 
@@ -137,6 +136,10 @@ class Fit:
             if self.report:
                 self.report.progress.advance()
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if figures["skipped"] else 0
+            if "overflowed" in figures:
+                self._say(f"error: step {done - 1}: the update has overflowed the weights - lower optim.lr or set "
+                          "optim.clip_norm, and go on from the last checkpoint with --resume auto --resume-with-changes")
+                return GAVE_UP
             if self.skipped_in_a_row == run.max_skipped:
                 return self._give_up(batches, figures)
 

@@ -4,9 +4,9 @@ from dtg_core.guidance.correspondence import anchor_level, best_anchor, correspo
 from dtg_core.guidance.inverse_nms import inverse_nms
 from dtg_core.guidance.paradigms import teach
 from dtg_core.guidance.pseudo_labels import pseudo_labels
-from dtg_core.guidance.rank_matching import rank_divergence, rank_matching
+from dtg_core.guidance.rank_matching import rank_matching
 
 __all__ = [
-    "anchor_level", "best_anchor", "cluster_nms", "correspond", "inverse_nms", "pseudo_labels", "rank_divergence", "rank_matching",
+    "anchor_level", "best_anchor", "cluster_nms", "correspond", "inverse_nms", "pseudo_labels", "rank_matching",
     "select_candidates", "teach",
 ]

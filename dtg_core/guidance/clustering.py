@@ -38,7 +38,8 @@ def select_candidates(
         background = usable & (best <= _logit(rule.background_tau))
     chosen = foreground
     if best.shape[1] > rule.max_candidates:
-        chosen = foreground & (best >= best.topk(rule.max_candidates, dim=1).values[:, -1:])
+        top = best.topk(rule.max_candidates, dim=1).indices  # not by their value, of which low precision has many equals
+        chosen = foreground & torch.zeros_like(foreground).scatter(1, top, True)
     image, sample = chosen.nonzero().unbind(1)  # sync: the number of candidates.
     label = label[image, sample]
     box = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,23 +76,53 @@ def teach(
     return supervision, figures
 
 
-def _dense(
+@dataclass(frozen=True)
+class DenseLabels:
+    """What the teacher's dense predictions become on the way to the student, before the options of the rule."""
+
+    candidates: Candidates
+    clusters: Clusters
+    samples: Samples  # S samples of the student
+    row: Tensor  # [N, A] int64, the student's sample of each of the teacher's, -1: none
+    assignment: Assignment  # of the student's samples
+
+
+@torch.no_grad()
+def dense_labels(
     stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
-) -> tuple[Supervision, Figures]:
-    """Dense guidance of one stage: the three steps of Fig. 2, short of the losses."""
+) -> DenseLabels:
+    """The three steps of Fig. 2, short of the losses: clusters of candidates, correspondence, inverse NMS.
+
+    Args:
+        stage, samples, predictions: of the teacher. grid: the student's anchors. pair: both views. rule, hull: see ``teach``.
+    """
     candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule)
     groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
-    student_samples, row = correspond(samples, grid, pair, rule.min_iou, hull)
-    assignment = inverse_nms(candidates, clusters, row, student_samples.num_samples, pair, hull)
-    assignment = _with_options(assignment, pair, rule)
+    moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
+    return DenseLabels(candidates, clusters, moved, row, inverse_nms(candidates, clusters, row, moved.num_samples, pair, hull))
+
+
+@torch.no_grad()
+def student_scores(samples: Samples, predictions: Predictions, labels: DenseLabels, pair: PairBatch) -> Tensor:
+    """[N, S] the teacher's best score for each of the student's samples; -1 where none of its samples corresponds."""
+    scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
+    return best_scores(scores, labels.row, labels.samples.num_samples)
+
+
+def _dense(
+    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
+) -> tuple[Supervision, Figures]:
+    """Dense guidance of one stage with the options of its rule."""
+    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull)
+    candidates, clusters = labels.candidates, labels.clusters
+    assignment = _with_options(labels.assignment, labels.samples, pair, rule)
     assert assignment.dense is not None
     dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule, hull)
     if rule.soft_background:
-        scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
-        dense = replace(dense, background_weight=1 - best_scores(scores, row, student_samples.num_samples))
+        dense = replace(dense, background_weight=1 - student_scores(samples, predictions, labels, pair))
     assignment = replace(assignment, dense=dense)
-    proposals = student_samples if isinstance(student_samples, Proposals) else None
+    proposals = labels.samples if isinstance(labels.samples, Proposals) else None
 
     images = pair.student.sizes.shape[0]
     found, matched = candidates.image.shape[0], assignment.image.shape[0]
@@ -108,8 +138,8 @@ def _dense(
     return Supervision(None, assignment, proposals), figures
 
 
-def _with_options(assignment: Assignment, pair: PairBatch, rule: StageRule) -> Assignment:
-    """The class targets (A27) and the random background (A8) that the rule asks for."""
+def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rule: StageRule) -> Assignment:
+    """The class targets (A27) and the random background (A8) that the rule asks for; ``samples`` are the student's."""
     dense = assignment.dense
     assert dense is not None
     if rule.quality == "one":
@@ -121,7 +151,7 @@ def _with_options(assignment: Assignment, pair: PairBatch, rule: StageRule) -> A
         positives = torch.zeros(len(background), dtype=torch.int64, device=background.device)
         positives = positives.index_add(0, assignment.image, torch.ones_like(assignment.image))
         limit = (rule.background_samples - positives).clamp(min=0)
-        background = sample_mask(background, limit, pair.student.seeds, rule.background_samples)
+        background = sample_mask(background, limit, pair.student.seeds, rule.background_samples, samples.identity)
     return replace(assignment, background=background, dense=dense)
 
 

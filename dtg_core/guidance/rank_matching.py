@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 
-def rank_divergence(
+def rank_matching(
     student_logits: Tensor, teacher_logits: Tensor, cluster: Tensor, num_clusters: int, temperature: float = 1.0
 ) -> Tensor:
     """KL(D(p^t) || D(p^s)) of each cluster, with D the softmax over the cluster's members (Eqs. 4 and 5).
+
+    The mean over the clusters is taken in ``dtg_core.losses``, as their number is summed over processes first.
 
     Args:
         student_logits, teacher_logits: [P] logits of the target class; gradients flow to the student's only.
@@ -21,17 +23,6 @@ def rank_divergence(
     student = _log_softmax(student_logits.float() / temperature, cluster, num_clusters)
     divergence = teacher.exp() * (teacher - student)
     return torch.zeros(num_clusters, device=cluster.device).index_add(0, cluster, divergence)
-
-
-def rank_matching(
-    student_logits: Tensor, teacher_logits: Tensor, cluster: Tensor, num_clusters: int, temperature: float = 1.0
-) -> Tensor:
-    """L_RM of Eq. 5 "averaged over all NMS clusters"; without clusters a 0 that keeps the student's graph.
-
-    Arguments as in ``rank_divergence``. Returns a scalar.
-    """
-    divergence = rank_divergence(student_logits, teacher_logits, cluster, num_clusters, temperature)
-    return divergence.sum() / max(num_clusters, 1)
 
 
 def _log_softmax(logits: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:

@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
         """Frozen layers stay in evaluation mode, so that neither dropout nor statistics move in them."""
         super().train(mode)
         for module in self.body.modules():
-            own = list(module.parameters(recurse=False))
+            own = list(module.parameters())  # with those below: dropout in a block has none of its own
             if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
         return self

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtg_core.anchors import anchor_grid
 from dtg_core.boxes import paired_iou
 from dtg_core.structures import Proposals, Samples, Targets
-from faster_rcnn_dtg.config import RCNNConfig
+from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
 from faster_rcnn_dtg.matching import Matches, assignment, balanced, match
 from faster_rcnn_dtg.rcnn import RCNNStage, sample_proposals
+from faster_rcnn_dtg.rpn import RPNStage
 
 SIZES = torch.tensor([[100.0, 100.0]] * 3)
 
@@ -110,7 +112,7 @@ def matches_of(positives: int, negatives: int, samples: int = 600) -> Matches:
 )
 def test_balanced_counts(positives: int, negatives: int, expected: tuple[int, int]) -> None:
     given = matches_of(positives, negatives)
-    drawn = balanced(given, 256, 0.5, torch.tensor([3, 4]))
+    drawn = balanced(given, 256, 0.5, torch.tensor([3, 4]), torch.arange(600))
     assert drawn.positive.sum(1).tolist() == [expected[0]] * 2
     assert drawn.negative.sum(1).tolist() == [expected[1]] * 2
     assert not (drawn.positive & ~given.positive).any()
@@ -119,8 +121,8 @@ def test_balanced_counts(positives: int, negatives: int, expected: tuple[int, in
 
 def test_the_draw_depends_on_the_seed_alone() -> None:
     given = matches_of(200, 400)
-    first, again = (balanced(given, 256, 0.5, torch.tensor([3, 4])) for _ in range(2))
-    swapped = balanced(given, 256, 0.5, torch.tensor([4, 3]))
+    first, again = (balanced(given, 256, 0.5, torch.tensor([3, 4]), torch.arange(600)) for _ in range(2))
+    swapped = balanced(given, 256, 0.5, torch.tensor([4, 3]), torch.arange(600))
     assert torch.equal(first.positive, again.positive)
     assert torch.equal(first.negative, swapped.negative.flip(0))
     assert not torch.equal(first.positive[0], first.positive[1])
@@ -167,3 +169,26 @@ def test_sampling_an_empty_batch() -> None:
     assert sampled.boxes.shape == (2, 30, 4)
     assert not sampled.valid.any()
     assert not sampled.boxes.any()
+
+
+def test_an_image_draws_the_same_proposals_in_any_batch() -> None:
+    proposals, targets = random_case(1, objects=(4, 2, 3))
+    seeds, config = torch.tensor([1, 2, 3]), RCNNConfig(samples=12)
+    together = sample_proposals(proposals, targets, config, seeds, True)
+    for image in range(3):
+        own = targets.image == image
+        one = Targets(targets.boxes[own], targets.labels[own], torch.zeros_like(targets.image[own]))
+        few = Proposals(proposals.boxes[image : image + 1], proposals.valid[image : image + 1])
+        alone = sample_proposals(few, one, config, seeds[image : image + 1], True)
+        assert boxes_of(alone, 0) == boxes_of(together, image)
+
+
+def test_an_image_draws_the_same_anchors_on_any_canvas() -> None:
+    objects = Targets(torch.tensor([[10.0, 10, 50, 60]]), torch.tensor([0]), torch.tensor([0]))
+    sizes, drawn = torch.tensor([[64, 64]]), []
+    for canvas in ((64, 64), (128, 192)):
+        grid = anchor_grid(canvas, (8, 16, 32), 4, (0.5, 1.0, 2.0), torch.device("cpu"))
+        found = RPNStage(RPNConfig(samples=32)).assign(grid, objects, sizes, torch.tensor([5]))
+        drawn.append({tuple(box.tolist()) for box in grid.anchors[found.background[0]]})
+        assert len(drawn[-1]) + len(found.sample) == 32
+    assert drawn[0] == drawn[1]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -232,16 +233,48 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     assert odd.status == 2
 
 
-def test_the_teacher_stays_finite(data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_micro_batches_are_divided_once(data: TinyData, tmp_path: Path, flags: list[str]) -> None:
+    """Accelerate would divide each loss by their number too, which ``train_step`` has done."""
+
+    def prepare() -> None:
+        from accelerate import Accelerator
+
+        backward = Accelerator.backward
+
+        def told(self: Accelerator, loss: object, **options: object) -> None:
+            print("divided by", self.gradient_accumulation_steps)
+            backward(self, loss, **options)
+
+        Accelerator.backward = told  # type: ignore[method-assign]
+
+    ended = run([*command(data, "gfl", tmp_path / "run", "optim.accumulate=2", steps=2), *flags], tmp_path / "logs", prepare=prepare)
+    assert ended.status == 0, ended.err
+    assert set(re.findall("divided by .*", ended.out)) == {"divided by 1"}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path, name: str) -> None:
+    """No later step could mend them, so the run ends at once and its checkpoints stay good."""
     from safetensors.torch import load_file
 
+    def prepare() -> None:
+        from dtg_core.engine import loop
+
+        loop.learning_rate = lambda step, config: 3e38 if step == 3 else 0.001
+
     output = tmp_path / "run"
-    settings = ["optim.name=sgd", "optim.lr=3e38", "run.max_skipped=4"]
-    ended = run(command(data, "faster_rcnn", output, *settings, steps=50), tmp_path / "logs")
-    assert ended.status == 3, ended.err
-    (folder,) = (path for path in (output / "nonfinite").iterdir() if path.is_dir())
-    assert all(bool(tensor.isfinite().all()) for tensor in load_file(folder / "teacher.safetensors").values()
-               if tensor.is_floating_point())  # fmt: skip
+    ended = run(command(data, name, output, "optim.name=sgd", "run.checkpoint_every=1", steps=9), tmp_path / "logs", prepare=prepare)
+    assert ended.status == 3
+    (error,) = [line for line in ended.err.splitlines() if line.startswith("error:")]
+    assert "step 3: the update has overflowed the weights - lower optim.lr" in error
+    newest = max((output / "checkpoints").glob("step_*"))
+    assert newest.name == "step_00000003"
+    for file in newest.glob("*.safetensors"):
+        assert all(bool(tensor.isfinite().all()) and float(tensor.abs().amax()) < 1e6
+                   for tensor in load_file(file).values() if tensor.is_floating_point() and tensor.numel()), file  # fmt: skip
+    again = run([*command(data, name, output, "optim.name=sgd", steps=9), "--resume", "auto"], tmp_path / "logs")
+    assert again.status == 0, again.err
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -191,6 +191,27 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyDa
     assert [line["skipped"] for line in lines(tmp_path / "run")[:-1]] == [0, 0, 1, 0, 0]
 
 
+def test_all_processes_have_the_same_teacher_when_batch_statistics_train(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        train_step = module.train_step
+
+        def stepping(*arguments: object) -> object:
+            figures = train_step(*arguments)
+            torch.save(arguments[1].state_dict(), tmp_path / f"teacher{os.environ['RANK']}.pt")  # type: ignore[attr-defined]
+            return figures
+
+        module.train_step = stepping
+
+    processes = start_many(command(data, "gfl", tmp_path / "run", "backbone.batch_norm=train", steps=4), tmp_path / "logs", 2, prepare)
+    assert [process.wait().status for process in processes] == [0, 0], processes[0].err
+    first, second = (torch.load(tmp_path / f"teacher{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert any(name.endswith("running_var") for name in first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
 def test_torchrun(data: TinyData, tmp_path: Path) -> None:
     """The real launcher."""
     arguments = command(data, "gfl", tmp_path / "run", steps=3)

@@ -117,6 +117,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
         pyramid(weights=str(tmp_path / "w.safetensors"))
 
 
+def test_frozen_blocks_drop_nothing():
+    model = pyramid(name="test_resnet", freeze_to_stride=16, options={"drop_path_rate": 0.5, "drop_rate": 0.5}).train()
+    drops = [(name, module) for name, module in model.body.named_modules() if type(module).__name__ == "DropPath"]
+    frozen = {name: not any(p.requires_grad for p in model.body.get_submodule(name.rpartition(".")[0]).parameters()) for name, _ in drops}
+    assert set(frozen.values()) == {True, False}
+    assert {name: not module.training for name, module in drops} == frozen
+
+
 def test_a_compiled_backbone_gives_the_same_maps_and_names_of_weights():
     from dtg_core.models.backbone import compile_backbones
 
