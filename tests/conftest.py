@@ -21,10 +21,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def shared() -> Path:
-    """Folder of parity fixtures and real data beside the checkout; tests that need it are skipped without it."""
+    """Folder of tools and weights beside the checkout; tests that need it are skipped without it."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("needs the parity fixtures beside the checkout")
+        pytest.skip("needs tools or weights beside the checkout")
     return folder
 
 

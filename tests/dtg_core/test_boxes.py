@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,8 +42,8 @@ def test_ellipse_against_points_on_it():
 
 
 @pytest.mark.parametrize("name", ["identity", "flip_w160", "scale_translate", "rotate_shear"])
-def test_corners_equal_mmdetection(shared, name):
-    with np.load(shared / "fixtures" / "functions.npz") as data:
+def test_corners_equal_mmdetection(name):
+    with np.load(Path(__file__).parents[1] / "fixtures" / "functions.npz") as data:
         boxes, matrix = torch.tensor(data["project/boxes"]), torch.tensor(data[f"project/{name}/matrix"])
         moved = project(boxes, matrix.float(), "corners")
         clipped = clip(moved, torch.tensor([128.0, 160.0]))

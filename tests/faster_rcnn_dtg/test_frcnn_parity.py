@@ -19,8 +19,7 @@ from faster_rcnn_dtg.matching import match
 from faster_rcnn_dtg.rcnn import RCNN, pool_levels
 from faster_rcnn_dtg.rpn import RPNStage, flatten, propose
 
-FIXTURES = Path(__file__).parents[2].parent / "shared" / "fixtures"
-pytestmark = pytest.mark.skipif(not FIXTURES.is_dir(), reason="recorded outputs of mmdetection are not here")
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 STRIDES = (4, 8, 16, 32, 64)
 RCNN_STDS = (0.1, 0.1, 0.2, 0.2)
