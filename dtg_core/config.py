@@ -32,7 +32,8 @@ class StageRule:
     max_candidates: int = 1000  # best samples of an image that may be candidates; a safety limit (A16)
     min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
     background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
-    background_samples: int | None = None  # assigned and random background samples of an image; None: all (A8)
+    # assigned and random background samples of an image, at least half of them background; None: all background (A8)
+    background_samples: int | None = None
     # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
     # "stage": the stage's own reduction of labelled images, whose scale alpha was chosen for.
     normalization: Literal["cluster", "stage"] = "cluster"

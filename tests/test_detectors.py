@@ -159,3 +159,18 @@ def test_guidance_under_bfloat16_keeps_coordinates_in_float32(name):
         assert half[stage].assignment.box.dtype == torch.float32
         assert half[stage].assignment.dense.teacher_logit.dtype == torch.float32
     assert teacher.grid((64, 64), torch.device("cpu")).anchors.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("quantile", "samples"), [(0.9, 64), (0.6, 64), (0.9, 0), (1.0, 16)])
+def test_drawn_background_is_at_least_as_much_as_the_candidates(quantile, samples):
+    detector, pair = eager(tiny_detector("faster_rcnn")).eval(), make_pair(2, 64, 64)
+    scores = detector.run(pair.teacher)["rpn"][1].logits.detach().sigmoid().flatten()
+    stage_rules = rules(tau=float(scores.quantile(quantile)), background_samples=None)
+    everything, _ = teach(make_teacher(detector), pair, stage_rules)
+    stage_rules = {name: replace(rule, background_samples=samples) for name, rule in stage_rules.items()}
+    drawn, _ = teach(make_teacher(detector), pair, stage_rules)
+    positives = torch.bincount(drawn["rpn"].assignment.image, minlength=2)
+    whole = everything["rpn"].assignment.background.sum(1)
+    expected = torch.minimum(torch.maximum(samples - positives, positives), whole)
+    assert (positives > 0).all() == (quantile < 1)
+    assert torch.equal(drawn["rpn"].assignment.background.sum(1), expected)

@@ -150,8 +150,11 @@ def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rul
     if rule.background_samples is not None:
         positives = torch.zeros(len(background), dtype=torch.int64, device=background.device)
         positives = positives.index_add(0, assignment.image, torch.ones_like(assignment.image))
-        limit = (rule.background_samples - positives).clamp(min=0)
-        background = sample_mask(background, limit, pair.student.seeds, rule.background_samples, samples.identity)
+        # Never less than the positives, as in the RPN's own sampler: else more candidates would mean less background, less
+        # background higher scores, and higher scores more candidates.
+        limit = torch.maximum(rule.background_samples - positives, positives)
+        most = max(rule.background_samples, rule.max_candidates)
+        background = sample_mask(background, limit, pair.student.seeds, most, samples.identity)
     return replace(assignment, background=background, dense=dense)
 
 
