@@ -48,7 +48,7 @@ class Stage(Protocol):
         """
 
     def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
-        """Losses per assigned sample and per background sample, in float32, with the stage's own loss weights."""
+        """Losses per assigned sample and per background sample, in float32; ``Unreduced`` says where weights go."""
 
 
 class Detector(Protocol):

@@ -261,7 +261,11 @@ class Supervision:
 
 @dataclass(frozen=True)
 class Unreduced:
-    """A stage's losses before any weighting, and the divisors of its ordinary (labelled) reduction."""
+    """A stage's losses, and the divisors of its ordinary (labelled) reduction.
+
+    Weights between the parts of one loss are in it (GFL's GIoU to DFL). A weight that makes up for the ordinary divisor (the
+    R-CNN's 10 for classes that are divided by all samples) belongs into that divisor: means over clusters do not want it.
+    """
 
     classification: Tensor  # [P]
     box: Tensor  # [P]
