@@ -200,7 +200,7 @@ RANGES = {
     "guidance.stages.*.background_tau": "(0, 1)",
     "guidance.stages.*.background_samples": "[0, inf)",
     "guidance.stages.*.rank_weight": "[0, inf)",
-    "guidance.stages.*.temperature": "(0, inf)",
+    "guidance.stages.*.temperature": "[1e-6, inf)",
     "guidance.stages.*.consensus_rank": "(0, inf)",
     "guidance.stages.*.pseudo_score": "[0, 1)",
     "backbone.freeze_to_stride": "[0, inf)",

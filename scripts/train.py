@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         on_main(accelerator, lambda: require(settings.backbone))
         on_main(accelerator, lambda: require_writable(folder.path))
         on_main(accelerator, lambda: folder.require_free(arguments.resume is not None, arguments.overwrite))
+        on_main(accelerator, lambda: _try_detector(settings))
     report = Report()
     with accelerator.main_process_first():  # the first process makes the embedded data set
         sources = open_sources(settings.data, is_supervised(settings), report)
@@ -128,6 +129,15 @@ def _detector(settings: RunSettings, sources: Sources) -> tuple[nn.Module, list[
     detector = make(bare, len(classes))
     path = find_weights(Path(settings.run.init))
     return detector, start_from(path, detector, partial(make, bare), classes, settings.run.reset_head)
+
+
+def _try_detector(settings: RunSettings) -> None:
+    """UserError for a backbone that the detector cannot use; without memory or weights, so that it can come before the data."""
+    import torch
+
+    bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
+    with torch.device("meta"):
+        DETECTORS[settings.detector](bare, 1)
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:

@@ -107,6 +107,23 @@ def test_empty_batches(name, paradigm, case):
     check_step(detector, losses, stage_rules)
 
 
+@pytest.mark.parametrize("paradigm", ["dense", "sparse"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_without_anything_found_only_background_is_taught(name, paradigm):
+    """Fault 65: losses of classes, boxes and ranks are exactly 0 and keep their graph."""
+    detector = eager(tiny_detector(name))
+    stage_rules = rules(paradigm=paradigm, tau=0.999, pseudo_score=0.999)
+    losses, figures = losses_of(detector, make_views(2, 64, 64, OBJECTS, LABELS), make_pair(2, 64, 64), stage_rules)
+    nothing = {key: loss for key, loss in losses.items() if key.startswith("unlabeled/") and not key.endswith("/background")}
+    assert {key.rpartition("/")[2] for key in nothing} == ({"cls", "box", "rank"} if paradigm == "dense" else {"cls", "box"})
+    for key, loss in nothing.items():
+        assert loss.item() == 0, key
+        assert loss.requires_grad, key
+    for stage in detector.stages:
+        assert losses[f"unlabeled/{stage}/background"] > 0
+        assert figures[f"guidance/{stage}/{'candidates' if paradigm == 'dense' else 'pseudo_boxes'}"] == 0
+
+
 def dense_kinds(rule: StageRule) -> set[str]:
     return {"dense": {"cls", "box", "background", "rank"}, "sparse": {"cls", "box", "background"}, "none": set()}[rule.paradigm]
 

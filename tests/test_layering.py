@@ -85,3 +85,18 @@ def test_every_module_opens_with_a_legend():
         for file in python_files(folder):
             if file.name != "__init__.py" or file.read_text().strip():
                 assert ast.get_docstring(ast.parse(file.read_text())), f"{file} has no module docstring"
+
+
+def test_no_code_comes_from_data():
+    """Fault 82: nothing that a user hands over is run, whatever it holds."""
+    for folder in ("dtg_core", "gfl_dtg", "faster_rcnn_dtg", "scripts"):
+        for file in python_files(folder):
+            assert not imports(file) & {"pickle", "dill", "joblib", "marshal", "shelve"}, file
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.Call):
+                    continue
+                name, keywords = ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert name not in {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}, f"{file}:{node.lineno}"
+                assert name != "torch.load" or keywords.get("weights_only") == "True", f"{file}:{node.lineno}"
+                assert keywords.get("shell", "False") == "False", f"{file}:{node.lineno}"
+                assert keywords.get("allow_pickle", "False") == "False", f"{file}:{node.lineno}"

@@ -108,11 +108,17 @@ def _retried(path: Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image, odd: set[str]) -> int:
+    """1 to 8. Pillow only warns of broken EXIF data, and then has no entry of it."""
     try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+        exif = image.getexif()
+        found = int(exif.get(EXIF_ORIENTATION, 1))
+        broken = bool(image.info.get("exif")) and not len(exif)
     except NO_IMAGE:
+        found, broken = 1, True
+    if broken or not 1 <= found <= 8:
         odd.add(BAD_EXIF)
         return 1
+    return found
 
 
 def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:

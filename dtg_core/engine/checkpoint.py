@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dtg_core.errors import UserError
+from dtg_core.models.weights import read_tensors
 
 STUDENT, TEACHER, OPTIMIZER = "student.safetensors", "teacher.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -359,11 +360,10 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}: not a whole safetensors file ({found}) - copy or make it anew") from error
     if path.suffix not in (".pt", ".pth"):
         raise UserError(f"{path}: unknown kind of weights file - give a .safetensors file")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):  # GHSA-63cw-57p8-fm3p
-        found = torch.__version__
-        raise UserError(f"{path}: .pt files are read from torch 2.10 on (found {found}) - convert it to safetensors")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = read_tensors(path)
+    except UserError:
+        raise
     except Exception as error:  # a hostile or damaged file ends in errors of many kinds
         raise UserError(f"{path}: holds more than tensors, or is damaged ({type(error).__name__}) - convert it to "
                         "safetensors where it was made") from error

@@ -5,10 +5,12 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import dtg_core
 from dtg_core.config import Config
 from dtg_core.data.coco import CocoIndex
 from dtg_core.data.sources import Sources
@@ -31,6 +33,7 @@ def stamp(config: Config, sources: Sources, processes: int) -> dict[str, Any]:
     labeled, unlabeled = global_batch(config, processes)
     made = {
         "torch": torch.__version__,
+        "code": code_digest(),
         "processes": processes,
         "global_batch": {"labeled": labeled, "unlabeled": unlabeled},
         "data": {"labeled": digest(sources.labeled), "unlabeled": digest(sources.unlabeled)},
@@ -51,7 +54,8 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
                for key in sorted(old["config"].keys() | new["config"].keys())
                if old["config"].get(key) != new["config"].get(key)
                and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)]  # fmt: skip
-    changes += [f"{stream} images of a step: {old['global_batch'][stream]} -> {new['global_batch'][stream]}"
+    changes += [f"{stream} images of a step: {old['global_batch'][stream]} -> {new['global_batch'][stream]}, where processes x "
+                f"data.{stream}_per_device x optim.accumulate has to stay {old['global_batch'][stream]}"
                 for stream in ("labeled", "unlabeled") if old["global_batch"][stream] != new["global_batch"][stream]]
     changes += [f"{stream} data: {_counts(old['data'][stream])} -> {_counts(new['data'][stream])}, or other files or boxes"
                 for stream in ("labeled", "unlabeled") if old["data"][stream] != new["data"][stream]]  # fmt: skip
@@ -65,7 +69,17 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     if old["torch"] != new["torch"]:
         made, here = old["torch"], new["torch"]
         notes.append(f"warning: the checkpoint was made by torch {made}, this is {here} - results may differ slightly")
+    if old.get("code", new["code"]) != new["code"]:
+        notes.append("warning: the checkpoint was made by another version of this program - results may differ slightly")
     return notes
+
+
+def code_digest() -> str:
+    """A hash of the core's source, which tells versions apart that carry the same number."""
+    root, found = Path(dtg_core.__file__).parent, hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        found.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def digest(index: CocoIndex | None) -> dict[str, Any] | None:

@@ -47,6 +47,7 @@ T = TypeVar("T")
 #: Exit statuses of a run beside 0; a signal's is 128 and its number.
 GAVE_UP = 3
 SHOWN = ("AP", "AP50", "AP75")
+MOST_UNSAVED = 3  # checkpoints in a row that may fail: whoever trains on for days without one loses them all
 
 
 class Fit:
@@ -72,6 +73,7 @@ class Fit:
         self.window = Window()  # since the last log line
         self.evaluation_due = False  # at the step of the checkpoint that was resumed
         self.skipped_in_a_row = 0
+        self.unsaved_in_a_row = 0  # checkpoints that the disk has refused; of the main process
         self.recent: Sequence[StepBatch] = ()
         labeled = sources.labeled
         self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
@@ -105,13 +107,10 @@ class Fit:
             if status:  # not by an evaluation
                 self._show()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise UserError(self._out_of_memory()) from error
-            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"run.compile: the backbone was not compiled ({reason}) - a C++ compiler is needed; or "
-                                "run.compile=false") from error
-            raise
+            problem = self._problem(error)
+            if problem is None:
+                raise
+            raise UserError(problem) from error
         finally:
             if self.report:
                 self.report.close()
@@ -168,16 +167,9 @@ class Fit:
         ])
         loader = iter(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
         self.student.train()
-        try:
-            for first in loader:
-                batches = [first, *(next(loader) for _ in range(parts - 1))]
-                yield [batch.to(accelerator.device, non_blocking=True) for batch in batches]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = " ".join(str(error).split())
-            raise UserError(f"data.workers={config.data.workers}: a worker that makes batches has died ({reason}) - "
-                            "use fewer workers; where memory or /dev/shm is small, 0") from error
+        for first in loader:
+            batches = [first, *(next(loader) for _ in range(parts - 1))]
+            yield [batch.to(accelerator.device, non_blocking=True) for batch in batches]
 
     # Log and evaluation -------------------------------------------------------------------------------------------------
 
@@ -301,29 +293,37 @@ class Fit:
         }
 
     def _save(self, done: int) -> None:
-        """Write a checkpoint; when the disk refuses, the older one stays and training goes on."""
+        """Write a checkpoint; when the disk refuses, the older one stays and training goes on, but not for ever."""
         state = self._state()
-        if self.accelerator.is_main_process:
-            try:
-                save_checkpoint(self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), state)
-            except OSError as error:
-                self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
-                          "one stays")
-        self.accelerator.wait_for_everyone()
+        on_main(self.accelerator, lambda: self._write_checkpoint(done, state))
+
+    def _write_checkpoint(self, done: int, state: Mapping[str, Any]) -> None:
+        try:
+            save_checkpoint(self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), state)
+            self.unsaved_in_a_row = 0
+        except OSError as error:
+            self.unsaved_in_a_row += 1
+            if self.unsaved_in_a_row == MOST_UNSAVED:
+                raise UserError(f"{self.folder.checkpoints}: not written {MOST_UNSAVED} times in a row ({error.strerror}) - make "
+                                "room, and --resume auto") from error
+            self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
+                      "one stays")
 
     def _finish(self, signals: StopSignals) -> int:
         """Keep what was learnt before it is evaluated, so that nothing is lost if that fails."""
         self.evaluation_due = True
         self._save(self.config.run.steps)
-        if self.accelerator.is_main_process:
-            for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
-                path = self.folder.path / "weights" / f"{which}.safetensors"
-                try:
-                    save_weights(path, detector, {**self.metadata, "which": which})
-                except OSError as error:
-                    raise UserError(f"{path}: not written ({error.strerror}) - make room, and --resume auto") from error
+        on_main(self.accelerator, self._write_weights)
         done = self._evaluate(self.config.run.steps, signals)
         return 0 if done else 128 + signals.agreed
+
+    def _write_weights(self) -> None:
+        for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
+            path = self.folder.path / "weights" / f"{which}.safetensors"
+            try:
+                save_weights(path, detector, {**self.metadata, "which": which})
+            except OSError as error:
+                raise UserError(f"{path}: not written ({error.strerror}) - make room, and --resume auto") from error
 
     def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
         """Write the last of too many steps that were not finite, for ``--replay``."""
@@ -343,6 +343,27 @@ class Fit:
         return GAVE_UP
 
     # Small helpers ------------------------------------------------------------------------------------------------------
+
+    def _problem(self, error: RuntimeError) -> str | None:
+        """What a user can do about a failure that PyTorch reports; None: an error of the program.
+
+        A worker's death interrupts whatever the training process does at that moment, so it may come from anywhere.
+        """
+        text = str(error).strip()
+        step, reason = self.recent[0].step if self.recent else 0, " ".join(text.rpartition("\n")[2].split())
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            return self._out_of_memory()
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = text.partition("\n")[0]
+            return f"run.compile: the backbone was not compiled ({reason}) - a C++ compiler is needed; or run.compile=false"
+        if "DataLoader worker (pid" in text or "</torch_" in text:  # dead, or refused its shared memory
+            return (f"data.workers={self.config.data.workers}: a worker that makes batches has died (after step {step}: {reason}) "
+                    "- use fewer workers; where memory or /dev/shm is small, 0; --resume auto continues")
+        if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
+            process = f"process {self.accelerator.process_index} of {self.accelerator.num_processes}"
+            return (f"{process}: step {step}: another process has ended or does not answer ({reason.partition('. ')[0]}) - see "
+                    "what it says; --resume auto continues")
+        return None
 
     def _out_of_memory(self) -> str:
         """What was asked of the memory, and what to ask less of."""

@@ -38,8 +38,7 @@ def select_candidates(
         background = usable & (best <= _logit(rule.background_tau))
     chosen = foreground
     if best.shape[1] > rule.max_candidates:
-        top = best.topk(rule.max_candidates, dim=1).indices  # not by their value, of which low precision has many equals
-        chosen = foreground & torch.zeros_like(foreground).scatter(1, top, True)
+        chosen = foreground & _first(best, rule.max_candidates)
     image, sample = chosen.nonzero().unbind(1)  # sync: the number of candidates.
     label = label[image, sample]
     box = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
@@ -74,6 +73,13 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     cluster = torch.where(first.values, first.indices, overlap.argmax(1))
     cluster[kept] = torch.arange(len(kept), device=order.device)  # the IoU of an empty box with itself is not a number
     return Clusters(torch.empty_like(cluster).scatter_(0, order, cluster), order[kept])
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """[N, A] bool, the ``count`` greatest of each row; of equal ones, which half precision makes many of, the first."""
+    last = values.topk(count, dim=1).values[:, -1:]
+    above, equal = values > last, values == last
+    return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 def _logit(score: float) -> float:

@@ -20,6 +20,7 @@ from dtg_core.config import BackboneConfig
 from dtg_core.errors import UserError, nearest
 from dtg_core.models.depthwise import replace_depthwise
 from dtg_core.models.simple_pyramid import SCALES, SimplePyramid
+from dtg_core.models.weights import read_tensors
 from dtg_core.structures import ViewBatch
 
 #: Stride of the coarsest map that comes from the backbone itself; coarser levels are added on top of the pyramid.
@@ -250,7 +251,9 @@ def _from_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_tensors(path)
+    except UserError:
+        raise
     except Exception as error:  # both loaders raise many kinds for a damaged file
         raise UserError(
             f"backbone.weights {path}: cannot be read as weights ({type(error).__name__}) - give a .safetensors file, or a "

@@ -224,6 +224,43 @@ def test_guard(
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "parts"),
+    [
+        ("optim:\n  lr: 1\n  lrr: 2\n", [], ["c.yaml:3: optim.lrr: unknown key", "did you mean 'optim.lr'"]),
+        ("optim:\n  lr: fast\n", [], ["c.yaml:2: optim.lr: wanted a number (found 'fast')"]),
+        ("optim:\n  lr: 1\n  lr: 2\n", [], ["c.yaml:3: optim.lr: set twice"]),
+        ("optim:\n\tlr: 1\n", [], ["c.yaml:2:", "indent with spaces"]),
+        ("optim: &a {lr: *a}\n", [], ["c.yaml:1:", "anchors"]),
+        ("run: !!python/object/apply:os.system [id]\n", [], ["c.yaml:1:", "tag"]),
+        ("optim:\n  momentum: 1.5\n", [], ["c.yaml:2: optim.momentum: is out of range (found 1.5) - use at least 0 and less than 1"]),
+        ("optim:\n  milestones: [3, 2]\n", [], ["c.yaml:2: optim.milestones: has to ascend"]),
+        ("", ["--set", "guidance.stages.head.temperature=0"], ["command line: guidance.stages.head.temperature", "more than 0"]),
+        ("", ["--set", "optim.lr=nan"], ["optim.lr", "finite"]),
+        ("", ["--set", "data.labeled_per_device=0"], ["command line: data.labeled_per_device", "at least 1"]),
+        ("", ["--resume", "auto", "--overwrite"], ["--resume and --overwrite"]),
+    ],
+)
+def test_faults_49_to_54_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, arguments: list[str],
+    parts: list[str],
+) -> None:
+    import train
+
+    (tmp_path / "c.yaml").write_text(text)
+    command = ["--detector", "gfl", "--config", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "run"), *arguments]
+    monkeypatch.setattr(sys, "argv", ["train.py", *command])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(train.main)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+    assert not (tmp_path / "run").exists()
+
+
 # Evaluation of a weights file ----------------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,26 @@ def test_fault_55_an_unknown_backbone_stops_before_the_data(data: TinyData, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["backbone.name=vit_small_patch14_dinov2"], "no feature map of stride 8"), (["backbone.name=levit_128s"], "takes no image of 96 x 64 px"),
+        (["backbone.name=inception_v3"], "so its strides are not exact"),
+        (["backbone.options.in_chans=1"], "'in_chans' is set by the other keys"), (["backbone.freeze_to_stride=5"], "no feature map of stride 5"),
+    ],
+)  # fmt: skip
+def test_fault_55_an_unsuitable_backbone_stops_before_the_data(
+    data: TinyData, tmp_path: Path, settings: list[str], problem: str
+) -> None:
+    arguments = [*command(data, "gfl", tmp_path / "run"), "--labeled", str(tmp_path / "none.json"), "--set", *settings]
+    process = run(arguments, tmp_path / "logs")
+    assert process.status == 2
+    (line,) = errors(process)
+    assert line.startswith("error: backbone.")
+    assert problem in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_cannot_be_had_stop_before_the_data(data: TinyData, tmp_path: Path) -> None:
     """A missing file, and a hub that is out of reach."""
 

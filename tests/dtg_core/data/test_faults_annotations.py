@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -21,8 +22,10 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import check_data  # noqa: E402
 from common import main_guard  # noqa: E402
 
-from dtg_core.config import DataConfig, DataRules  # noqa: E402
+from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
+from dtg_core.data import strict_json  # noqa: E402
 from dtg_core.data.coco import load_coco  # noqa: E402
+from dtg_core.data.plan import StepData, steps_loader  # noqa: E402
 from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
 from dtg_core.engine.evaluate import Found, coco_metrics, coco_results  # noqa: E402
@@ -501,3 +504,73 @@ def test_input_is_not_changed(folder: Path) -> None:
     before = copy.deepcopy(content)
     load_coco(write(folder, content))
     assert content == before
+
+
+def one_line(path: object, result: tuple[int, str, str], *parts: str) -> None:
+    """Status 2 and one line that names the file."""
+    status, _, err = result
+    assert status == 2
+    assert err.startswith(f"error: {path}: ")
+    assert err.count("\n") == 1
+    assert err[:-1].isprintable()
+    for part in parts:
+        assert part in err
+
+
+def test_fault_1_no_right_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Root may read everything, so the answer of the system is put in."""
+    path, read = write(folder, clean()), Path.read_bytes
+
+    def refused(self: Path) -> bytes:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    one_line(path, check(monkeypatch, capsys, "--annotations", path), "cannot be read", "Permission denied")
+
+
+def test_faults_24_28_of_the_validation_set_by_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labeled = part(folder, range(1, 5), "labeled.json")
+    for change, parts in (
+        (changed("categories", 0, "name", to="kitten"), ["'cat', 'kitten'", "use the same categories"]),
+        (removed("annotations"), ["'annotations' is missing"]),
+        (changed("annotations", to=[]), ["no usable box to evaluate against", "leave --val out"]),
+    ):
+        val = part(folder, range(5, 9), "val.json", change)
+        one_line(val, check(monkeypatch, capsys, "--annotations", labeled, "--val", val), *parts)
+
+
+def test_fault_27_a_batch_of_one_image_repeats_it(folder: Path) -> None:
+    labeled = part(folder, range(1, 2), "labeled.json")
+    sources, report = sets(folder, labeled=labeled, unlabeled=folder, labeled_per_device=4)
+    assert [finding.count for finding in report.findings.values() if "a batch repeats them" in finding.kind] == [1]
+    views = ViewsConfig(short_edge=(32, 48), long_edge=64)
+    for batch in steps_loader(StepData(sources.labeled, sources.unlabeled, views, 0, 4, 2), 0, 3, 0):
+        assert batch.labeled.image_ids == (1,) * 4
+        assert torch.bincount(batch.labeled.targets.image).tolist() == [2] * 4
+
+
+def test_fault_29_links_and_pipes_by_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "secret.png"
+    (folder / "2.png").rename(outside)
+    (folder / "2.png").symlink_to(outside)
+    path = write(folder, clean())
+    one_line(path, check(monkeypatch, capsys, "--annotations", path), "images[1] '2.png'", "link out of", "allow_outside_root")
+    (folder / "2.png").unlink()
+    os.mkfifo(folder / "2.png")
+    one_line(path, check(monkeypatch, capsys, "--annotations", path), "images[1] '2.png'", "not a regular file")
+
+
+def test_fault_31_large_files_are_announced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(folder, clean())
+    monkeypatch.setattr(strict_json, "LARGE", path.stat().st_size - 1)
+    status, out, err = check(monkeypatch, capsys, "--annotations", path)
+    assert (status, err) == (0, "reading data.json (0 MB)\n")
+    assert "12 images, 24 objects" in out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import struct
 import sys
 import zlib
@@ -17,6 +18,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "scripts")]
+
+import check_data  # noqa: E402
+from common import main_guard  # noqa: E402
 
 from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
 from dtg_core.data import images as images_module  # noqa: E402
@@ -166,7 +170,7 @@ def test_fault_40_broken_exif(tmp_path: Path) -> None:
     noise().save(tmp_path / "c.jpg", exif=exif)
     report, problems = find(tmp_path)
     assert problems == [None] * 3
-    assert set(counts(report)) <= {images_module.BAD_EXIF}
+    assert counts(report) == {images_module.BAD_EXIF: 3}
     for name in "abc":
         assert read_image(tmp_path / f"{name}.jpg").size == (60, 40)
 
@@ -308,3 +312,67 @@ def test_unlabeled_json_needs_no_categories(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     config = DataConfig(labeled=str(path), unlabeled=str(tmp_path / "rest.json"))
     assert open_sources(config, supervised=False).unlabeled.file_names == ["1.png", "2.png", "3.png"]
+
+
+def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of ``check_data.py``."""
+    monkeypatch.setattr(sys, "argv", ["check_data.py", "--workers", "0", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main_guard(check_data.main)
+    shown = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, shown.out, shown.err
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("empty", "no known image format"), ("page", "no known image format"), ("cut", "truncated"), ("bomb", "30000 x 30000 px|exceeds limit"),
+     ("float", "its pixels are floats")],
+)  # fmt: skip
+def test_faults_34_35_37_43_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, reason: str
+) -> None:
+    """Over the limit of bad images one line and status 2; below it a count and status 0. The file stays as it is."""
+    path, image = labeled(tmp_path), tmp_path / "2.png"
+    whole = image.read_bytes()
+    if fault == "float":
+        Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "float.tif")
+    content = {"empty": b"", "page": b"<!DOCTYPE html><html>404</html>", "cut": whole[: len(whole) // 2], "bomb": png_head(30_000, 30_000),
+               "float": (tmp_path / "float.tif").read_bytes() if fault == "float" else b""}[fault]  # fmt: skip
+    image.write_bytes(content)
+    status, out, err = check(monkeypatch, capsys, "--annotations", path)
+    assert status == 2
+    assert re.fullmatch(rf"error: {path}: 1 of 4 images cannot be used \(first 2\.png: .*({reason}).*\n", err), err
+    status, out, err = check(monkeypatch, capsys, "--annotations", path, "--set", "data.rules.max_bad_images=0.25")
+    assert (status, err) == (0, "")
+    assert "1 images cannot be used (2.png: " in out
+    assert image.read_bytes() == content
+
+
+def test_fault_46_nothing_unlabeled_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, empty = labeled(tmp_path), tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").touch()
+    for given, problem in ((empty, "it has no images"), (tmp_path, "no image that is not labelled already (4 found)")):
+        status, _, err = check(monkeypatch, capsys, "--annotations", path, "--unlabeled", given)
+        assert status == 2
+        assert err.startswith(f"error: {given}: {problem}")
+        assert err.endswith("use --paradigm supervised\n")
+        assert err.count("\n") == 1
+
+
+def test_fault_48_names_in_messages_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, odd = labeled(tmp_path), "a\x1b[31m\udce9.png"
+    content = json.loads(path.read_text())
+    content["images"][2]["file_name"] = odd
+    path.write_text(json.dumps(content))
+    (tmp_path / odd).write_bytes(b"")
+    status, out, err = check(monkeypatch, capsys, "--annotations", path)
+    assert status == 2
+    assert err.startswith(f"error: {path}: 1 of 4 images cannot be used (first a\\x1b[31m\\udce9.png: ")
+    assert all(line.isprintable() for line in [*out.splitlines(), *err.splitlines()])
+    assert err.count("\n") == 1

@@ -125,6 +125,16 @@ def test_random_move_keeps_its_limits() -> None:
     assert kinds.min() > 200
 
 
+def test_moves_at_the_limits_can_be_undone() -> None:
+    """Fault 69: the largest moves that the settings allow, of the narrowest images."""
+    config, generator = ViewsConfig(rotate=180, shear=80, translate=0.999), np.random.default_rng(0)
+    for height, width in ((HEIGHT, WIDTH), (1, 4000), (4000, 1)):
+        for _ in range(300):
+            matrix = random_move(height, width, config, generator)
+            assert np.linalg.det(matrix) == pytest.approx(1)
+            np.testing.assert_allclose(np.linalg.inv(matrix) @ matrix, np.eye(3), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("size", "limits", "expected"),
     [((480, 640), (800, 1333), (800, 1067)), ((640, 480), (800, 1333), (1067, 800)), ((100, 400), (800, 1333), (333, 1333)),

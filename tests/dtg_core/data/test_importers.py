@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import import_annotations  # noqa: E402
+from common import main_guard  # noqa: E402
 
 from dtg_core.data.coco import CocoIndex, load_coco  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
@@ -110,6 +111,22 @@ def test_fault_32_stops(folder: Path, kind: str, text: str, problem: str) -> Non
         run(folder, kind)
     assert "\n" not in str(caught.value)
     assert not (folder / "own.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "text", "problem"), [("yolo", "0,0.5,0.5,0.2,0.4", "1.txt:1: it has commas"), ("voc", BOMB, "1.xml:2: it has DOCTYPE")])
+def test_fault_32_by_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, text: str, problem: str
+) -> None:
+    (folder / "labels/a" / ("1.txt" if kind == "yolo" else "1.xml")).write_text(text)
+    names = ["--names", str(folder / "names.txt")] if kind == "yolo" else []
+    monkeypatch.setattr(sys, "argv", ["import_annotations.py", "--format", kind, "--images", str(folder / "images"), "--labels",
+                                      str(folder / "labels"), "--output", str(folder / "own.json"), *names])  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        main_guard(import_annotations.main)
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {folder / 'labels/a'}/{problem}")
+    assert err.count("\n") == 1
 
 
 def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

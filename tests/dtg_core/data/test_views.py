@@ -11,7 +11,7 @@ from PIL import Image
 from dtg_core.boxes import Hull, project
 from dtg_core.config import ViewsConfig
 from dtg_core.data import photometric, views
-from dtg_core.data.geometry import FILL
+from dtg_core.data.geometry import FILL, shift
 from dtg_core.data.views import View, collate, collate_pair, labeled_view, strong_view, weak_view
 
 PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
@@ -144,6 +144,18 @@ def test_small_objects_are_left_out() -> None:
     boxes = np.array(((10, 10, 11.9, 60), (10, 10, 12.1, 60)), np.float32)
     view = weak_view(noise(), boxes, np.array((3, 4)), config, np.random.default_rng(0))
     assert view.labels.tolist() == [4]
+
+
+def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 68: wholly or but for a sliver; a patch over an object leaves its box."""
+    for distance, left in ((79.5, []), (60.0, [2]), (500.0, [])):
+        monkeypatch.setattr(views, "random_move", lambda *_, by=distance: shift(-by, 0))
+        config = replace(PLAIN, geometric=1.0, erase_patches=(4, 4), erase_size=1.0)
+        view = strong_view(noise(), BOXES[:1], LABELS[:1], config, np.random.default_rng(0))
+        assert view.labels.tolist() == left
+        assert view.boxes.shape == (len(left), 4)
+        batch = collate([view], [0], [0])
+        assert batch.targets.boxes.isfinite().all()
 
 
 def simple_view(height: int, width: int, boxes: int, value: int = 9) -> View:

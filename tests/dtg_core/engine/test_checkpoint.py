@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dtg_core.config import BackboneConfig
 from dtg_core.engine import checkpoint
 from dtg_core.engine.checkpoint import (
     checkpoint_state,
@@ -31,6 +33,7 @@ from dtg_core.engine.checkpoint import (
     save_weights,
 )
 from dtg_core.errors import UserError
+from dtg_core.models.backbone import build_pyramid
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ("student.safetensors", "teacher.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -401,3 +404,16 @@ def test_pickles_are_never_run(tmp_path: Path) -> None:
     for content in (net().state_dict(), {"state_dict": net().state_dict()}):
         torch.save(content, hostile)
         assert equal(load_weights(hostile)[0], dict(net().state_dict()))
+
+
+def test_fault_82_an_old_torch_reads_no_pt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a detector's weights nor a backbone's."""
+    path = tmp_path / "w.pt"
+    torch.save(net().state_dict(), path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    for version in ("2.9.1", "2.8.0+cpu", "1.13.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        backbone = BackboneConfig("test_resnet", weights=str(path))
+        for read in (lambda: load_weights(path), lambda config=backbone: build_pyramid(config, 8, (8, 16), "conv")):
+            with pytest.raises(UserError, match=rf"w\.pt: \.pt files are read from torch 2\.10 on \(found {re.escape(version)}\)"):
+                read()

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,24 @@ def test_find_moves_boxes_back_and_clips() -> None:
     assert seen.tolist() == [0, 1, 2]
     np.testing.assert_allclose(rows[:, :4], [[10, 10, 50, 60], [150, 150, 200, 200], [1, 2, 3, 4]], atol=1e-3)
     assert rows[:, 4:].tolist() == [[0.25, 0, 0], [0.25, 0, 0], [0.25, 0, 2]]
+
+
+def test_find_keeps_no_batch() -> None:
+    """Fault 80: views are asked for one batch at a time and let go, so memory does not grow with the data set."""
+    index, _ = perfect()
+    seen: list[weakref.ref[Tensor]] = []
+
+    def batches() -> Iterator[ViewBatch]:
+        for row in range(3):
+            assert sum(one() is not None for one in seen) <= 1
+            views = view_of(index, [row], torch.eye(3))
+            views = replace(views, pixels=views.pixels.clone())
+            seen.append(weakref.ref(views.pixels))
+            yield views
+
+    found = find(Scripted({100: [[1.0, 2, 3, 4]], 107: [], 114: []}), index, batches(), torch.device("cpu"), 0.25)
+    assert found.merged()[0].tolist() == [0, 1, 2]
+    assert len(seen) == 3
 
 
 def test_find_moves_boxes_back_through_a_flip() -> None:

@@ -171,7 +171,8 @@ def test_another_number_of_processes_with_the_same_global_batch(data: TinyData, 
 def test_another_global_batch_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
     (ended,) = resume(data, half, tmp_path, "data.labeled_per_device=4")
     assert ended.status == 2
-    assert "labeled images of a step: 2 -> 4" in ended.err
+    (line,) = errors(ended)
+    assert "labeled images of a step: 2 -> 4, where processes x data.labeled_per_device x optim.accumulate has to stay 2" in line
 
 
 def test_changed_data_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
@@ -179,7 +180,8 @@ def test_changed_data_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
     changed = TinyData(more, data.unlabeled, data.val)
     (ended,) = resume(changed, half, tmp_path)
     assert ended.status == 2
-    assert "labeled data: 5 images with 10 boxes -> 6 images with 12 boxes" in ended.err
+    (line,) = errors(ended)
+    assert "labeled data: 5 images with 10 boxes -> 6 images with 12 boxes" in line
     (ended,) = resume(changed, half, tmp_path, flags=("--resume-with-changes",))
     assert ended.status == 0, ended.err
 
@@ -223,6 +225,22 @@ def test_other_torch_is_told(data: TinyData, half: Path, tmp_path: Path) -> None
     ended = run(arguments, tmp_path / "logs", prepare=prepare)
     assert ended.status == 0, ended.err
     assert re.search(r"made by torch \S+, this is 9.9", ended.err)
+
+
+def test_other_code_is_told(data: TinyData, half: Path, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import dtg_core.engine.resume as module
+
+        module.code_digest = lambda: "0"
+
+    output = shutil.copytree(half, tmp_path / "run")
+    arguments = [*command(data, "gfl", output, "data.labeled_per_device=2", steps=5), "--resume", "auto"]
+    assert "made by another version" not in run(arguments, tmp_path / "logs").err
+    shutil.rmtree(output)
+    shutil.copytree(half, output)
+    ended = run(arguments, tmp_path / "logs", prepare=prepare)
+    assert ended.status == 0, ended.err
+    assert ended.err.count("warning: the checkpoint was made by another version of this program") == 1
 
 
 def test_missing_and_damaged_checkpoints(data: TinyData, half: Path, tmp_path: Path) -> None:
@@ -383,6 +401,7 @@ def test_two_runs_in_one_folder(data: TinyData, tmp_path: Path) -> None:
         time.sleep(0.01)
     second = run([*command(data, "gfl", tmp_path / "run"), "--resume", "auto"], tmp_path / "more")
     assert second.status == 2
-    assert f"another run is using it (process {first.pid}" in second.err
+    (line,) = errors(second)
+    assert f"another run is using it (process {first.pid} on {os.uname().nodename})" in line
     os.kill(first.pid, signal.SIGKILL)
     first.wait()

@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_views, tiny_detector
 from oracles import greedy_nms
 from torchvision.ops import batched_nms
 
+from dtg_core.config import StageRule
 from dtg_core.guidance import cluster_nms
+from dtg_core.guidance.clustering import select_candidates
 
 
 def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
@@ -68,3 +72,24 @@ def test_nothing():
     clusters = cluster_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5)
     assert clusters.num_clusters == 0
     assert clusters.cluster.shape == (0,)
+
+
+def test_two_thousand_alike_are_one_cluster_of_the_first():
+    """Fault 67: all candidates in one cluster, with equal scores."""
+    boxes = torch.tensor([[5.0, 5, 60, 70]]).repeat(2000, 1)
+    clusters = cluster_nms(boxes, torch.full((2000,), 0.7), torch.zeros(2000).long(), 0.5)
+    assert clusters.keep.tolist() == [0]
+    assert clusters.cluster.tolist() == [0] * 2000
+
+
+def test_equal_scores_do_not_pass_the_limit_of_candidates():
+    """Fault 67: half precision makes many equal scores; of those at the limit the first samples are taken."""
+    views = make_views(2, 64, 64)
+    stage, samples = tiny_detector("gfl").stages["head"], tiny_detector("gfl").run(views)["head"][0]
+    logits = torch.full((2, samples.anchors.shape[-2], 3), 1.0)
+    logits[0, 7, 1] = logits[0, 5, 0] = 2.0
+    predictions = replace(tiny_detector("gfl").run(views)["head"][1], logits=logits)
+    found = select_candidates(stage, samples, predictions, views.sizes, StageRule(tau=0.5, max_candidates=6))
+    assert found.sample[found.image == 0].tolist() == [0, 1, 2, 3, 5, 7]
+    assert found.sample[found.image == 1].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.foreground.all()  # what is left out is no background either

@@ -88,3 +88,14 @@ def test_huge_logits_stay_finite(scale):
     loss.backward()
     assert loss.isfinite()
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("logits", [[1e4, 0.0, -1e4], [1.0, 1.0, 1.0], [3.0]])
+def test_tiny_temperatures_and_equal_logits_stay_finite(logits):
+    student = torch.tensor(logits, requires_grad=True)
+    loss = rank_matching(student, -student.detach(), torch.zeros(len(logits)).long(), 1, 1e-6)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+    if len(set(logits)) == 1:
+        assert loss.item() == 0
