@@ -90,7 +90,7 @@ def test_fault_57_used_folder(data: TinyData, tmp_path: Path) -> None:
     [
         ("optim.milestones=[200, 100]", "has to ascend"), ("optim.milestones=[100, 100]", "has to ascend"),
         ("data.unlabeled_per_device=0", "at least 1"), ("data.labeled_per_device=0", "at least 1"), ("optim.momentum=1.5", "less than 1"),
-        ("guidance.stages.head.temperature=0", "more than 0"), ("guidance.stages.head.tau=1.2", "less than 1"),
+        ("guidance.stages.head.temperature=0", "at least 1e-06"), ("guidance.stages.head.tau=1.2", "less than 1"),
         ("optim.lr=-1", "more than 0"), ("data.rules.max_bad_images=2", "at most 1"), ("data.rules.float_range=[1, 1]", "below the second"),
     ],
 )  # fmt: skip
