@@ -20,7 +20,15 @@ def cell_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
     return torch.stack((-half_width, -half_height, half_width, half_height), 1).float()
 
 
-@lru_cache(maxsize=64)  # a run sees few canvases, and building a grid copies it to the device
+@lru_cache(maxsize=32)
+def _cells(size: float, ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    """``cell_anchors`` on the device: the only numbers that a grid takes from the host, once in a run."""
+    return cell_anchors(size, ratios).to(device)
+
+
+# For the views of a few steps. Training with random sizes sees hundreds of canvases, so a grid has to be cheap to make: the host
+# only launches its kernels.
+@lru_cache(maxsize=8)
 def anchor_grid(
     canvas: tuple[int, int], strides: tuple[int, ...], scale: float, ratios: tuple[float, ...], device: torch.device
 ) -> AnchorGrid:
@@ -31,18 +39,18 @@ def anchor_grid(
         strides: of the levels, finest first, each twice the one before (the level rule of Sec. 3.2 counts octaves).
         scale: side of a level's square anchor in units of its stride.
         ratios: height / width of the anchors at each location.
-        device: where the tensors go.
+        device: where the tensors are made.
 
     Returns:
         AnchorGrid whose anchor of ratio r at row y, column x of a level has its centre at (x, y) * stride.
     """
     height, width = canvas
     shapes = tuple((-(-height // stride), -(-width // stride)) for stride in strides)
-    cells = tuple(cell_anchors(scale * stride, ratios) for stride in strides)
+    cells = tuple(_cells(scale * stride, ratios, device) for stride in strides)
     levels = []
     for (rows, columns), stride, cell in zip(shapes, strides, cells):
-        y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
+        places = (torch.arange(count, device=device) * stride for count in (rows, columns))
+        y, x = torch.meshgrid(*places, indexing="ij")
         shifts = torch.stack((x, y, x, y), -1).reshape(-1, 1, 4)
         levels.append((shifts + cell).reshape(-1, 4))
-    cells = tuple(cell.to(device) for cell in cells)
-    return AnchorGrid(torch.cat(levels).to(device), cells, shapes, strides, float(scale * strides[0]))
+    return AnchorGrid(torch.cat(levels), cells, shapes, strides, float(scale * strides[0]))

@@ -13,7 +13,7 @@ step needs a Python loop over images.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -107,8 +107,8 @@ class AnchorGrid:
     @cached_property
     def level(self) -> Tensor:
         """[A] int64, level of each anchor."""
-        parts = [torch.full((size,), index) for index, size in enumerate(self.level_sizes)]
-        return torch.cat(parts).to(self.anchors.device)
+        device = self.anchors.device
+        return torch.cat([torch.full((size,), index, device=device) for index, size in enumerate(self.level_sizes)])
 
     @cached_property
     def identity(self) -> Tensor:
@@ -120,9 +120,9 @@ class AnchorGrid:
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Per level, on the anchors' device: cells [L, R, 4]; (rows, columns, stride) [L, 3]; first anchor's row [L]."""
         starts = [sum(self.level_sizes[:index]) for index in range(len(self.shapes))]
-        layout = torch.tensor([(rows, columns, stride) for (rows, columns), stride in zip(self.shapes, self.strides)])
+        layout = [number for shape, stride in zip(self.shapes, self.strides) for number in (*shape, stride)]
         device = self.anchors.device
-        return torch.stack(self.cells), layout.to(device), torch.tensor(starts).to(device)
+        return torch.stack(self.cells), _filled(layout, device).view(-1, 3), _filled(starts, device)
 
     def take(self, image: Tensor, sample: Tensor) -> Tensor:
         """Boxes [M, 4] of samples given by their image [M] and sample [M]."""
@@ -281,3 +281,8 @@ class LossTerm:
 
     total: Tensor  # []
     count: Tensor  # [] at least 1 is used
+
+
+def _filled(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """[K] int64, written by the device itself: a copy from the host would wait for its earlier work."""
+    return torch.stack([torch.full((), number, device=device) for number in numbers])
