@@ -75,10 +75,20 @@ def paired_iou(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
     return overlap / (area(first) + area(second) - overlap).clamp(min=eps)
 
 
+def lacks_float64(device: torch.device) -> bool:
+    """Whether a device has no float64, as Apple's GPUs; what needs it is then done on the CPU."""
+    return device.type == "mps"
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """``x`` in float64, on the CPU where its device has none."""
+    return (x.cpu() if lacks_float64(x.device) else x).double()
+
+
 def spread_groups(boxes: Tensor, groups: Tensor) -> Tensor:
     """Boxes [M, 4] moved apart by group [M], so that no two groups touch, in float64 so that no overlap changes.
 
-    The boxes lie within half of ``GROUP_SPAN`` pixels of the origin, as those clipped to a view do.
+    For devices that have float64, see ``lacks_float64``. The boxes lie within half of ``GROUP_SPAN`` pixels of the origin, as those clipped to a view do.
     """
     return boxes.double() + (groups * GROUP_SPAN).unsqueeze(1)
 
@@ -94,6 +104,8 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     Returns:
         [J] int64 indices of the boxes that are kept, best score first; equal scores: lower index first.
     """
+    if lacks_float64(boxes.device):
+        return grouped_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou_threshold).to(boxes.device)
     # sync: NMS gives as many indices as boxes survive.
     return nms(spread_groups(boxes, groups), scores.double(), iou_threshold)
 

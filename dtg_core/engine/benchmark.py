@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dtg_core.boxes import to_float64
 from dtg_core.config import Config, Paradigm, StageRule
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
@@ -153,7 +154,7 @@ def with_candidates(
     taus = {}
     for name, (samples, predictions) in outputs.items():
         best = predictions.logits.amax(2).float()
-        logits = best[samples.usable(pair.teacher.sizes)].sort(descending=True).values.double()
+        logits = to_float64(best[samples.usable(pair.teacher.sizes)].sort(descending=True).values)
         place = min(count * len(best), len(logits) - 1)
         middle = (logits[place - 1] + logits[place]) / 2  # at least one candidate, and one sample that is none
         taus[name] = min(max(float(middle.sigmoid()), 1e-6), 1 - 1e-6)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side
+from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side, to_float64
 from dtg_core.config import StageRule
 from dtg_core.data.coco import CocoIndex
 from dtg_core.guidance import pseudo_labels
@@ -132,7 +132,7 @@ def agreement(first: Tensor, second: Tensor) -> float:
     """Spearman's rank correlation of two lists [K] of scores; 1 for the same order. 0 for fewer than two."""
     if len(first) < 2:
         return 0.0
-    ranks = [scores.argsort().argsort().double() for scores in (first, second)]
+    ranks = [to_float64(scores.argsort().argsort()) for scores in (first, second)]
     return float(1 - 6 * (ranks[0] - ranks[1]).square().sum() / (len(first) * (len(first) ** 2 - 1)))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from dtg_core.boxes import Hull
+from dtg_core.boxes import Hull, to_float64
 from dtg_core.config import StageRule
 from dtg_core.guidance import teach
 from dtg_core.losses import weigh
@@ -152,7 +152,7 @@ def gradients(
 def _flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     flat = [torch.zeros_like(parameter) if part is None else part for part, parameter in zip(parts, parameters)]
-    return torch.cat([part.flatten() for part in flat]).double()
+    return to_float64(torch.cat([part.flatten() for part in flat]))
 
 
 @torch.no_grad()

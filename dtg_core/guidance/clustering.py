@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from dtg_core.boxes import clip, spread_groups
+from dtg_core.boxes import clip, lacks_float64, spread_groups
 from dtg_core.config import StageRule
 from dtg_core.protocol import Stage
 from dtg_core.structures import Candidates, Clusters, Predictions, Samples
@@ -49,7 +49,8 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     """NMS within each group, and for each suppressed box the kept one that suppresses it.
 
     A box is suppressed by a better kept box of its group when their IoU is greater than the threshold; it belongs to the first
-    of them in score order (equal scores: lower index first), as in the greedy loop. Overlaps are taken in float64.
+    of them in score order (equal scores: lower index first), as in the greedy loop. Overlaps are taken in float64, on the CPU
+    where the boxes' device has none.
 
     Args:
         boxes: [M, 4]. scores: [M], any increasing function of the score will do. groups: [M] int64.
@@ -60,6 +61,9 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     if boxes.shape[0] == 0:
         empty = torch.zeros(0, dtype=torch.int64, device=boxes.device)
         return Clusters(empty, empty)
+    if lacks_float64(boxes.device):
+        found = cluster_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou_threshold)
+        return Clusters(found.cluster.to(boxes.device), found.keep.to(boxes.device))
     order = torch.argsort(scores, descending=True, stable=True)
     boxes, groups = spread_groups(boxes, groups)[order], groups[order]
     position = torch.arange(len(order), device=order.device)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from oracles import greedy_nms
+from torch import Tensor
 
-from dtg_core.boxes import clip, grouped_nms, paired_iou, project, rank_in_group, shortest_side
+from dtg_core.boxes import clip, grouped_nms, lacks_float64, paired_iou, project, rank_in_group, shortest_side
+from dtg_core.guidance import cluster_nms
 
 
 def rotation(degrees: float, x: float = 0, y: float = 0) -> torch.Tensor:
@@ -74,6 +76,27 @@ def test_grouped_nms_equals_the_loop(seed):
 
 def test_grouped_nms_of_nothing():
     assert grouped_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5).shape == (0,)
+
+
+def test_without_float64_nms_is_done_on_the_cpu(monkeypatch):
+    """For Apple's GPUs. Here both are the CPU, so the first answer stands for the device and the second for the CPU."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [30, 30, 40, 40]])
+    scores, groups = torch.tensor([0.5, 0.9, 0.2]), torch.zeros(3, dtype=torch.int64)
+    for function, module in ((grouped_nms, "dtg_core.boxes"), (cluster_nms, "dtg_core.guidance.clustering")):
+        expected = function(boxes, scores, groups, 0.5)
+        answers, moved = iter((True, False)), []
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.lacks_float64", lambda device, answers=answers: next(answers))
+            patch.setattr(Tensor, "cpu", lambda self, moved=moved: moved.append(self) or self)
+            found = function(boxes, scores, groups, 0.5)
+        assert [id(tensor) for tensor in moved] == [id(boxes), id(scores), id(groups)]
+        assert all(torch.equal(a, b) for a, b in zip(parts(found), parts(expected)))
+    assert lacks_float64(torch.device("mps"))
+    assert not lacks_float64(torch.device("cuda", 0))
+
+
+def parts(found):
+    return (found,) if isinstance(found, Tensor) else (found.cluster, found.keep)
 
 
 def test_rank_in_group():

@@ -314,22 +314,30 @@ def make_small(step: int) -> StepBatch:
     return StepBatch(step, make_views(1, 64, 64, BOXES[:1], LABELS[:1], seed=step), make_pair(1, 64, 64, seed=step))
 
 
-@pytest.mark.parametrize("options", [[], ["consensus"]], ids=["plain", "consensus"])
-@pytest.mark.parametrize("name", DETECTORS)
-def test_device_purity_and_waits(name: str, options: list[str], shared: Path) -> None:
-    """In a process of its own, because the pretend device stays registered."""
+def pretend_step(shared: Path, *arguments: str) -> str:
+    """What a step on the pretend device prints; in a process of its own, because the device stays registered."""
     import subprocess
     import sys
 
     script = Path(__file__).with_name("pretend_step.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
         [str(Path(__file__).parents[3]), str(Path(__file__).parents[2]), str(shared / "tools")])}  # fmt: skip
-    ended = subprocess.run(
-        [sys.executable, str(script), name, *options], capture_output=True, text=True, timeout=200, env=environment
-    )
+    ended = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=200, env=environment)
     assert ended.returncode == 0, ended.stderr
     print(ended.stdout)
-    waits = [int(line.split()[2]) for line in ended.stdout.splitlines() if line.startswith("images")]
+    return ended.stdout
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_step_on_a_device_without_float64(name: str, shared: Path) -> None:
+    pretend_step(shared, name, "lacks_float64")
+
+
+@pytest.mark.parametrize("options", [[], ["consensus"]], ids=["plain", "consensus"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_device_purity_and_waits(name: str, options: list[str], shared: Path) -> None:
+    told = pretend_step(shared, name, *options)
+    waits = [int(line.split()[2]) for line in told.splitlines() if line.startswith("images")]
     assert len(waits) == 2
     assert waits[0] == waits[1] <= {"gfl": 8, "faster_rcnn": 16}[name]
 
