@@ -5,6 +5,7 @@ float32 under autocast, because they multiply and add instead of calling matmul.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torchvision.ops import nms
 
 Hull = Literal["ellipse", "corners"]
 
+BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes for each
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; more than any view is large
 
 
@@ -88,7 +90,8 @@ def to_float64(x: Tensor) -> Tensor:
 def spread_groups(boxes: Tensor, groups: Tensor) -> Tensor:
     """Boxes [M, 4] moved apart by group [M], so that no two groups touch, in float64 so that no overlap changes.
 
-    For devices that have float64, see ``lacks_float64``. The boxes lie within half of ``GROUP_SPAN`` pixels of the origin, as those clipped to a view do.
+    For devices that have float64, see ``lacks_float64``. The boxes lie within half of ``GROUP_SPAN`` pixels of the origin, as
+    those clipped to a view do.
     """
     return boxes.double() + (groups * GROUP_SPAN).unsqueeze(1)
 
@@ -108,6 +111,15 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
         return grouped_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou_threshold).to(boxes.device)
     # sync: NMS gives as many indices as boxes survive.
     return nms(spread_groups(boxes, groups), scores.double(), iou_threshold)
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of the rows of a [rows, columns] matrix that is too large to be made as a whole; an empty one for no rows.
+
+    They depend on the sizes alone, which the host knows.
+    """
+    step = max(BLOCK // max(columns, 1), 1)
+    return (slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
 
 
 def rank_in_group(group: Tensor, num_groups: int) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import paired_iou
+from dtg_core.boxes import paired_iou, row_blocks
 from dtg_core.stateless import sample_mask
 from dtg_core.structures import AnchorGrid, Assignment, Samples, Targets
 
@@ -45,27 +45,31 @@ def match(
             another object overlaps them more. Of several such objects the last one wins, as in mmdetection.
 
     Returns:
-        Matches. On equal IoU the first object wins. Memory: a few [G, A] matrices.
+        Matches. On equal IoU the first object wins. Memory: [N, A], and blocks of objects, see ``row_blocks``.
     """
-    num_objects, image = targets.boxes.shape[0], targets.image
-    boxes = samples.anchors if isinstance(samples, AnchorGrid) else samples.boxes[image]  # [A, 4] or [G, A, 4]
-    iou = paired_iou(targets.boxes.unsqueeze(1), boxes).masked_fill(~usable[image], -1)  # [G, A]
-    index = image.unsqueeze(1).expand_as(iou)
-    row = torch.arange(num_objects, device=image.device).unsqueeze(1)  # [G, 1]
+    num_objects = targets.boxes.shape[0]
+    best = targets.boxes.new_zeros(usable.shape)
+    # int32, because not every device takes minima and maxima of int64.
+    matched = torch.full_like(usable, num_objects, dtype=torch.int32)
+    lifted = torch.full_like(matched, -1)
+    for rows in row_blocks(num_objects, samples.num_samples):
+        image = targets.image[rows]
+        boxes = samples.anchors if isinstance(samples, AnchorGrid) else samples.boxes[image]  # [A, 4] or [B, A, 4]
+        iou = paired_iou(targets.boxes[rows].unsqueeze(1), boxes).masked_fill_(~usable[image], -1)  # [B, A]
+        index = image.unsqueeze(1).expand_as(iou)
+        row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=image.device).unsqueeze(1)  # [B, 1]
 
-    best = iou.new_zeros(usable.shape).scatter_reduce(0, index, iou, "amax")  # [N, A]
-    first = torch.where(iou == best[image], row, num_objects)
-    matched = torch.full_like(usable, num_objects, dtype=torch.int64).scatter_reduce(0, index, first, "amin")
-    positive = usable & (best >= positive_iou)
-    negative = usable & (best < negative_iou)
-    if low_quality_iou is not None:
-        reach = iou.amax(1, keepdim=True)
-        last = torch.where((iou == reach) & (reach >= low_quality_iou), row, -1)
-        lifted = torch.full_like(matched, -1).scatter_reduce(0, index, last, "amax")
-        matched = torch.where(lifted >= 0, lifted, matched)
-        positive = positive | (lifted >= 0)
-        negative = negative & (lifted < 0)
-    return Matches(matched, positive, negative)
+        before, best = best, best.scatter_reduce(0, index, iou, "amax")  # [N, A]
+        first = torch.where(iou == best[image], row, num_objects)
+        matched = matched.masked_fill(best > before, num_objects).scatter_reduce(0, index, first, "amin")
+        if low_quality_iou is not None:
+            reach = iou.amax(1, keepdim=True)
+            last = torch.where((iou == reach) & (reach >= low_quality_iou), row, -1)
+            lifted = lifted.scatter_reduce(0, index, last, "amax")
+    lifts = lifted >= 0
+    positive = (usable & (best >= positive_iou)) | lifts
+    negative = usable & (best < negative_iou) & ~lifts
+    return Matches(torch.where(lifts, lifted, matched).long(), positive, negative)
 
 
 def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tensor, identity: Tensor) -> Matches:

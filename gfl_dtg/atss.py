@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import paired_iou
+from dtg_core.boxes import paired_iou, row_blocks
 from dtg_core.structures import AnchorGrid, Targets
 
 #: px by which an anchor's centre has to lie inside of the object (mmdetection)
@@ -22,13 +22,17 @@ def nearest_anchors(centers: Tensor, boxes: Tensor, level_sizes: tuple[int, ...]
         level_sizes: number of anchors of each level; their sum is A.
         topk: anchors to take per level.
     """
-    offsets = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2 - centers
-    distances = torch.hypot(offsets[..., 0], offsets[..., 1])
-    chosen, start = [], 0
-    for size, level in zip(level_sizes, distances.split(level_sizes, 1)):
-        chosen.append(level.topk(min(topk, size), dim=1, largest=False).indices + start)
-        start += size
-    return torch.cat(chosen, 1)
+    middles = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    blocks = []  # of objects, because all distances at once are large
+    for rows in row_blocks(boxes.shape[0], centers.shape[0]):
+        offsets = middles[rows] - centers
+        distances = torch.hypot(offsets[..., 0], offsets[..., 1])
+        chosen, start = [], 0
+        for size, level in zip(level_sizes, distances.split(level_sizes, 1)):
+            chosen.append(level.topk(min(topk, size), dim=1, largest=False).indices + start)
+            start += size
+        blocks.append(torch.cat(chosen, 1))
+    return torch.cat(blocks)
 
 
 def assign_atss(grid: AnchorGrid, targets: Targets, num_images: int, topk: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,9 +55,10 @@ def assign_atss(grid: AnchorGrid, targets: Targets, num_images: int, topk: int) 
     deviation = ((iou - mean).square().sum(1, keepdim=True) / max(iou.shape[1] - 1, 1)).sqrt()
     positive = (iou >= mean + deviation) & (inside > MARGIN)
 
-    # Each (image, anchor) keeps the best of the objects that claim it: first the best IoU, then the first object.
+    # Each (image, anchor) keeps the best of the objects that claim it: first the best IoU, then the first object. int32, because
+    # not every device takes minima of int64.
     cell = targets.image.unsqueeze(1) * grid.num_samples + candidates
-    objects = torch.arange(num_objects, device=boxes.device).unsqueeze(1).expand_as(cell)
+    objects = torch.arange(num_objects, dtype=torch.int32, device=boxes.device).unsqueeze(1).expand_as(cell)
     num_cells = num_images * grid.num_samples
     claim = iou.masked_fill(~positive, -1)
     best = claim.new_full((num_cells,), -1).scatter_reduce(0, cell.flatten(), claim.flatten(), "amax")

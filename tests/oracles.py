@@ -1,10 +1,27 @@
-"""Slow, obvious references for tests: one loop per sentence of the definition."""
+"""Slow, obvious references for tests: one loop per sentence of the definition; and a watch on the size of tensors."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *(leaf.untyped_storage().nbytes() // leaf.element_size() for leaf in leaves), 0)
+        return result
 
 
 def iou(a: Tensor, b: Tensor) -> float:

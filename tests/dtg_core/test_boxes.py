@@ -10,7 +10,7 @@ import torch
 from oracles import greedy_nms
 from torch import Tensor
 
-from dtg_core.boxes import clip, grouped_nms, lacks_float64, paired_iou, project, rank_in_group, shortest_side
+from dtg_core.boxes import clip, grouped_nms, lacks_float64, paired_iou, project, rank_in_group, row_blocks, shortest_side
 from dtg_core.guidance import cluster_nms
 
 
@@ -97,6 +97,14 @@ def test_without_float64_nms_is_done_on_the_cpu(monkeypatch):
 
 def parts(found):
     return (found,) if isinstance(found, Tensor) else (found.cluster, found.keep)
+
+
+@pytest.mark.parametrize(("rows", "columns", "sizes"), [(7, 3, [3, 3, 1]), (6, 4, [2, 2, 2]), (2, 99, [1, 1]), (0, 5, [0]), (4, 0, [4])])
+def test_row_blocks(monkeypatch, rows, columns, sizes):
+    monkeypatch.setattr("dtg_core.boxes.BLOCK", 10)
+    blocks = list(row_blocks(rows, columns))
+    assert [block.stop - block.start for block in blocks] == sizes
+    assert torch.equal(torch.cat([torch.arange(rows)[block] for block in blocks]), torch.arange(rows))
 
 
 def test_rank_in_group():

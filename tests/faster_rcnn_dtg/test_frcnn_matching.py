@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles import LargestTensor
 from torch import Tensor
 
 from dtg_core.anchors import anchor_grid
@@ -74,6 +75,24 @@ def test_match_equals_loop(seed: int, rule: tuple[float, float, float | None]) -
         found[positive] = matches.row[image][positive] - (int(rows[0]) if len(rows) else 0)
         assert found.tolist() == expected
     assert matches.positive.any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rule", [(0.7, 0.3, 0.3), (0.5, 0.5, None)])
+def test_objects_are_matched_in_blocks_of_bounded_memory(
+    seed: int, rule: tuple[float, float, float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposals, targets = random_case(seed, objects=(14, 0, 26), samples=130)
+    with LargestTensor() as whole:
+        expected = match(proposals, targets, proposals.valid, *rule)
+    assert whole.elements >= 40 * 130
+    monkeypatch.setattr("dtg_core.boxes.BLOCK", 3 * 130)  # of 3 objects
+    with LargestTensor() as largest:
+        found = match(proposals, targets, proposals.valid, *rule)
+    assert largest.elements <= 3 * 130 * 4  # boxes have 4 numbers
+    for name in ("row", "positive", "negative"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.row.dtype == torch.int64
 
 
 def test_thresholds_are_met_from_the_positive_one_on_and_below_the_negative_one() -> None:

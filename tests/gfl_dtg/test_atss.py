@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gfl_helpers import load, no_targets, random_targets, tensor
+from oracles import LargestTensor
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.structures import AnchorGrid, Targets
@@ -85,6 +86,17 @@ def test_assignment_is_the_looped_algorithm(seed: int) -> None:
     found = as_dict(assign_atss(grid, targets, 4, 9))
     assert found == looped_atss(grid, targets, 9)
     assert len(found) > 20
+
+
+def test_objects_are_assigned_in_blocks_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = random_targets([16, 0, 13, 9], (256, 256), 3, torch.Generator().manual_seed(0))
+    grid = grid_of((256, 256))
+    expected = assign_atss(grid, targets, 4, 9)
+    monkeypatch.setattr("dtg_core.boxes.BLOCK", 5 * grid.num_samples)  # of 5 objects
+    with LargestTensor() as largest:
+        found = assign_atss(grid, targets, 4, 9)
+    assert largest.elements <= 5 * grid.num_samples * 2  # offsets have 2 numbers
+    assert all(torch.equal(part, wanted) for part, wanted in zip(found, expected, strict=True))
 
 
 def test_crowded_anchors_go_to_the_largest_iou() -> None:
