@@ -70,23 +70,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None) -> CocoIndex:
-    """The images to evaluate on, with the classes that the detector knows."""
-    from dtg_core.data.coco import load_coco
+    """The images to evaluate on, read by the run's rules, with the detector's classes in its order."""
+    from dtg_core.data.coco import load_coco, with_classes
     from dtg_core.data.sources import open_sources
 
     if annotations is not None:
-        index = load_coco(annotations, images)
+        index = load_coco(annotations, images, rules=loaded.settings.data.rules)
     else:
         found = open_sources(replace(loaded.settings.data, unlabeled=None), True).val
         if found is None:
             raise UserError("--annotations: missing, and the run had no validation set - give a COCO JSON")
         index = found
-    if index.class_names != loaded.class_names:
-        odd = sorted(set(index.class_names) ^ set(loaded.class_names))
-        differ = f"only one of them has {', '.join(map(repr, odd[:5]))}" if odd else "their order differs"
-        where = annotations or "validation set"
+    if odd := sorted(set(index.class_names) ^ set(loaded.class_names)):
+        where, differ = annotations or "validation set", f"only one of them has {', '.join(map(repr, odd[:5]))}"
         raise UserError(f"{where}: its classes are not the detector's ({differ}) - use the same categories")
-    return index
+    return with_classes(index, loaded.class_names)
 
 
 if __name__ == "__main__":

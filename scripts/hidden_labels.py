@@ -48,7 +48,7 @@ def hidden_labels(
         if data.labeled is not None or len(images) != data.shapes_unlabeled:
             return None
         path = embedded(data).unlabeled_truth
-    truth = load_coco(path, images.root)
+    truth = load_coco(path, images.root, rules=data.rules)
     if set(truth.class_names) != set(class_names):
         raise UserError(f"{path}: its classes are not the detector's - use the same categories")
     absent = set(images.file_names) - set(truth.file_names)

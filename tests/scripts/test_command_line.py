@@ -346,6 +346,31 @@ def test_evaluate_mistakes(tmp_path: Path, extra: list[str], problem: str) -> No
         evaluate.main([*arguments, *extra])
 
 
+def test_evaluate_matches_classes_by_name_and_keeps_the_runs_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids in another order, boxes as corners: the figures are those of the same boxes as COCO writes them."""
+    folder, annotations = run_folder(tmp_path / "run"), data_set(tmp_path / "data")
+    content = json.loads(annotations.read_text())
+    content["annotations"] += [{**content["annotations"][0], "id": 1, "bbox": [30, 20, 50, 45], "category_id": 3, "image_id": "n2"}]
+    annotations.write_text(json.dumps(content))
+    assert evaluate.main([str(folder), "--annotations", str(annotations)]) == 0
+    expected = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert expected["AP"] is not None
+
+    other = {3: 7, 7: 3}
+    content["categories"] = [{**category, "id": other[category["id"]]} for category in content["categories"]]
+    for row in content["annotations"]:
+        x, y, width, height = row["bbox"]
+        row.update(category_id=other[row["category_id"]], bbox=[x, y, x + width, y + height])
+    annotations.write_text(json.dumps(content))
+    settings, _ = load_config(RunSettings, None, [
+        *TINY, "detector=gfl", "views.test_short_edge=64", "views.long_edge=64", "data.rules.box_format=xyxy"])
+    run_folder(tmp_path / "run", config=to_yaml(settings))
+    assert evaluate.main([str(folder), "--annotations", str(annotations)]) == 0
+    assert json.loads((folder / "evaluation" / "results.json").read_text()) == expected
+    ids = {row["category_id"] for row in json.loads((folder / "evaluation" / "detections.json").read_text())}
+    assert ids <= {3, 7}
+
+
 def test_evaluate_refuses_other_classes(tmp_path: Path) -> None:
     annotations = data_set(tmp_path / "data")
     annotations.write_text(annotations.read_text().replace('"b"', '"c"'))

@@ -17,6 +17,8 @@ from conftest import ROOT
 from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
 
+from dtg_core.config import DataConfig, DataRules
+from dtg_core.data.coco import list_folder, subset
 from dtg_core.data.files import IMAGE_SUFFIXES
 from dtg_core.data.video import read_frames
 from dtg_core.errors import UserError
@@ -26,6 +28,7 @@ import measure_guidance  # noqa: E402
 import predict  # noqa: E402
 import show_guidance  # noqa: E402
 import show_views  # noqa: E402
+from hidden_labels import hidden_labels  # noqa: E402
 
 find = partial(predict.find_images, suffixes=IMAGE_SUFFIXES)
 
@@ -225,6 +228,17 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
     with pytest.raises(UserError, match="unlabeled images are not in it"):
         show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--truth", str(one), *flags])
+
+
+def test_hidden_labels_are_read_by_the_runs_rules(photos, tmp_path):
+    content = {
+        "images": [{"id": 0, "file_name": "a.png", "width": 64, "height": 48}], "categories": [{"id": 0, "name": CLASSES[0]}],
+        "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [20, 10, 50, 40]}],
+    }  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    data = DataConfig(labeled="own.json", rules=DataRules(box_format="xyxy"))
+    truth = hidden_labels(tmp_path / "truth.json", data, subset(list_folder(photos), [0]), CLASSES[:1])
+    assert truth.boxes.tolist() == [[20, 10, 50, 40]]
 
 
 @pytest.mark.parametrize("detector", ["gfl", "faster_rcnn"])
