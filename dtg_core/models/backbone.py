@@ -114,8 +114,11 @@ def build_pyramid(
         extra: how levels coarser than 32 are made: strided convolutions (GFL) or one max-pool (Faster R-CNN).
 
     Raises:
-        UserError: unknown model, strides that it does not have, weights that cannot be had or do not fit.
+        UserError: unknown model, strides that do not double or that it does not have, weights that cannot be had or do not fit.
     """
+    doubled = [strides[0] * 2**level for level in range(len(strides))]
+    if list(strides) != doubled:
+        raise UserError(f"strides of the pyramid: each has to be twice the one before (found {list(strides)}) - use {doubled}")
     wanted = tuple(stride for stride in strides if stride <= COARSEST)
     body = _create(config, wanted)
     replace_depthwise(body)

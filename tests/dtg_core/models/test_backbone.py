@@ -26,6 +26,15 @@ def test_maps_have_the_shapes_that_the_anchors_expect(extra):
     assert [tuple(x.shape) for x in maps] == [(2, 16, 12, 20), (2, 16, 6, 10), (2, 16, 3, 5), (2, 16, 2, 3)]
 
 
+@pytest.mark.parametrize("strides", [(8, 32), (16, 8), (8, 16, 16)])
+def test_strides_that_do_not_double_are_refused(strides):
+    """Anchors and the level of a box count octaves."""
+    with pytest.raises(UserError) as error:
+        pyramid(strides)
+    assert str(list(strides)) in str(error.value)
+    assert f"use {[strides[0] * 2**level for level in range(len(strides))]}" in str(error.value)
+
+
 def test_padding_is_exactly_zero_and_pixels_are_normalised():
     from dataclasses import replace
 
