@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.run import Fit, on_main
     from dtg_core.models.backbone import require_available, require_known
 
-    folder = RunFolder(Path(settings.run.output or f"runs/{settings.detector}-{settings.paradigm}-seed{settings.run.seed}"))
+    folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
     if not arguments.replay:  # before the data is read, which may take a while
         require = require_available if settings.run.init is None else require_known
         on_main(accelerator, lambda: require(settings.backbone))
@@ -87,6 +87,13 @@ def main(argv: Sequence[str]) -> int:
         accelerator.print(f"done: {folder.path}")
     accelerator.end_training()
     return status
+
+
+def default_folder(settings: RunSettings) -> Path:
+    """Of a run that names none; runs on different labelled files do not share one."""
+    labeled = settings.data.labeled
+    parts = (settings.detector, settings.paradigm, *([Path(labeled).stem] if labeled else []), f"seed{settings.run.seed}")
+    return Path("runs", "-".join(parts))
 
 
 def _accelerator(accumulate: int) -> Accelerator:

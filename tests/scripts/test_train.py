@@ -7,12 +7,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import DETECTORS, ROOT, TinyData, command, lines, run, weights
 
 from dtg_core.engine.checkpoint import load_weights
+
+sys.path[:0] = [str(ROOT / "scripts")]
+from run_settings import RunSettings  # noqa: E402
+from train import default_folder  # noqa: E402
 
 STAGES = {"gfl": ["head"], "faster_rcnn": ["rpn", "rcnn"]}
 
@@ -64,6 +69,15 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
     assert evaluated.returncode == 0, evaluated.stderr
     again = json.loads((output / "evaluation" / "results.json").read_text())
     assert again["AP50"] == pytest.approx(results["teacher"]["AP50"], abs=1e-6)
+
+
+def test_the_run_folder_names_its_labelled_file() -> None:
+    settings = RunSettings(detector="gfl", paradigm="dense")
+    assert default_folder(settings) == Path("runs/gfl-dense-seed0")
+    own = replace(settings, data=replace(settings.data, labeled="photos/own.json"))
+    assert default_folder(own) == Path("runs/gfl-dense-own-seed0")
+    fold = replace(settings, data=replace(settings.data, labeled="instances_train2017.1@10.json"), run=replace(settings.run, seed=3))
+    assert default_folder(fold) == Path("runs/gfl-dense-instances_train2017.1@10-seed3")
 
 
 @pytest.mark.parametrize("paradigm", ["dense", "sparse", "supervised"])
