@@ -21,7 +21,7 @@ from dtg_core.settings import load_config
 
 if TYPE_CHECKING:
     from dtg_core.config import DataConfig
-    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.index import CocoIndex
     from dtg_core.data.report import Report
 
 

@@ -18,7 +18,7 @@ from common import Parser, main_guard, one_of
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
-    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.index import CocoIndex
     from dtg_core.engine.predict import Predictor
 
 
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None) -> CocoIndex:
     """The images to evaluate on, read by the run's rules, with the detector's classes in its order."""
-    from dtg_core.data.coco import load_coco, with_classes
+    from dtg_core.data.coco import load_coco
+    from dtg_core.data.index import with_classes
     from dtg_core.data.sources import open_sources
 
     if annotations is not None:

@@ -9,7 +9,7 @@ from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
     from dtg_core.config import DataConfig
-    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.index import CocoIndex
     from dtg_core.data.plan import StepData
     from dtg_core.data.shapes import ShapesPaths
     from dtg_core.structures import PairBatch
@@ -42,7 +42,8 @@ def hidden_labels(
     path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]
 ) -> CocoIndex | None:
     """The truth of the unlabeled images of ``unlabeled_data``: given, of the embedded data set, or None."""
-    from dtg_core.data.coco import load_coco, with_classes
+    from dtg_core.data.coco import load_coco
+    from dtg_core.data.index import with_classes
 
     if path is None:
         if data.labeled is not None or len(images) != data.shapes_unlabeled:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dtg_core.data.coco import CocoIndex
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.report import Report
 from dtg_core.errors import CutOff, UserError
 

@@ -1,4 +1,4 @@
-"""Images and boxes as arrays: a COCO JSON or a plain folder becomes a ``CocoIndex``, which holds no object per box.
+"""A COCO JSON or a plain folder becomes a ``CocoIndex``.
 
 n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it. Faults of a file that leave
 its meaning in doubt are UserErrors; the others are mended or left out, and counted in a ``Report``.
@@ -10,17 +10,16 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dtg_core.config import DataRules
 from dtg_core.data.files import list_images, missing_files, nearest_name, require_plain_names
-from dtg_core.data.images import image_size, read_image
-from dtg_core.data.packed import packed
+from dtg_core.data.images import image_size
+from dtg_core.data.index import CocoIndex, starts, subset, unlabeled_index
 from dtg_core.data.report import Report
 from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
@@ -30,49 +29,6 @@ log = logging.getLogger(__name__)
 SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
 LARGEST = 1e9  # px; numbers beyond are no coordinates
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
-
-
-@dataclass(frozen=True)
-class CocoIndex:
-    """Images with their boxes. The boxes of image ``row`` are ``box_start[row]`` to ``box_start[row + 1]``."""
-
-    root: Path  # folder of the images
-    image_ids: Sequence[Any]  # n, as the user wrote them
-    file_names: Sequence[str]  # n, relative to root
-    sizes: np.ndarray  # [n, 2] int32, (height, width) as the JSON says; 0 where nobody has said
-    boxes: np.ndarray  # [B, 4] float32 (x1, y1, x2, y2), clipped to the image
-    labels: np.ndarray  # [B] int64
-    box_start: np.ndarray  # [n + 1] int64
-    crowd: np.ndarray  # [B] bool, regions of many objects: evaluation ignores them and training never targets them
-    class_names: tuple[str, ...]  # C
-    category_ids: list[Any]  # C, as the user wrote them
-    areas: np.ndarray | None = None  # [B] float64, the JSON's own; None: those of the boxes
-    rules: DataRules = field(default_factory=DataRules)
-
-    def __len__(self) -> int:
-        return len(self.file_names)
-
-    def path(self, row: int) -> Path:
-        """Where an image is."""
-        return self.root / self.file_names[row]
-
-    def objects(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes [G, 4] and labels [G] of an image without its crowds."""
-        here = slice(self.box_start[row], self.box_start[row + 1])
-        single = ~self.crowd[here]
-        return self.boxes[here][single], self.labels[here][single]
-
-    def image(self, row: int, odd: set[str] | None = None) -> Image.Image:
-        """The decoded image; ``odd`` collects what is odd about it.
-
-        Raises UserError when it cannot be read, or has not the size that its boxes were made for.
-        """
-        height, width = self.sizes[row].tolist()
-        image = read_image(self.path(row), (height, width), self.rules, odd)
-        if height and image.size != (width, height):
-            found = f"{image.width} x {image.height}"
-            raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - mend one of them")
-        return image
 
 
 def load_coco(
@@ -105,7 +61,7 @@ def load_coco(
         raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in "
                         f"{root}{nearest_name(root, names[missing[0]])} "
                         f"({len(missing)} of {len(names)} are missing) - set data.images to the images' folder")
-    index = _unlabeled_index(root, names, ids, rules)
+    index = unlabeled_index(root, names, ids, rules)
     if need_labels:
         index = _with_objects(index, content, np.isin(np.arange(len(names)), missing), json_path, notes)
     if missing:
@@ -125,7 +81,7 @@ def parse_coco(json_path: Path) -> tuple[dict[str, Any], np.ndarray]:
     """
     rules, notes = DataRules(), Report()
     content, ids, names = _listed(json_path, rules, notes)
-    bare = _unlabeled_index(json_path.parent, names, ids, rules)
+    bare = unlabeled_index(json_path.parent, names, ids, rules)
     index = _with_objects(bare, content, np.ones(len(names), bool), json_path, notes)
     rows = _matched(content["annotations"], "image_id", ids, json_path)
     known = [
@@ -222,7 +178,7 @@ def _with_objects(
         sizes=sizes,
         boxes=clipped[order].astype(np.float32),
         labels=labels[order],
-        box_start=_starts(np.bincount(rows[order], minlength=len(index))),
+        box_start=starts(np.bincount(rows[order], minlength=len(index))),
         crowd=crowd[order],
         class_names=class_names,
         category_ids=category_ids,
@@ -475,7 +431,7 @@ def _image_folder(json_path: Path, first: str, images: Path | None) -> Path:
     return next((folder for folder in folders if os.path.isfile(folder / first)), folders[0])
 
 
-# Folders, and parts of an index ----------------------------------------------------------------------------------------
+# Folders ---------------------------------------------------------------------------------------------------------------
 
 
 def list_folder(folder: Path, rules: DataRules | None = None, report: Report | None = None) -> CocoIndex:
@@ -490,67 +446,4 @@ def list_folder(folder: Path, rules: DataRules | None = None, report: Report | N
     names = list_images(folder, Report() if report is None else report)
     if not names:
         raise UserError(f"{folder}: it has no images - give a folder of images, or use --paradigm supervised")
-    return _unlabeled_index(folder, names, names, rules or DataRules())
-
-
-def _unlabeled_index(root: Path, file_names: list[str], image_ids: list[Any], rules: DataRules) -> CocoIndex:
-    count = len(file_names)
-    names = packed(file_names)
-    return CocoIndex(
-        root=root,
-        image_ids=names if image_ids is file_names else packed(image_ids),
-        file_names=names,
-        sizes=np.zeros((count, 2), np.int32),
-        boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
-        box_start=np.zeros(count + 1, np.int64),
-        crowd=np.zeros(0, bool),
-        class_names=(),
-        category_ids=[],
-        rules=rules,
-    )
-
-
-def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
-    """The images ``rows`` in that order, with their boxes and all classes."""
-    rows = np.asarray(rows, np.int64)
-    counts = np.diff(index.box_start)[rows]
-    box_start = _starts(counts)
-    boxes = np.repeat(index.box_start[rows] - box_start[:-1], counts) + np.arange(box_start[-1])
-    return replace(
-        index,
-        image_ids=packed([index.image_ids[row] for row in rows.tolist()]),
-        file_names=packed([index.file_names[row] for row in rows.tolist()]),
-        sizes=index.sizes[rows],
-        boxes=index.boxes[boxes],
-        labels=index.labels[boxes],
-        box_start=box_start,
-        crowd=index.crowd[boxes],
-        areas=None if index.areas is None else index.areas[boxes],
-    )
-
-
-def without(index: CocoIndex, other: CocoIndex) -> CocoIndex:
-    """The images whose files are not also in ``other``."""
-    taken = set(_real_paths(other))
-    return subset(index, [row for row, path in enumerate(_real_paths(index)) if path not in taken])
-
-
-def with_classes(index: CocoIndex, class_names: Sequence[str]) -> CocoIndex:
-    """The same boxes with classes in another order; ``class_names`` are the index' own in any order."""
-    order = [index.class_names.index(name) for name in class_names]
-    return replace(
-        index,
-        labels=np.argsort(order)[index.labels],
-        class_names=tuple(class_names),
-        category_ids=[index.category_ids[label] for label in order],
-    )
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
-
-
-def _real_paths(index: CocoIndex) -> list[str]:
-    root = os.path.realpath(index.root)
-    return [os.path.normpath(os.path.join(root, name)) for name in index.file_names]
+    return unlabeled_index(folder, names, names, rules or DataRules())

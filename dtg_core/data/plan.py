@@ -19,8 +19,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dtg_core.config import ViewsConfig
-from dtg_core.data.coco import CocoIndex
 from dtg_core.data.geometry import FILL
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import CANVAS_MULTIPLE, View, collate, collate_pair, labeled_view, strong_view, test_view, weak_view
 from dtg_core.errors import CutOff, UserError, printable
 from dtg_core.structures import PairBatch, StepBatch, ViewBatch

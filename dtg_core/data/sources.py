@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtg_core.config import DataConfig
-from dtg_core.data.coco import CocoIndex, list_folder, load_coco, log, with_classes, without
+from dtg_core.data.coco import list_folder, load_coco, log
+from dtg_core.data.index import CocoIndex, with_classes, without
 from dtg_core.data.report import Report
 from dtg_core.data.shapes import make_shapes
 from dtg_core.errors import UserError

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dtg_core.config import ViewsConfig
-from dtg_core.data.coco import CocoIndex
 from dtg_core.data.geometry import FILL
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.photometric import MAGNITUDES
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import strong_view, weak_view

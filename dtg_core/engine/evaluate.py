@@ -23,7 +23,7 @@ from dtg_core.structures import Detections, ViewBatch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dtg_core.data.coco import CocoIndex
+    from dtg_core.data.index import CocoIndex
 
 Backend = Literal["pycocotools", "faster_coco_eval"]
 

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side, to_float64
 from dtg_core.config import StageRule
-from dtg_core.data.coco import CocoIndex
+from dtg_core.data.index import CocoIndex
 from dtg_core.guidance import pseudo_labels
 from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.guidance.paradigms import dense_labels, student_scores

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dtg_core.config import ViewsConfig
-from dtg_core.data.coco import CocoIndex
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import View, labeled_view, strong_view, weak_view
 from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Explained, agreement
 from dtg_core.engine.predict import Found

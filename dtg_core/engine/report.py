@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from dtg_core.config import RENAMED, Config
-from dtg_core.data.coco import CocoIndex
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
 from dtg_core.engine import evaluate

@@ -12,7 +12,7 @@ import torch
 
 import dtg_core
 from dtg_core.config import Config
-from dtg_core.data.coco import CocoIndex
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError

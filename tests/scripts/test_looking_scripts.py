@@ -18,8 +18,9 @@ from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
 
 from dtg_core.config import DataConfig, DataRules
-from dtg_core.data.coco import list_folder, subset
+from dtg_core.data.coco import list_folder
 from dtg_core.data.files import IMAGE_SUFFIXES
+from dtg_core.data.index import subset
 from dtg_core.data.video import read_frames
 from dtg_core.errors import UserError
 

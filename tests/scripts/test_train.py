@@ -132,7 +132,7 @@ def test_mistakes_are_one_line_and_status_2(data: TinyData, tmp_path: Path, chan
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_mistake_found_by_a_loader_worker_is_one_line(data: TinyData, tmp_path: Path, workers: int) -> None:
     def prepare() -> None:
-        from dtg_core.data.coco import CocoIndex
+        from dtg_core.data.index import CocoIndex
         from dtg_core.errors import UserError
 
         def unreadable(self: CocoIndex, row: int) -> None:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from dtg_core.config import DataRules
-from dtg_core.data.coco import list_folder, load_coco, subset, without
+from dtg_core.data.coco import list_folder, load_coco
 from dtg_core.data.images import EXIF_ORIENTATION, read_image
+from dtg_core.data.index import subset, without
 from dtg_core.errors import UserError
 
 

@@ -15,7 +15,8 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import import_annotations  # noqa: E402
 from common import main_guard  # noqa: E402
 
-from dtg_core.data.coco import CocoIndex, load_coco  # noqa: E402
+from dtg_core.data.coco import load_coco  # noqa: E402
+from dtg_core.data.index import CocoIndex  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 
 BOMB = (

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from dtg_core.config import ViewsConfig
-from dtg_core.data.coco import CocoIndex, list_folder
+from dtg_core.data.coco import list_folder
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.plan import LABELED, StepData, eval_batches, permutation, planned_row, steps_loader
 from dtg_core.errors import UserError
 

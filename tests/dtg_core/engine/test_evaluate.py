@@ -21,7 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from dtg_core.data.coco import CocoIndex, load_coco
+from dtg_core.data.coco import load_coco
+from dtg_core.data.index import CocoIndex
 from dtg_core.engine.evaluate import FIGURES, Found, coco_metrics, coco_results, find, format_metrics, metrics_and_curves
 from dtg_core.errors import UserError
 from dtg_core.structures import Detections, ViewBatch

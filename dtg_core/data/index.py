@@ -1,0 +1,127 @@
+"""Images and boxes as arrays, which hold no object per box, and parts of them.
+
+n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dtg_core.config import DataRules
+from dtg_core.data.images import read_image
+from dtg_core.data.packed import packed
+from dtg_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class CocoIndex:
+    """Images with their boxes. The boxes of image ``row`` are ``box_start[row]`` to ``box_start[row + 1]``."""
+
+    root: Path  # folder of the images
+    image_ids: Sequence[Any]  # n, as the user wrote them
+    file_names: Sequence[str]  # n, relative to root
+    sizes: np.ndarray  # [n, 2] int32, (height, width) as the JSON says; 0 where nobody has said
+    boxes: np.ndarray  # [B, 4] float32 (x1, y1, x2, y2), clipped to the image
+    labels: np.ndarray  # [B] int64
+    box_start: np.ndarray  # [n + 1] int64
+    crowd: np.ndarray  # [B] bool, regions of many objects: evaluation ignores them and training never targets them
+    class_names: tuple[str, ...]  # C
+    category_ids: list[Any]  # C, as the user wrote them
+    areas: np.ndarray | None = None  # [B] float64, the JSON's own; None: those of the boxes
+    rules: DataRules = field(default_factory=DataRules)
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def path(self, row: int) -> Path:
+        """Where an image is."""
+        return self.root / self.file_names[row]
+
+    def objects(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes [G, 4] and labels [G] of an image without its crowds."""
+        here = slice(self.box_start[row], self.box_start[row + 1])
+        single = ~self.crowd[here]
+        return self.boxes[here][single], self.labels[here][single]
+
+    def image(self, row: int, odd: set[str] | None = None) -> Image.Image:
+        """The decoded image; ``odd`` collects what is odd about it.
+
+        Raises UserError when it cannot be read, or has not the size that its boxes were made for.
+        """
+        height, width = self.sizes[row].tolist()
+        image = read_image(self.path(row), (height, width), self.rules, odd)
+        if height and image.size != (width, height):
+            found = f"{image.width} x {image.height}"
+            raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - mend one of them")
+        return image
+
+
+def unlabeled_index(root: Path, file_names: list[str], image_ids: list[Any], rules: DataRules) -> CocoIndex:
+    """Images without boxes, classes and known sizes."""
+    count = len(file_names)
+    names = packed(file_names)
+    return CocoIndex(
+        root=root,
+        image_ids=names if image_ids is file_names else packed(image_ids),
+        file_names=names,
+        sizes=np.zeros((count, 2), np.int32),
+        boxes=np.zeros((0, 4), np.float32),
+        labels=np.zeros(0, np.int64),
+        box_start=np.zeros(count + 1, np.int64),
+        crowd=np.zeros(0, bool),
+        class_names=(),
+        category_ids=[],
+        rules=rules,
+    )
+
+
+def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
+    """The images ``rows`` in that order, with their boxes and all classes."""
+    rows = np.asarray(rows, np.int64)
+    counts = np.diff(index.box_start)[rows]
+    box_start = starts(counts)
+    boxes = np.repeat(index.box_start[rows] - box_start[:-1], counts) + np.arange(box_start[-1])
+    return replace(
+        index,
+        image_ids=packed([index.image_ids[row] for row in rows.tolist()]),
+        file_names=packed([index.file_names[row] for row in rows.tolist()]),
+        sizes=index.sizes[rows],
+        boxes=index.boxes[boxes],
+        labels=index.labels[boxes],
+        box_start=box_start,
+        crowd=index.crowd[boxes],
+        areas=None if index.areas is None else index.areas[boxes],
+    )
+
+
+def without(index: CocoIndex, other: CocoIndex) -> CocoIndex:
+    """The images whose files are not also in ``other``."""
+    taken = set(_real_paths(other))
+    return subset(index, [row for row, path in enumerate(_real_paths(index)) if path not in taken])
+
+
+def with_classes(index: CocoIndex, class_names: Sequence[str]) -> CocoIndex:
+    """The same boxes with classes in another order; ``class_names`` are the index' own in any order."""
+    order = [index.class_names.index(name) for name in class_names]
+    return replace(
+        index,
+        labels=np.argsort(order)[index.labels],
+        class_names=tuple(class_names),
+        category_ids=[index.category_ids[label] for label in order],
+    )
+
+
+def starts(counts: np.ndarray) -> np.ndarray:
+    """[n + 1] int64: where each image's boxes start, and their number, from ``counts`` [n] of boxes."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
+
+
+def _real_paths(index: CocoIndex) -> list[str]:
+    root = os.path.realpath(index.root)
+    return [os.path.normpath(os.path.join(root, name)) for name in index.file_names]
