@@ -1,9 +1,7 @@
-"""Strict reading and complete writing of configuration dataclasses.
+"""Strict reading of configuration dataclasses; ``dtg_core.settings_text`` writes them.
 
     load_config    defaults, then a YAML file, then ``a.b=value`` overrides; every value is parsed by its declared type
     check_ranges   values that no run can mean; see ``dtg_core.config.RANGES``
-    flatten        {"optim.lr": 0.01, ...}
-    to_yaml        every value, in a form that ``load_config`` reads back equal
 
 A file may say ``schema: N``, the version of its keys. Keys of an older version are renamed as tables tell; a newer one is refused.
 
@@ -25,6 +23,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 import yaml
 
 from dtg_core.errors import UserError, nearest
+from dtg_core.settings_text import flatten, join, printable
 
 T = TypeVar("T")
 
@@ -34,7 +33,6 @@ _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 _INT = re.compile(r"[-+]?(0|[1-9]\d*(_\d+)*)")
 _FLOAT = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
-_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
 _MAX_DIGITS = 18  # fits 64 bits
 
 
@@ -92,49 +90,6 @@ def plain_yaml(text: str, name: str, renamed: Renames | None = None) -> Any:
         raise UserError(f"{name}: nested too deeply") from error
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """{dotted key: value} of every value, in declaration order; free-form dictionaries and tuples are values."""
-    return dict(_leaves(config, ""))
-
-
-def dotted(content: Any, key: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested dictionaries; empty dictionaries and lists are values."""
-    if not isinstance(content, dict) or (key and not content):
-        return {key: content}
-    parts = (dotted(inner, f"{key}.{child}" if key else child) for child, inner in content.items())
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def to_yaml(config: Any, origins: Mapping[str, str] | None = None) -> str:
-    """The complete configuration as YAML; with ``origins`` each line ends with a comment that names its value's origin."""
-    lines = list(_lines(config, "", 0))
-    width = min(max((len(line) for line, _ in lines), default=0), 60)
-    if origins is not None:
-        lines = [(f"{line:<{width}}  # {_printable(origins[key])}" if key in origins else line, key) for line, key in lines]
-    return "".join(f"{line}\n" for line, _ in lines)
-
-
-def yaml_scalar(value: object) -> str:
-    """None, a bool, number, text, list or dictionary in YAML's flow syntax, on one line, as ``load_config`` reads it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        text = repr(value)
-        return text if "." in text or "e" not in text else text.replace("e", ".0e")  # 1e-05 is text to other readers
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(yaml_scalar, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{yaml_scalar(str(key))}: {yaml_scalar(item)}' for key, item in value.items())}}}"
-    text = str(value)
-    if _PLAIN.fullmatch(text) and text.lower() not in {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}:
-        return text
-    return f'"{_printable(text, quote=True)}"'
-
-
 def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
     """Refuse values outside their interval.
 
@@ -169,6 +124,12 @@ def refuse(key: str, problem: str, origins: Mapping[str, str] | None = None) -> 
     origin = (origins or {}).get(key)
     place = {None: "", DEFAULT: "default: ", COMMAND_LINE: "command line: "}.get(origin, f"{origin}: ")
     raise UserError(f"{place}{key}: {problem}")
+
+
+def _interval_words(interval: str, low: float, high: float) -> str:
+    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
+    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:g}"
+    return " and ".join(part for part in (lower, upper) if part)
 
 
 # Reading ---------------------------------------------------------------------------------------------------------------
@@ -212,7 +173,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         if mark is not None and not name.startswith("--set"):
             place = f"{name}:{mark.line + 1}:{mark.column + 1}"
         advice = " - indent with spaces, not with a tab" if "\\t" in problem else ""
-        raise UserError(f"{place}: not plain YAML ({_printable(problem)}){advice}") from error
+        raise UserError(f"{place}: not plain YAML ({printable(problem)}){advice}") from error
     except yaml.reader.ReaderError as error:
         if not name.startswith("--set"):
             place = f"{name}:{text[: error.position].count(chr(10)) + 1}"
@@ -228,7 +189,7 @@ def _migrated(node: yaml.Node | None, name: str, renamed: Renames | None, notes:
         return node
     current = len(renamed) + 1
     text = str(version[1].value)
-    place = f"{_printable(name)}:{version[1].start_mark.line + 1}: schema"
+    place = f"{printable(name)}:{version[1].start_mark.line + 1}: schema"
     if not _is_plain(version[1]) or not _INT.fullmatch(text) or len(text) > _MAX_DIGITS or int(text) < 1:
         raise UserError(f"{place}: wanted a version from 1 on (found {_shown(version[1])})")
     if int(text) > current:
@@ -245,7 +206,7 @@ def _migrated(node: yaml.Node | None, name: str, renamed: Renames | None, notes:
                 home = _section(node, path)
                 home.value.append((yaml.ScalarNode("str", last, pair[0].start_mark), pair[1]))
     if int(text) < current and notes is not None:
-        notes.append(f"{_printable(name)}: made by version {text} of the settings, read as version {current} ("
+        notes.append(f"{printable(name)}: made by version {text} of the settings, read as version {current} ("
                      f"{', '.join(changed) or 'nothing to change'})")
     return node
 
@@ -278,8 +239,8 @@ def _override(text: str) -> yaml.Node:
     """"a.b=value" as the node of {a: {b: value}}."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {_printable(text)}: not of the form dotted.key=value")
-    node = _compose(value, f"--set {_printable(text)}") or yaml.ScalarNode("null", "")
+        raise UserError(f"--set {printable(text)}: not of the form dotted.key=value")
+    node = _compose(value, f"--set {printable(text)}") or yaml.ScalarNode("null", "")
     for name in reversed(key.strip().split(".")):
         node = yaml.MappingNode("map", [(yaml.ScalarNode("str", name), node)])
     return node
@@ -304,7 +265,7 @@ class _Reader:
             raise UserError(f"{self.place(node)}: nested too deeply") from error
 
     def fail(self, node: yaml.Node, key: str, problem: str) -> NoReturn:
-        raise UserError(f"{_printable(self.place(node))}: {_printable(f'{key}: ' if key else '')}{problem}")
+        raise UserError(f"{printable(self.place(node))}: {printable(f'{key}: ' if key else '')}{problem}")
 
     def wrong(self, node: yaml.Node, key: str, wanted: str) -> NoReturn:
         self.fail(node, key, f"wanted {wanted} (found {_shown(node)})")
@@ -316,16 +277,16 @@ class _Reader:
         if is_dataclass(hint):
             items = {field.name: getattr(current, field.name) for field in fields(current)}
             hints = get_type_hints(type(current))
-            changed = {name: self.value(hints[name], items[name], child, _join(key, name))
+            changed = {name: self.value(hints[name], items[name], child, join(key, name))
                        for name, child in self.pairs(node, key, list(items))}
             return replace(current, **changed)
         if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
-            changed = {name: self.value(get_args(hint)[1], current[name], child, _join(key, name))
+            changed = {name: self.value(get_args(hint)[1], current[name], child, join(key, name))
                        for name, child in self.pairs(node, key, list(current))}
             return {**current, **changed}
         self.origins[key] = self.origin or self.place(node)
         if get_origin(hint) is dict:
-            return {**current, **{name: self.free(child, _join(key, name)) for name, child in self.pairs(node, key, None)}}
+            return {**current, **{name: self.free(child, join(key, name)) for name, child in self.pairs(node, key, None)}}
         if get_origin(hint) is tuple:
             return self.items(hint, node, key)
         return self.scalar(hint, node, key)
@@ -349,10 +310,10 @@ class _Reader:
                 self.wrong(name_node, key, "a plain key")
             name = name_node.value
             if name in seen:
-                first = _printable(self.place(seen[name]))
-                self.fail(name_node, _join(key, name), f"set twice (first at {first}) - remove one")
+                first = printable(self.place(seen[name]))
+                self.fail(name_node, join(key, name), f"set twice (first at {first}) - remove one")
             if names is not None and name not in names:
-                self.fail(name_node, _join(key, name), f"unknown key{self.suggestion(key, name, names)}")
+                self.fail(name_node, join(key, name), f"unknown key{self.suggestion(key, name, names)}")
             seen[name] = name_node
             yield name, child
 
@@ -365,7 +326,7 @@ class _Reader:
         if elsewhere:
             return f" - did you mean {elsewhere[0]!r}?"
         if close:
-            return f" - did you mean {_join(key, folded[close[0]])!r}?"
+            return f" - did you mean {join(key, folded[close[0]])!r}?"
         return f" - choose from {_listed(names)}"
 
     def items(self, hint: Any, node: yaml.Node, key: str) -> tuple[Any, ...]:
@@ -409,7 +370,7 @@ class _Reader:
     def free(self, node: yaml.Node, key: str) -> Any:
         """A value without a declared type, by its looks."""
         if isinstance(node, yaml.MappingNode):
-            return {name: self.free(child, _join(key, name)) for name, child in self.pairs(node, key, None)}
+            return {name: self.free(child, join(key, name)) for name, child in self.pairs(node, key, None)}
         if isinstance(node, yaml.SequenceNode):
             return [self.free(child, f"{key}[{index}]") for index, child in enumerate(node.value)]
         if _is_null(node):
@@ -436,10 +397,6 @@ def _is_null(node: yaml.Node) -> bool:
     return _is_plain(node) and node.value in _NULL
 
 
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
 def _listed(names: Sequence[Any] | None) -> str:
     return ", ".join(str(name) for name in names or ())
 
@@ -451,56 +408,5 @@ def _shown(node: yaml.Node) -> str:
         return f"a list of {len(node.value)}"
     text = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
     if not _is_plain(node):
-        return f'the text "{_printable(text)}"'
-    return f"'{_printable(text)}'" if text else "nothing"
-
-
-def _printable(text: str, quote: bool = False) -> str:
-    """``text`` with control and other unprintable characters escaped, so that it stays on one line of a terminal."""
-    def escaped(character: str) -> str:
-        if quote and character in '"\\':
-            return f"\\{character}"
-        if character.isprintable():
-            return character
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return "".join(map(escaped, text))
-
-
-# Writing ---------------------------------------------------------------------------------------------------------------
-
-
-def _children(value: Any) -> dict[str, Any] | None:
-    """The named parts of a section, None for a value."""
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, dict) and value and all(is_dataclass(item) for item in value.values()):
-        return value
-    return None
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    children = _children(value)
-    if children is None:
-        yield key, value
-        return
-    for name, child in children.items():
-        yield from _leaves(child, _join(key, name))
-
-
-def _lines(value: Any, key: str, depth: int) -> Iterator[tuple[str, str]]:
-    """(line, key) of each entry of a section."""
-    for name, child in (_children(value) or {}).items():
-        head = f"{'  ' * depth}{yaml_scalar(name)}:"
-        if _children(child) is None:
-            yield f"{head} {yaml_scalar(child)}", _join(key, name)
-        else:
-            yield head, _join(key, name)
-            yield from _lines(child, _join(key, name), depth + 1)
-
-
-def _interval_words(interval: str, low: float, high: float) -> str:
-    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
-    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:g}"
-    return " and ".join(part for part in (lower, upper) if part)
+        return f'the text "{printable(text)}"'
+    return f"'{printable(text)}'" if text else "nothing"

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 from common import DETECTORS, PARADIGMS, Parser, main_guard, one_of
 
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, load_config, yaml_scalar
+from dtg_core.settings import check_ranges, load_config
+from dtg_core.settings_text import yaml_scalar
 
 if TYPE_CHECKING:
     from run_settings import RunSettings

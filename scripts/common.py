@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from dtg_core.errors import UserError, nearest, printable
-from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse, yaml_scalar
+from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse
+from dtg_core.settings_text import yaml_scalar
 
 if TYPE_CHECKING:
     from run_settings import RunSettings

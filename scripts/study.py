@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from common import DETECTORS, STAGES, Parser, load_settings, main_guard, train_parser
 
 from dtg_core.errors import UserError, nearest
-from dtg_core.settings import dotted, flatten
+from dtg_core.settings_text import dotted, flatten
 
 if TYPE_CHECKING:
     from dtg_core.engine.jobs import Job

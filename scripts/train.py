@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common import DETECTORS, check_devices, is_supervised, load_settings, main_guard, train_parser
 
 from dtg_core.errors import UserError
-from dtg_core.settings import to_yaml
+from dtg_core.settings_text import to_yaml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from dtg_core.config import StageRule
 from dtg_core.engine.checkpoint import save_weights
-from dtg_core.settings import to_yaml
+from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import common  # noqa: E402

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import common  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
-from dtg_core.settings import flatten  # noqa: E402
+from dtg_core.settings_text import flatten  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if "main_guard(main)" in path.read_text())

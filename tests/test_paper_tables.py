@@ -19,7 +19,8 @@ from common import load_settings, train_parser  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
 from dtg_core.data.sources import open_sources  # noqa: E402
-from dtg_core.settings import flatten, load_config  # noqa: E402
+from dtg_core.settings import load_config  # noqa: E402
+from dtg_core.settings_text import flatten  # noqa: E402
 
 TEXT = (ROOT / "docs" / "paper_tables.md").read_text(encoding="utf-8")
 ROWS = {(table, row): (figures, command) for table, row, figures, command

@@ -20,7 +20,8 @@ from dtg_core.config import RENAMED, Config
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
-from dtg_core.settings import dotted, plain_yaml, yaml_scalar
+from dtg_core.settings import plain_yaml
+from dtg_core.settings_text import dotted, yaml_scalar
 
 FIGURES = ("AP", "AP50", "AP75")
 #: Settings that change no weight and no figure.

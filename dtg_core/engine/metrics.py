@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dtg_core.errors import nearest
-from dtg_core.settings import yaml_scalar
+from dtg_core.settings_text import yaml_scalar
 
 
 class MetricsWriter:

@@ -25,7 +25,8 @@ from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import collate, test_view
 from dtg_core.engine.checkpoint import load_into, load_weights
 from dtg_core.errors import UserError
-from dtg_core.settings import dotted, load_config, plain_yaml, yaml_scalar
+from dtg_core.settings import load_config, plain_yaml
+from dtg_core.settings_text import dotted, yaml_scalar
 
 #: {name in a weights file: its package and class of settings}. The core imports no detector; this is the only place that
 #: knows some by name, because a weights file has nothing but a name to go by. They are looked up when it is opened.

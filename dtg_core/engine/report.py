@@ -27,7 +27,8 @@ from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
 from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
 from dtg_core.engine.predict import Found
-from dtg_core.settings import dotted, plain_yaml
+from dtg_core.settings import plain_yaml
+from dtg_core.settings_text import dotted
 
 TAUGHT, PREDICTED = 3, 8  # images on the sheets
 SCORE = 0.3  # of predictions that are drawn

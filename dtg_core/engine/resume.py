@@ -16,7 +16,7 @@ from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
-from dtg_core.settings import flatten
+from dtg_core.settings_text import flatten
 
 #: Settings that may change: they do not touch the course of the training, or the stamp judges them by their effect.
 FREE = (

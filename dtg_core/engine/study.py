@@ -28,7 +28,8 @@ from dtg_core.engine.checkpoint import checkpoint_name
 from dtg_core.engine.compare import BATCH, effective
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, dotted, load_config, plain_yaml, refuse, yaml_scalar
+from dtg_core.settings import check_ranges, load_config, plain_yaml, refuse
+from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
 #: Intervals of a study's numbers, as in ``dtg_core.config.RANGES``.

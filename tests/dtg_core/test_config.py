@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dtg_core.config import RANGES, RENAMED, SCHEMA, Config, cross_check
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, flatten, load_config, plain_yaml, to_yaml, yaml_scalar
+from dtg_core.settings import check_ranges, load_config, plain_yaml
+from dtg_core.settings_text import flatten, to_yaml, yaml_scalar
 
 
 def load(*overrides: str) -> Config:

@@ -33,7 +33,8 @@ from dtg_core.config import RANGES, paper_stages  # noqa: E402
 from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
 from dtg_core.engine.predict import find_weights, load_detector  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
-from dtg_core.settings import check_ranges, flatten, load_config, to_yaml  # noqa: E402
+from dtg_core.settings import check_ranges, load_config  # noqa: E402
+from dtg_core.settings_text import flatten, to_yaml  # noqa: E402
 
 TINY = [
     "run.steps=5",

@@ -13,7 +13,8 @@ from pages import stands_alone
 
 from dtg_core.engine.compare import FIGURES, compare, draw_curves, effective, tables, to_html, to_markdown
 from dtg_core.errors import UserError
-from dtg_core.settings import dotted, plain_yaml, to_yaml
+from dtg_core.settings import plain_yaml
+from dtg_core.settings_text import dotted, to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import compare as compare_script  # noqa: E402
