@@ -160,14 +160,14 @@ class RunConfig:
 
     steps: int = 180_000
     seed: int = 0
-    output: str | None = None  # run folder; None: runs/<detector>-<paradigm>[-<file of data.labeled>]-seed<seed>
+    output: str | None = None  # run folder; None: runs/<detector>-<paradigm>-<data>-seed<seed>
     init: str | None = None  # weights file or run folder that teacher and student start from
     reset_head: bool = False  # draw the layers that depend on the classes anew, instead of taking them from ``init``
     log_every: int = 50
     evaluate_every: int = 0  # 0: only at the end
     checkpoint_every: int = 0
     score_threshold: float = 0.05  # of evaluated detections (A29)
-    evaluate_batch: int = 8  # images; GroupNorm sees the padding of smaller ones, so figures are compared at one value
+    evaluate_batch: int = 8
     channels_last: bool = True
     compile: bool = False  # torch.compile of the backbone: minutes at the start and after new image sizes, for quicker steps
     max_skipped: int = 20  # steps in a row that may be skipped because they are not finite (a fp16 scaler needs up to 16)

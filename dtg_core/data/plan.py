@@ -21,7 +21,17 @@ from torch.utils.data import DataLoader, Dataset
 from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import FILL
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.views import CANVAS_MULTIPLE, View, collate, collate_pair, labeled_view, strong_view, test_view, weak_view
+from dtg_core.data.views import (
+    CANVAS_MULTIPLE,
+    View,
+    collate,
+    collate_pair,
+    labeled_view,
+    strong_view,
+    test_canvas,
+    test_view,
+    weak_view,
+)
 from dtg_core.errors import CutOff, UserError, printable
 from dtg_core.structures import PairBatch, StepBatch, ViewBatch
 
@@ -151,14 +161,18 @@ class MicroBatches(Dataset[StepBatch]):
 class EvalData(Dataset[ViewBatch]):
     """Batches of test views; over all processes each image comes once. ``ViewBatch.image_ids`` says which they are.
 
-    Upright and wide images go to different batches where sizes are known, since a common canvas would be mostly padding.
+    Where sizes are known, the images of a batch have one canvas, so that figures do not depend on what shares a batch.
     """
 
     def __init__(self, index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1) -> None:
         self.index, self.views = index, views
-        upright = index.sizes[:, 0] > index.sizes[:, 1]
-        share = np.array_split(np.argsort(upright, kind="stable"), world_size)[rank]
-        self.batches = [share[start : start + batch] for start in range(0, len(share), batch)]
+        sizes, size_of_row = np.unique(index.sizes, axis=0, return_inverse=True)
+        canvases = np.array([test_canvas(*size, views) if min(size) else (0, 0) for size in sizes.tolist()]).reshape(-1, 2)
+        _, kind = np.unique(canvases, axis=0, return_inverse=True)
+        kind_of_row = kind.reshape(-1)[size_of_row.reshape(-1)]
+        share = np.array_split(np.argsort(kind_of_row, kind="stable"), world_size)[rank]
+        runs = np.split(share, np.flatnonzero(np.diff(kind_of_row[share])) + 1)
+        self.batches = [run[start : start + batch] for run in runs for start in range(0, len(run), batch)]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -83,7 +83,22 @@ def test_view(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, config:
     return _view(image, boxes, labels, matrix, config.box_hull)
 
 
-test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, though pytest may take it for one by its name
+def test_canvas(height: int, width: int, config: ViewsConfig) -> tuple[int, int]:
+    """(height, width) that the test view of an image has with its padding, if no larger one is beside it.
+
+    Test views should share a batch with their like only: what else is on the canvas acts on predictions through group
+    normalisation and at the borders.
+    """
+    return canvas([fitted(height, width, config.test_short_edge, config.long_edge)])
+
+
+def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The least (height, width) in multiples of 32 that holds views of all sizes."""
+    height, width = (-(-max(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in zip(*sizes, strict=True))
+    return height, width
+
+
+test_view.__test__ = test_canvas.__test__ = False  # type: ignore[attr-defined]  # not tests, though pytest may take them for some
 
 
 def collate(views: Sequence[View], seeds: Sequence[int], image_ids: Sequence[Any]) -> ViewBatch:
@@ -94,12 +109,9 @@ def collate(views: Sequence[View], seeds: Sequence[int], image_ids: Sequence[Any
         seeds: N, of whatever is drawn for the images in this step.
         image_ids: N, the user's.
     """
-    height, width = (
-        -(-max(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in zip(*(view.size for view in views), strict=True)
-    )
-    pixels = torch.zeros(len(views), 3, height, width, dtype=torch.uint8)
-    for canvas, view in zip(pixels, views):
-        canvas[:, : view.size[0], : view.size[1]] = view.pixels
+    pixels = torch.zeros(len(views), 3, *canvas([view.size for view in views]), dtype=torch.uint8)
+    for padded, view in zip(pixels, views):
+        padded[:, : view.size[0], : view.size[1]] = view.pixels
     counts = torch.tensor([view.boxes.shape[0] for view in views])
     return ViewBatch(
         pixels=pixels,

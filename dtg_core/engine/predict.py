@@ -22,7 +22,7 @@ from dtg_core.boxes import clip, project
 from dtg_core.config import RENAMED, Config
 from dtg_core.data.images import read_image
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
-from dtg_core.data.views import collate, test_view
+from dtg_core.data.views import collate, test_canvas, test_view
 from dtg_core.engine.checkpoint import load_into, load_weights
 from dtg_core.errors import UserError
 from dtg_core.settings import load_config, plain_yaml
@@ -69,8 +69,20 @@ class Predictor:
         threshold = self.settings.run.score_threshold if score_threshold is None else score_threshold
         found: list[Found] = []
         for start in range(0, len(images), batch):
-            found += self._batch([self._opened(image) for image in images[start : start + batch]], threshold)
+            found += self._found([self._opened(image) for image in images[start : start + batch]], threshold)
         return found
+
+    def _found(self, images: Sequence[Image.Image], threshold: float) -> list[Found]:
+        """In images of any sizes; only those with one canvas share a batch."""
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for number, image in enumerate(images):
+            kinds.setdefault(test_canvas(image.height, image.width, self.settings.views), []).append(number)
+        found = {
+            number: one
+            for numbers in kinds.values()
+            for number, one in zip(numbers, self._batch([images[number] for number in numbers], threshold))
+        }
+        return [found[number] for number in range(len(images))]
 
     def _opened(self, image: str | Path | Image.Image) -> Image.Image:
         if isinstance(image, Image.Image):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,20 +35,22 @@ class DeviceWork:
 
 
 @contextlib.contextmanager
-def device_work() -> Iterator[DeviceWork]:
-    """Count what happens inside, backward passes too."""
+def device_work(host: Sequence[Tensor] = ()) -> Iterator[DeviceWork]:
+    """Count what happens inside, backward passes too. ``host`` tensors are on the CPU wherever the others are."""
     work = DeviceWork()
-    with _Fetches(work), _Operators(work):
+    with _Fetches(work), _Operators(work, host):
         yield work
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, work: DeviceWork) -> None:
+    def __init__(self, work: DeviceWork, host: Sequence[Tensor]) -> None:
         super().__init__()
-        self.work = work
+        self.work, self.host = work, {id(tensor) for tensor in host}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
+        if args and id(args[0]) in self.host:
+            return func(*args, **(kwargs or {}))
         if not func.is_view:
             self.work.operations[name] += 1
         by_mask = name in INDEXING and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])

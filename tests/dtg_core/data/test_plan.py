@@ -168,6 +168,16 @@ def test_evaluation_sees_each_image_once(labeled: CocoIndex, world_size: int) ->
     assert sorted(seen) == labeled.image_ids
 
 
+def test_evaluated_images_share_a_batch_with_their_like(labeled: CocoIndex) -> None:
+    """48 x 64 and 64 x 48 px, and one whose size is not known."""
+    sizes = labeled.sizes.copy()
+    sizes[6] = 0
+    batches = list(eval_batches(replace(labeled, sizes=sizes), VIEWS, 2))
+    assert all(len({tuple(size) for size in batch.sizes.tolist()}) == 1 for batch in batches)
+    assert sorted(len(batch.image_ids) for batch in batches) == [1, 1, 1, 2, 2]
+    assert sorted(image_id for batch in batches for image_id in batch.image_ids) == labeled.image_ids
+
+
 def test_evaluation_goes_on_with_an_empty_image(labeled: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
     labeled.path(3).write_bytes(b"broken")
     seen = [image_id for batch in eval_batches(labeled, VIEWS, 2) for image_id in batch.image_ids]

@@ -54,3 +54,21 @@ def test_a_table_has_a_line_for_each_part() -> None:
     lines = list(table(figures))
     assert all(any(line.split()[0] == name for line in lines) for name in PARTS)
     json.dumps(figures)
+
+
+def test_numbers_that_live_on_the_host_are_no_waits() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], foreach=True)
+
+    def step() -> None:
+        weight.grad = torch.ones(3)
+        optimizer.step()
+
+    step()
+    with device_work() as everything:
+        step()
+    with device_work([optimizer.state[weight]["step"]]) as work:
+        step()
+    assert everything.waits
+    assert not work.waits
+    assert work.operations

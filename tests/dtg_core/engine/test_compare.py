@@ -136,12 +136,6 @@ def test_it_says_which_settings_differ(tmp_path):
         compare(runs, STAGES, ["guidance.alfa"])
 
 
-def test_runs_evaluated_with_other_batches_are_other_rows():
-    """Padding to the largest image of a batch changes what GroupNorm sees."""
-    settings = dotted(plain_yaml(to_yaml(RunSettings()), "text"))
-    assert "run.evaluate_batch" in effective(settings, STAGES)
-
-
 def test_effective_settings_of_a_detector():
     settings = dotted(plain_yaml(to_yaml(RunSettings(detector="faster_rcnn")), "text"))
     kept = effective(settings, STAGES)

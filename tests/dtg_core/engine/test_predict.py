@@ -68,6 +68,17 @@ def test_files_batches_and_empty_input(tmp_path):
         predictor.predict([tmp_path / "absent.png"])
 
 
+def test_what_is_found_does_not_depend_on_the_other_images(tmp_path):
+    """Group normalisation would see the padding of a larger canvas."""
+    predictor = load_detector(write_weights(tmp_path), "cpu")
+    images = [noise(64, 96, 1), noise(96, 64, 2), noise(64, 96, 3), noise(300, 64, 4)]
+    for one, image in zip(predictor.predict(images, 0.0), images):
+        alone = predictor.predict([image], 0.0)[0]
+        assert one.size == alone.size
+        np.testing.assert_allclose(one.scores, alone.scores, atol=1e-5)
+        assert len(one.scores) > 0
+
+
 def test_refusals(tmp_path):
     folder = write_weights(tmp_path)
     with pytest.raises(UserError, match="no such weights"):
