@@ -167,7 +167,8 @@ class EvalData(Dataset[ViewBatch]):
     def __init__(self, index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1) -> None:
         self.index, self.views = index, views
         sizes, size_of_row = np.unique(index.sizes, axis=0, return_inverse=True)
-        canvases = np.array([test_canvas(*size, views) if min(size) else (0, 0) for size in sizes.tolist()]).reshape(-1, 2)
+        known = ((height, width) for height, width in sizes.tolist())
+        canvases = np.array([test_canvas(*size, views) if min(size) else (0, 0) for size in known]).reshape(-1, 2)
         _, kind = np.unique(canvases, axis=0, return_inverse=True)
         kind_of_row = kind.reshape(-1)[size_of_row.reshape(-1)]
         share = np.array_split(np.argsort(kind_of_row, kind="stable"), world_size)[rank]
