@@ -212,10 +212,16 @@ def check_devices(environment: Mapping[str, str], gpus: int) -> None:
 def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run ``main(sys.argv[1:])`` and exit with its status.
 
-    A UserError becomes one line on stderr and status 2, Ctrl-C status 130; with ``--debug`` the traceback is shown.
+    A UserError becomes one line on stderr and status 2, Ctrl-C status 130; with ``--debug`` the traceback is shown. Where the
+    reader of the output has gone, as ``head`` does, it is status 141 without a word.
     """
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        status = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(141)
     except UserError as error:
         if "--debug" in sys.argv:
             raise

@@ -25,9 +25,11 @@ from dtg_core.settings_text import dotted, yaml_scalar
 
 FIGURES = ("AP", "AP50", "AP75")
 #: Settings that change no weight and no figure, but for the order of sums.
-SILENT = {"schema", "run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every",
-          "run.trackers", "run.max_skipped", "run.channels_last", "run.compile", "data.workers", "optim.reference_batch", "data.labeled_per_device",
-          "data.unlabeled_per_device", "optim.accumulate"}  # fmt: skip
+SILENT = {
+    "schema", "run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
+    "run.max_skipped", "run.channels_last", "run.compile", "data.workers", "optim.reference_batch", "data.labeled_per_device",
+    "data.unlabeled_per_device", "optim.accumulate",
+}  # fmt: skip
 #: The images of a step, over all processes: what the last three come to.
 BATCH = "images_of_a_step"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"

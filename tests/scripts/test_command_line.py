@@ -377,3 +377,14 @@ def test_evaluate_refuses_other_classes(tmp_path: Path) -> None:
     annotations.write_text(annotations.read_text().replace('"b"', '"c"'))
     with pytest.raises(UserError, match=r"val\.json: its classes are not the detector's \(only one of them has 'b', 'c'\)"):
         evaluate.main([str(run_folder(tmp_path / "run")), "--annotations", str(annotations)])
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As in ``train.py --print-config | head -1``."""
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--detector", "gfl", "--print-config"]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
