@@ -26,6 +26,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" - choose from {', '.join(sorted(names)[:12])}"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """"1 box", "2 boxes"; ``many`` is the plural of ``one``, by default with an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def printable(text: str) -> str:
     """``text`` as one line without control characters or bytes that are no text, which a file name may hold."""
     return "".join(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dtg_core.config import DataRules
-from dtg_core.data.files import list_images, missing_files, nearest_name, require_plain_names
+from dtg_core.data.files import list_images, missing_files, nearest_name, no_folder, require_plain_names
 from dtg_core.data.images import image_size
 from dtg_core.data.index import CocoIndex, starts, subset, unlabeled_index
 from dtg_core.data.report import Report
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
 LARGEST = 1e9  # px; numbers beyond are no coordinates
+GIVE_IMAGES = "give the images' folder by --images, or by data.images"
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
 
 
@@ -60,7 +61,7 @@ def load_coco(
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
         raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in "
                         f"{root}{nearest_name(root, names[missing[0]])} "
-                        f"({len(missing)} of {len(names)} are missing) - set data.images to the images' folder")
+                        f"({len(missing)} of {len(names)} are missing) - {GIVE_IMAGES}")
     index = unlabeled_index(root, names, ids, rules)
     if need_labels:
         index = _with_objects(index, content, np.isin(np.arange(len(names)), missing), json_path, notes)
@@ -357,7 +358,7 @@ def _unique_ids(rows: list[dict[str, Any]], where: str, path: Path, report: Repo
             raise UserError(f"{path}: {where} have the id {_short(value)} twice - ids have to be unique")
         seen.add(value)
     unusual = (float, str) if where == "categories" else (float,)
-    report.add(path, f"{where} have ids that are text or decimals; they are kept as they are",
+    report.add(path, f"{where} have an id that is text or a decimal, which is kept",
                (value for value in ids if type(value) in unusual))
     return ids
 
@@ -426,7 +427,7 @@ def _image_folder(json_path: Path, first: str, images: Path | None) -> Path:
     So one ``data.images`` serves a run whose sets lie in different folders.
     """
     if images is not None and not Path(images).is_dir():
-        raise UserError(f"{images}: there is no such folder - set data.images to the images' folder")
+        raise UserError(f"{images}: {no_folder(Path(images))} - {GIVE_IMAGES}")
     folders = ([Path(images)] if images is not None else []) + [json_path.parent, json_path.parent / "images"]
     return next((folder for folder in folders if os.path.isfile(folder / first)), folders[0])
 
@@ -442,7 +443,7 @@ def list_folder(folder: Path, rules: DataRules | None = None, report: Report | N
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder - give a folder of images")
+        raise UserError(f"{folder}: {no_folder(folder)} - give a folder of images")
     names = list_images(folder, Report() if report is None else report)
     if not names:
         raise UserError(f"{folder}: it has no images - give a folder of images, or use --paradigm supervised")

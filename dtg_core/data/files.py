@@ -46,9 +46,14 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
                 junk.append(name)
             else:
                 names.append(name)
-    report.add(folder, "files are skipped, because they are hidden or no images", junk)
+    report.add(folder, "files are skipped, as hidden or as no image", junk)
     names.sort()
     return names
+
+
+def no_folder(path: Path) -> str:
+    """Why a path that should be a folder is none, in words that follow its name and a colon."""
+    return "is a file, not a folder" if path.exists() else "there is no such folder"
 
 
 def require_plain_names(names: Sequence[str], source: Path, rules: DataRules) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dtg_core.data.files import list_images
+from dtg_core.data.files import list_images, no_folder
 from dtg_core.data.images import image_size
 from dtg_core.data.report import Report
 from dtg_core.errors import UserError
@@ -21,7 +21,7 @@ from dtg_core.settings import plain_yaml
 
 Record = dict[str, Any]
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
-NO_FILE = "images have no annotation file and count as images without objects"
+NO_FILE = "images have no annotation file and are taken to show no object"
 
 
 def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Record:
@@ -93,7 +93,7 @@ def import_voc(images: Path, annotations: Path, report: Report, zero_based: bool
 def _sized(folder: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]]:
     """Name and (height, width) of each readable image."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder - give the folder of the images")
+        raise UserError(f"{folder}: {no_folder(folder)} - give the folder of the images")
     for name in list_images(folder, report):
         try:
             yield name, image_size(folder / name)[1]

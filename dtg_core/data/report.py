@@ -1,7 +1,8 @@
 """What is odd in the user's data but does not stop the work: counted, with the first few items named."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,11 @@ from dtg_core.errors import printable
 
 SHOWN = 3  # items named in a line
 KEPT = 10_000  # items kept of a finding, for check.json
+#: Words of the kinds of findings as they are for a single item.
+NOUNS = {"annotations": "annotation", "boxes": "box", "categories": "category", "classes": "class", "files": "file",
+         "images": "image", "lines": "line", "objects": "object"}  # fmt: skip
+OTHERS = {"are": "is", "crowds": "a crowd", "get": "gets", "have": "has", "look": "looks", "make": "makes", "ones": "one",
+          "stand": "stands", "their": "its", "them": "it"}  # fmt: skip
 
 
 @dataclass
@@ -23,7 +29,21 @@ class Finding:
     def __str__(self) -> str:
         shown = ", ".join(self.items[:SHOWN])
         more = ", ..." if self.count > SHOWN else ""
-        return printable(f"{self.file}: {self.count} {self.kind}{f' ({shown}{more})' if shown else ''}")
+        kind = self.kind if self.count != 1 else singular(self.kind)
+        return printable(f"{self.file}: {self.count} {kind}{f' ({shown}{more})' if shown else ''}")
+
+
+def singular(kind: str) -> str:
+    """A kind of finding as it is told of one item: its first noun, and all verbs. Words of a path stay as they are."""
+
+    def replaced(text: str, words: Mapping[str, str], count: int = 0) -> str:
+        def one(match: re.Match[str]) -> str:
+            word = words[match[0].lower()]
+            return word.upper() if match[0].isupper() else word
+
+        return re.sub(rf"(?<![\w/.-])({'|'.join(words)})(?![\w/.-])", one, text, count=count, flags=re.IGNORECASE)
+
+    return replaced(replaced(kind, NOUNS, 1), OTHERS)
 
 
 class Report:

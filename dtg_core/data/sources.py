@@ -86,7 +86,7 @@ def _unlabeled(
     both = sorted(set(found.file_names) - set(rest.file_names))
     report.add(path, "images are labelled too and not used as unlabelled", both)
     if val is not None:
-        _shared(rest, val, "UNLABELLED IMAGES ARE ALSO VALIDATION IMAGES AND NOT USED", report, path)
+        _shared(rest, val, "UNLABELLED IMAGES ARE ALSO IN THE VALIDATION SET AND NOT USED", report, path)
         rest = without(rest, val)
     if not len(rest):
         raise UserError(f"{path}: no image that is not labelled already ({len(found)} found) - give other images, "

@@ -295,7 +295,8 @@ def _read(file: Path, run: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         if not run.is_dir():
-            raise UserError(f"{run}: there is no such run folder - give folders that train.py wrote") from None
+            problem = "is a file, not a folder" if run.exists() else "there is no such run folder"
+            raise UserError(f"{run}: {problem} - give folders that train.py wrote") from None
         what = "not finished" if file.name == "results.json" else "not a run folder"
         raise UserError(f"{run}: {what} (no {file.name}) - give finished runs that have a validation set") from None
     except UnicodeDecodeError as error:
