@@ -13,16 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, main_guard
+from common import Parser, add_overwrite, main_guard, require_new
 
 from dtg_core.config import Config
-from dtg_core.errors import UserError, printable
+from dtg_core.errors import UserError, counted, printable
 from dtg_core.settings import load_config
 
 if TYPE_CHECKING:
     from dtg_core.config import DataConfig
     from dtg_core.data.index import CocoIndex
     from dtg_core.data.report import Report
+
+RULES = "data.rules."  # the settings that the checks follow
 
 
 def parser() -> Parser:
@@ -33,6 +35,7 @@ def parser() -> Parser:
     add("--val", metavar="JSON", help="validation set, checked and compared with the labelled one")
     add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked too")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
+    add_overwrite(result)
     add("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
     add("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
     return result
@@ -42,13 +45,20 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.report import Report
 
     arguments = parser().parse(argv)
+    if arguments.workers < 0:
+        raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
+    for text in arguments.set:
+        if not text.startswith(RULES):
+            raise UserError(f"--set {text}: is not used here - give {RULES}KEY=VALUE, or a flag for files")
+    if arguments.output:
+        require_new([arguments.output], arguments.overwrite)
     config, _ = load_config(Config, None, arguments.set)
     data = replace(config.data, labeled=arguments.annotations, images=arguments.images, val=arguments.val,
                    unlabeled=arguments.unlabeled)  # fmt: skip
     report = Report()
     problem = None
     try:
-        for line in _check(data, max(arguments.workers, 0), report):
+        for line in _check(data, arguments.workers, report):
             print(line)
     except UserError as error:
         problem = error
@@ -57,12 +67,13 @@ def main(argv: Sequence[str]) -> int:
     if arguments.output:
         found = {"usable": problem is None, "error": str(problem) if problem else None, "findings": report.as_json()}
         try:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
     if problem:
         raise problem
-    print(f"usable, with {len(report.findings)} kinds of warnings" if report.findings else "usable, nothing found")
+    print(f"usable, with {counted(len(report.findings), 'kind')} of warnings" if report.findings else "usable, nothing found")
     return 0
 
 
@@ -88,11 +99,12 @@ def _check(data: DataConfig, workers: int, report: Report) -> list[str]:
 def _summary(index: CocoIndex, name: Path) -> str:
     import numpy as np
 
-    line = f"{name}: {len(index)} images"
+    line = f"{name}: {counted(len(index), 'image')}"
     if index.class_names:
         counts = np.bincount(index.labels[~index.crowd], minlength=len(index.class_names)).tolist()
         shown = ", ".join(f"{class_name} {count}" for class_name, count in list(zip(index.class_names, counts))[:20])
-        line += f", {sum(counts)} objects and {int(index.crowd.sum())} crowds of {len(counts)} classes: {shown}"
+        line += (f", {counted(sum(counts), 'object')} and {counted(int(index.crowd.sum()), 'crowd')} of "
+                 f"{counted(len(counts), 'class', 'classes')}: {shown}")
     return printable(line)
 
 

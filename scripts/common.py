@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
@@ -80,6 +80,25 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def add_overwrite(parser: Parser) -> None:
+    """The flag that ``require_new`` names."""
+    parser.add_argument("--overwrite", action="store_true", help="write over files that are there already")
+
+
+def require_new(files: Iterable[Path], overwrite: bool) -> None:
+    """UserError unless all ``files`` can be written without loss: none is there, or ``overwrite``. Before the long work."""
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder - give another --output")
+        if not overwrite and os.path.lexists(file):
+            raise UserError(f"{file}: exists - give another --output, or --overwrite")
+        above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise UserError(f"{_shortest(above)}: is a file, not a folder - give another --output")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"{_shortest(above)}: cannot be written (no right to write) - give another --output")
 
 
 def train_parser() -> Parser:
@@ -182,6 +201,20 @@ def _shortest(path: Path) -> Path:
     except ValueError:  # another drive
         return path
     return relative if len(str(relative)) < len(str(path)) else path
+
+
+def require_device(name: str | None) -> None:
+    """UserError unless ``--device`` names a device that torch can use here; None: torch's choice."""
+    if name is None:
+        return
+    import torch
+
+    there = ["cpu"]
+    if torch.accelerator.is_available():
+        kind, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()  # type: ignore[union-attr]
+        there += [kind, *(f"{kind}:{number}" for number in range(count))]
+    if name not in there:
+        raise UserError(f"--device {name}: there is no such device - use {' or '.join(there)}")
 
 
 def check_devices(environment: Mapping[str, str], gpus: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import STAGES, Parser, main_guard
+from common import STAGES, Parser, add_overwrite, main_guard, require_new
 
 
 def parser() -> Parser:
@@ -18,6 +18,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders; those that differ in seed or fold only are one row")
     add("--output", type=Path, metavar="DIR", help="where compare.md and compare.html go")
+    add_overwrite(result)
     add("--over", nargs="+", action="extend", default=[], metavar="KEY",
         help="settings, beside seed and fold, that may differ between the runs of a row")
     return result
@@ -25,6 +26,8 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
+    if arguments.output:
+        require_new((arguments.output / f"compare.{kind}" for kind in ("md", "html")), arguments.overwrite)
     show(arguments.runs, arguments.output, arguments.over)
     return 0
 

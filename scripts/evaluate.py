@@ -3,7 +3,8 @@
     python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student] [--annotations JSON --images DIR] [--output DIR]
 
 Without ``--annotations`` it is evaluated on the validation set of its own run. ``results.json`` and ``detections.json``
-(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` beside the weights.
+(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` beside the weights, which is
+written anew each time.
 """
 from __future__ import annotations
 
@@ -13,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, main_guard, one_of
+from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
 
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
     from dtg_core.data.index import CocoIndex
     from dtg_core.engine.predict import Predictor
+
+FILES = "results.json", "detections.json"
 
 
 def parser() -> Parser:
@@ -31,6 +34,7 @@ def parser() -> Parser:
     add("--annotations", type=Path, metavar="JSON", help="data set in COCO format (default: the run's validation set)")
     add("--images", type=Path, metavar="DIR", help="folder that its file names are relative to")
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
+    add_overwrite(result)
     add("--batch", type=int, metavar="N", help="images at once (default: the run's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
     return result
@@ -42,11 +46,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--images: belongs to --annotations - give both, or neither for the run's own validation set")
     if arguments.batch is not None and arguments.batch < 1:
         raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
+    if arguments.output:
+        require_new((arguments.output / name for name in FILES), arguments.overwrite)
 
     from dtg_core.data.plan import eval_batches
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
     from dtg_core.engine.predict import find_weights, load_detector
 
+    require_device(arguments.device)
     weights = find_weights(arguments.weights, arguments.which)
     loaded = load_detector(weights, arguments.device)
 
@@ -63,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
     results = {"weights": weights.name, "images": len(index), **metrics}
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (output / "detections.json").write_text(json.dumps(coco_results(index, found)) + "\n", encoding="utf-8")
+    for name, text in zip(FILES, (json.dumps(results, indent=1), json.dumps(coco_results(index, found)))):
+        (output / name).write_text(text + "\n", encoding="utf-8")
     print(f"written to {output}")
     return 0
 

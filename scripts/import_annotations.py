@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Parser, main_guard, one_of
+from common import Parser, add_overwrite, main_guard, one_of, require_new
 
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 
 
 def parser() -> Parser:
@@ -28,11 +28,13 @@ def parser() -> Parser:
     add("--names", type=Path, metavar="FILE", help="YOLO's classes: data.yaml, or a .txt with one name a line")
     add("--zero-based", action="store_true", help="VOC coordinates count from 0, not from 1")
     add("--output", type=Path, required=True, metavar="JSON", help="file to write")
+    add_overwrite(result)
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     from dtg_core.data.coco import load_coco
+    from dtg_core.data.files import no_folder
     from dtg_core.data.importers import import_voc, import_yolo
     from dtg_core.data.report import Report
 
@@ -40,26 +42,33 @@ def main(argv: Sequence[str]) -> int:
     if (arguments.format == "yolo") != (arguments.names is not None):
         raise UserError("--names: YOLO's labels need it, VOC's have names of their own - give it for yolo only")
     if not arguments.labels.is_dir():
-        raise UserError(f"{arguments.labels}: there is no such folder - give the folder of the labels")
-    if arguments.output.exists():
-        raise UserError(f"{arguments.output}: it exists already - give another --output, or delete it")
+        raise UserError(f"{arguments.labels}: {no_folder(arguments.labels)} - give the folder of the labels")
+    require_new([arguments.output], arguments.overwrite)
     report = Report()
     if arguments.format == "yolo":
         content = import_yolo(arguments.images, arguments.labels, arguments.names, report)
     else:
         content = import_voc(arguments.images, arguments.labels, report, arguments.zero_based)
     draft = arguments.output.with_name(f"{arguments.output.name}.tmp")
+
+    def told(line: str) -> str:
+        return line.replace(str(draft), str(arguments.output))
+
     try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(content), encoding="utf-8")
         index = load_coco(draft, arguments.images, report=report)
         os.replace(draft, arguments.output)
+    except UserError as error:
+        raise UserError(told(str(error))) from error
     except OSError as error:
         raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
     finally:
         draft.unlink(missing_ok=True)
     for line in report.lines():
-        print(f"warning: {line}", file=sys.stderr)
-    print(f"{arguments.output}: {len(index)} images, {len(index.boxes)} boxes of {len(index.class_names)} classes")
+        print(f"warning: {told(line)}", file=sys.stderr)
+    print(f"{arguments.output}: {counted(len(index), 'image')}, {counted(len(index.boxes), 'box', 'boxes')} of "
+          f"{counted(len(index.class_names), 'class', 'classes')}")
     return 0
 
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, main_guard, one_of
+from common import Parser, add_overwrite, main_guard, one_of, require_new
 
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 
 if TYPE_CHECKING:
     import argparse
 
     import numpy as np
 
+PARTS = "labeled", "unlabeled"
+MUCH = 1.5  # times the images asked for, beyond which a split is told
+PERCENTS = 1, 2, 5, 10
 PROTOCOLS = ("softteacher", "stac", "ubteacher")
 
 
@@ -31,6 +35,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("--annotations", type=Path, required=True, metavar="JSON", help="labelled images, COCO format")
     add("--output", type=Path, required=True, metavar="DIR", help="where the splits go")
+    add_overwrite(result)
     add("--protocol", type=one_of(PROTOCOLS), default=PROTOCOLS[0], metavar="|".join(PROTOCOLS),
         help="how images are drawn (default: softteacher)")
     add("--percent", type=float, nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
@@ -45,6 +50,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     shares, folds = _shares(arguments), _folds(arguments.folds)
+    files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
+    require_new((arguments.output / name for name in ("manifest.json", *files)), arguments.overwrite)
 
     import numpy as np
 
@@ -54,22 +61,28 @@ def main(argv: Sequence[str]) -> int:
     content, counts = parse_coco(arguments.annotations)
     images = content["images"]
     groups = group_images(images, arguments.group_by)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+    if int(groups.max()) == 0 < len(images) - 1:
+        raise UserError(f"--group-by {arguments.group_by!r}: makes 1 group of all {len(images)} images, which cannot be split - "
+                        "give a pattern that tells them apart")
     names = [category["name"] for category in content["categories"]]
-    made = []
+    drawn = []
     for name, wanted, percent in shares(len(images)):
         for fold in folds:
             positions = _draw(arguments, content, counts, groups, wanted, percent, fold)
             if arguments.min_per_class:
                 positions = fill_classes(positions, groups, counts, names, arguments.min_per_class, fold)
-            files = _write(arguments.output, f"fold{fold}_{name}", content, np.sort(positions))
-            boxes = dict(zip(names, counts[positions].sum(0).tolist()))
-            made.append({"name": f"fold{fold}_{name}", "fold": fold, "images": len(positions), "boxes": boxes,
-                         "sha256": files})  # fmt: skip
-            print(f"fold{fold}_{name}: {len(positions)} labelled and {len(images) - len(positions)} other images")
+            _look_at_size(arguments, f"fold{fold}_{name}", len(positions), wanted, groups)
+            drawn.append((f"fold{fold}_{name}", fold, positions))
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+    made = []
+    for name, fold, positions in drawn:
+        sums = _write(arguments.output, name, content, np.sort(positions))
+        boxes = dict(zip(names, counts[positions].sum(0).tolist()))
+        made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
+        print(f"{name}: {len(positions)} labelled and {counted(len(images) - len(positions), 'other image')}")
     manifest = {
         "source": arguments.annotations.name,
         "sha256": sha256(arguments.annotations),
@@ -97,10 +110,10 @@ def _shares(arguments: argparse.Namespace) -> Any:
 
     def shares(images: int) -> list[tuple[str, int, float]]:
         if arguments.count:
-            found = [(f"{count}images", count, 0.0) for count in arguments.count]
+            draws = [(count, 0.0) for count in arguments.count]
         else:
-            percents = arguments.percent or (1, 2, 5, 10)
-            found = [(f"{percent:g}", int(percent / 100 * images), percent) for percent in percents]
+            draws = [(int(percent / 100 * images), percent) for percent in arguments.percent or PERCENTS]
+        found = [(name, *draw) for name, draw in zip(_names(arguments), draws)]
         for _, wanted, _ in found:
             if not 1 <= wanted < images:
                 raise UserError(f"{arguments.annotations}: {wanted} of {images} images are no share - choose at least 1 and "
@@ -108,6 +121,25 @@ def _shares(arguments: argparse.Namespace) -> Any:
         return found
 
     return shares
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """Of the shares, as in the files' names."""
+    if arguments.count:
+        return [f"{count}images" for count in arguments.count]
+    return [f"{percent:g}" for percent in arguments.percent or PERCENTS]
+
+
+def _look_at_size(arguments: argparse.Namespace, name: str, images: int, wanted: int, groups: np.ndarray) -> None:
+    """Refuse a split without other images, and warn of one that is much larger than it was meant."""
+    causes = [f"--group-by {arguments.group_by!r} makes {counted(int(groups.max()) + 1, 'group')}"] if arguments.group_by else []
+    causes += [f"--min-per-class {arguments.min_per_class} adds images"] if arguments.min_per_class else []
+    why = " and ".join(causes) or "the protocol drew so many"
+    if images == len(groups):
+        raise UserError(f"{name}: all {images} images would be labelled and no other is left ({why}) - ask for fewer, or for "
+                        "smaller groups")
+    if images > MUCH * wanted:
+        print(f"warning: {name}: {images} labelled images instead of {wanted} ({why})", file=sys.stderr)
 
 
 def _folds(text: str) -> range:
@@ -145,10 +177,8 @@ def _write(folder: Path, name: str, content: dict[str, Any], positions: np.ndarr
     rest = [{key: image[key] for key in ("id", "file_name", "width", "height") if key in image}
             for row, image in enumerate(images) if row not in chosen]  # fmt: skip
     sums = {}
-    for part, value in (
-        ("labeled", {"images": labeled, "annotations": annotations, "categories": content["categories"]}),
-        ("unlabeled", {"images": rest}),
-    ):
+    whole = {"images": labeled, "annotations": annotations, "categories": content["categories"]}
+    for part, value in zip(PARTS, (whole, {"images": rest})):
         path = folder / f"{name}_{part}.json"
         path.write_text(json.dumps(value), encoding="utf-8")
         sums[path.name] = sha256(path)

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, main_guard
+from common import Parser, main_guard, require_device
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError
@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.predict import load_detector
     from dtg_core.settings import overridden
 
+    require_device(arguments.device)
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
     settings, stages = overridden(guided(teacher.settings), arguments.set), list(teacher.detector.stages)

@@ -17,14 +17,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, main_guard, one_of
+from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
 
-from dtg_core.errors import UserError, printable
+from dtg_core.errors import UserError, counted, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dtg_core.config import DataRules
     from dtg_core.engine.predict import Predictor
 
+LISTS = "detections.json", "detections.csv"
 COLUMNS = ("file", "class", "category_id", "score", "x1", "y1", "x2", "y2")
 SAVED_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # pictures of other formats become PNG
 
@@ -43,6 +44,7 @@ class Done:
     images: int = 0  # and frames
     boxes: int = 0
     failed: int = 0  # files that could not be read, or not to their end
+    first: list[Image.Image] = field(default_factory=list)  # the first batch, to look at again if nothing is found
 
 
 def parser() -> Parser:
@@ -51,6 +53,7 @@ def parser() -> Parser:
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
     add("paths", nargs="+", metavar="PATH", help="images, videos, folders, or quoted patterns")
     add("--output", type=Path, required=True, metavar="DIR", help="where pictures and lists go")
+    add_overwrite(result)
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
         help="of a run folder (default: teacher)")
     add("--score", type=float, default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
@@ -72,9 +75,11 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.video import VIDEO_SUFFIXES
 
     names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite)
 
     from dtg_core.engine.predict import load_detector
 
+    require_device(arguments.device)
     predictor = load_detector(arguments.weights, arguments.device, arguments.which)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,9 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
     skipped = f", {done.failed} could not be read" if done.failed else ""
-    print(f"{done.boxes} boxes in {done.images} images{skipped}; written to {arguments.output}")
+    print(f"{counted(done.boxes, 'box', 'boxes')} in {counted(done.images, 'image')}{skipped}; written to {arguments.output}")
+    if done.images and not done.boxes:
+        print(f"hint: {lower_score(predictor, done.first, arguments.score, arguments.batch)}", file=sys.stderr)
     return 1 if done.failed and (arguments.strict or not done.images) else 0
 
 
@@ -137,13 +144,14 @@ def predict(
     from dtg_core.engine.pictures import draw_found
 
     done = Done()
-    lists = [output / f"detections.{kind}" for kind in ("json", "csv")]
+    lists = [output / name for name in LISTS]
     drafts = [path.with_name(f"{path.name}.tmp") for path in lists]  # renamed when they are whole
     with open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table:
         rows = csv.writer(table)
         rows.writerow(COLUMNS)
         results.write("[")
         for some in batches(images(root, names, predictor.settings.data.rules, done), batch):
+            done.first = done.first or [image for _, image in some]
             for (name, image), found in zip(some, predictor.predict([image for _, image in some], score, batch)):
                 done.images += 1
                 for box, box_score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
@@ -156,7 +164,9 @@ def predict(
                     rows.writerow((text(name), predictor.class_names[label], category, f"{box_score:.6f}", x1, y1, x2, y2))
                     done.boxes += 1
                 if pictures:
-                    save(draw_found(image, found, predictor.class_names), output / "pictures" / name)
+                    path = picture_path(output, name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draw_found(image, found, predictor.class_names).save(path)
         results.write("\n]\n")
     for draft, path in zip(drafts, lists):
         os.replace(draft, path)
@@ -187,9 +197,28 @@ def batches(items: Iterable[tuple[str, Image.Image]], size: int) -> Iterator[lis
         yield some
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path if path.suffix.lower() in SAVED_AS_THEY_ARE else path.with_name(f"{path.name}.png"))
+def lower_score(predictor: Predictor, pictures: Sequence[Image.Image], score: float, batch: int) -> str:
+    """What to do where no box has reached ``score``."""
+    scores = [float(found.scores.max()) for found in predictor.predict(pictures, 0.0, batch) if len(found.scores)]
+    best = f"; the highest score in the first {counted(len(pictures), 'image')} is {max(scores):.3f}" if scores else ""
+    return f"no box over {score:g}{best} - try a lower --score"
+
+
+def outputs(output: Path, names: Iterable[str]) -> Iterator[Path]:
+    """The files that are written for ``names``; of a video, whose frames are not known yet, those that are there."""
+    from dtg_core.data.video import VIDEO_SUFFIXES
+
+    yield from (output / name for name in LISTS)
+    for name in names:
+        if Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            yield from sorted((output / "pictures" / name).glob("*.jpg"))
+        else:
+            yield picture_path(output, name)
+
+
+def picture_path(output: Path, name: str) -> Path:
+    path = output / "pictures" / name
+    return path if path.suffix.lower() in SAVED_AS_THEY_ARE else path.with_name(f"{path.name}.png")
 
 
 def text(name: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, main_guard, one_of
+from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError
@@ -31,6 +31,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
     add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
+    add_overwrite(result)
     add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this one")
     add("--count", type=int, default=4, metavar="N", help="images on a sheet (default: 4)")
     add("--step", type=int, default=0, metavar="N", help="draw images and views of this step of training (default: 0)")
@@ -55,10 +56,12 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.pictures import guidance_sheet
     from dtg_core.engine.predict import load_detector
 
+    require_device(arguments.device)
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
     models, settings = (teacher.detector, student.detector), teacher.settings
     stages = stages_of(teacher, arguments.stage)
+    require_new((arguments.output / f"{name}.png" for name in stages), arguments.overwrite)
     config = unlabeled_data(settings.data, arguments.unlabeled)
     sources = open_sources(config, False)
     assert sources.unlabeled is not None
@@ -100,8 +103,11 @@ def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:
 
 
 def line(name: str, count: Tally) -> str:
-    return (f"  {name:<34} {count.boxes / max(count.images, 1):5.2f} per image   precision {100 * count.precision:5.1f}   "
-            f"recall {100 * count.recall:5.1f}   IoU of the right ones {count.overlap / max(count.right, 1):.3f}")
+    precision = f"{100 * count.precision:.1f}" if count.boxes else "-"  # nothing to count
+    recall = f"{100 * count.recall:.1f}" if count.objects else "-"
+    overlap = f"{count.overlap / count.right:.3f}" if count.right else "-"
+    return (f"  {name:<34} {count.boxes / max(count.images, 1):5.2f} per image   precision {precision:>5}   recall {recall:>5}   "
+            f"IoU of the right ones {overlap}")
 
 
 if __name__ == "__main__":

@@ -2,35 +2,44 @@
 
     python scripts/show_views.py [--config FILE] [--labeled JSON] [--set key=value ...] --output views.png
 
-Takes the settings of train.py; look at it before a long run on your own data.
+Its settings are those of train.py; look at it before a long run on your own data.
 """
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import load_settings, main_guard, train_parser
+from common import Parser, add_overwrite, load_settings, main_guard, require_new, train_parser
 
 from dtg_core.errors import UserError
 
 
-def parser() -> argparse.ArgumentParser:
-    result = train_parser()
-    result.description = "Show labeled, weak and strong views of labeled images."
-    result.add_argument("--count", type=int, default=4, metavar="N", help="images (default: 4)")
+def parser() -> Parser:
+    result = Parser("Show labeled, weak and strong views of labeled images.")
+    add = result.add_argument
+    add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
+    add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
+    add("--images", metavar="DIR", help="folder that file names in the JSON are relative to (data.images)")
+    add("--seed", type=int, metavar="N", help="of everything that is drawn (run.seed)")
+    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
+    add("--count", type=int, default=4, metavar="N", help="images (default: 4)")
+    add("--output", type=Path, default=Path("views.png"), metavar="FILE", help="picture to write (default: views.png)")
+    add_overwrite(result)
     return result
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser().parse(argv)  # type: ignore[attr-defined]
-    output = Path(arguments.output or "views.png")
+    arguments = parser().parse(argv)
+    output = arguments.output
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output {output}: not a picture - give a name that ends in .png")
     if arguments.count < 1:
         raise UserError(f"--count: use at least 1 (found {arguments.count})")
-    arguments.detector = arguments.detector or "gfl"  # views are the same for all
-    settings, _, _ = load_settings(arguments)
+    require_new([output], arguments.overwrite)
+    flags = {flag: getattr(arguments, flag) for flag in ("config", "labeled", "images", "seed")}
+    given = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
+    changes = ["--set", *arguments.set] if arguments.set else []
+    settings, _, _ = load_settings(train_parser().parse(["--detector", "gfl", *given, *changes]))  # views are the same for all
 
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.pictures import views_sheet

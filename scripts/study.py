@@ -160,7 +160,7 @@ def _split(study: Study, folder: Path) -> None:
     group = ["--group-by", data.group_by] if data.group_by else []
     make_splits.main([
         "--annotations", data.source, "--output", str(folder), "--percent", *(f"{percent:g}" for percent in data.percents),
-        "--folds", f"{min(data.folds)}-{max(data.folds)}", "--min-per-class", str(data.min_per_class), *group,
+        "--folds", f"{min(data.folds)}-{max(data.folds)}", "--min-per-class", str(data.min_per_class), "--overwrite", *group,
     ])  # fmt: skip
 
 

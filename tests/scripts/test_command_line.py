@@ -236,7 +236,7 @@ def test_guard(
         ("run: !!python/object/apply:os.system [id]\n", [], ["c.yaml:1:", "tag"]),
         ("optim:\n  momentum: 1.5\n", [], ["c.yaml:2: optim.momentum: is out of range (found 1.5) - use at least 0 and less than 1"]),
         ("optim:\n  milestones: [3, 2]\n", [], ["c.yaml:2: optim.milestones: has to ascend"]),
-        ("", ["--set", "guidance.stages.head.temperature=0"], ["command line: guidance.stages.head.temperature", "more than 0"]),
+        ("", ["--set", "guidance.stages.head.temperature=0"], ["command line: guidance.stages.head.temperature", "at least 1e-06"]),
         ("", ["--set", "optim.lr=nan"], ["optim.lr", "finite"]),
         ("", ["--set", "data.labeled_per_device=0"], ["command line: data.labeled_per_device", "at least 1"]),
         ("", ["--resume", "auto", "--overwrite"], ["--resume and --overwrite"]),
@@ -327,6 +327,16 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for row in json.loads((folder / "evaluation" / "detections.json").read_text()):
         assert row["image_id"] in ("n0", "n1", "n2")
         assert row["category_id"] in (3, 7)
+    assert evaluate.main(arguments) == 0  # the folder is the script's own
+    for name in ("results.json", "detections.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name}: exists - give another --output, or --overwrite"):
+            evaluate.main([*arguments, "--output", str(tmp_path)])
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "results.json").write_text("old")
+    assert evaluate.main([*arguments, "--output", str(tmp_path), "--overwrite"]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 3
 
 
 @pytest.mark.parametrize(
@@ -335,7 +345,8 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--images", "x"], "--images"),
         (["--batch", "0"], "--batch"),
         (["--which", "techer"], "did you mean 'teacher'"),
-        (["--device", "warp:1"], "--device warp:1"),
+        (["--device", "cudda"], "--device cudda: there is no such device - use cpu"),
+        (["--device", "cpu:7"], "--device cpu:7"),
         (["--annotations", "none.json"], r"none\.json"),
     ],
 )

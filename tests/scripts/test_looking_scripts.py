@@ -22,6 +22,7 @@ from dtg_core.data.coco import list_folder
 from dtg_core.data.files import IMAGE_SUFFIXES
 from dtg_core.data.index import subset
 from dtg_core.data.video import read_frames
+from dtg_core.engine.explain import Tally
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -81,9 +82,26 @@ def test_predict_keeps_paths_names_and_ids(run, photos, tmp_path, capsys):
         assert 0 <= x <= x + width <= 64
         assert 0 <= y <= y + height <= 48
         assert float(row["x2"]) == pytest.approx(x + width, abs=2e-3)
-    assert predict.main([*arguments, "--strict"]) == 1
-    assert predict.main([*arguments, "--score", "0.999", "--no-pictures"]) == 0
+    assert predict.main([*arguments, "--strict", "--overwrite"]) == 1
+    best = max(result["score"] for result in results if result["file_name"] in pictures[:2])  # of the first batch
+    capsys.readouterr()
+    assert predict.main([*arguments, "--score", "0.999", "--no-pictures", "--overwrite"]) == 0
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
+    hint = f"hint: no box over 0.999; the highest score in the first 2 images is {best:.3f} - try a lower --score\n"
+    assert capsys.readouterr().err.endswith(hint)
+
+
+@pytest.mark.parametrize("name", ["detections.json", "detections.csv", "pictures/c.tif.png", "pictures/clip.mp4/000001.jpg"])
+def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
+    (photos / "trip" / "day 2" / "clip.mp4").touch()
+    own = tmp_path / "out" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    arguments = [str(tmp_path / "none"), str(photos / "trip" / "day 2"), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=f"{name}: exists - give another --output, or --overwrite"):
+        predict.main(arguments)  # before the detector is loaded
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [own]
+    assert own.read_text() == "mine"
 
 
 def test_predict_finds_what_is_meant(photos, tmp_path, monkeypatch):
@@ -209,6 +227,13 @@ def test_show_views(tmp_path, monkeypatch, capsys):
         assert picture.width > 1500
     with pytest.raises(UserError, match="not a picture"):
         show_views.main(["--output", str(tmp_path)])
+    own = (tmp_path / "new" / "v.png").read_bytes()
+    with pytest.raises(UserError, match="exists - give another --output, or --overwrite"):
+        show_views.main(["--output", str(tmp_path / "new" / "v.png")])
+    assert (tmp_path / "new" / "v.png").read_bytes() == own
+    assert show_views.main(["--output", str(tmp_path / "new" / "v.png"), "--count", "1", "--seed", "5", "--overwrite", "--set", *small]) == 0
+    assert (tmp_path / "new" / "v.png").read_bytes() != own
+    assert not {"--resume", "--replay", "--stop-at", "--dry-run"} & set(show_views.parser()._option_string_actions)
 
 
 @pytest.mark.parametrize("detector", ["gfl", "faster_rcnn"])
@@ -228,7 +253,20 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     one = tmp_path / "cache" / "one.json"
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
     with pytest.raises(UserError, match="unlabeled images are not in it"):
-        show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--truth", str(one), *flags])
+        show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--truth", str(one), "--overwrite", *flags])
+    for sheet in (tmp_path / "out").iterdir():
+        sheet.write_text("mine")
+    with pytest.raises(UserError, match=r"\.png: exists - give another --output, or --overwrite"):
+        show_guidance.main([str(run), "--output", str(tmp_path / "out"), *flags])
+    assert {sheet.read_text() for sheet in (tmp_path / "out").iterdir()} == {"mine"}
+
+
+def test_no_figure_of_nothing():
+    text = show_guidance.line("head", Tally(images=4, objects=3))
+    assert "precision     -   recall   0.0   IoU of the right ones -" in text
+    text = show_guidance.line("head", Tally(images=4, boxes=2))
+    assert "precision   0.0   recall     -" in text
+    assert "precision  50.0   recall  50.0   IoU of the right ones 0.800" in show_guidance.line("head", Tally(1, 2, 2, 1, 0.8))
 
 
 def test_hidden_labels_are_read_by_the_runs_rules(photos, tmp_path):

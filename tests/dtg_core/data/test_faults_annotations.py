@@ -208,8 +208,8 @@ def test_stops(
 # (fault, name, change, kind of the warning, its count, images and boxes that remain)
 WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
     (9, "text", both(every("categories", lambda c: {"id": str(c["id"])}), every("annotations", lambda a: {"category_id": str(a["category_id"])})),
-     "categories have ids that are text", 3, 12, 24),
-    (9, "floats", every("categories", lambda c: {"id": float(c["id"])}), "text or decimals", 3, 12, 24),
+     "categories have an id that is text", 3, 12, 24),
+    (9, "floats", every("categories", lambda c: {"id": float(c["id"])}), "text or a decimal", 3, 12, 24),
     (10, "file twice", changed("images", 1, "file_name", to="1.png"), "more than once", 1, 12, 24),
     (12, "no width", removed("images", 2, "width"), "no usable width", 1, 12, 24),
     (12, "zero", changed("images", 2, "height", to=0), "no usable width", 1, 12, 24),
@@ -396,7 +396,7 @@ def test_fault_23_sets_share_images(folder: Path) -> None:
     assert list(sources.unlabeled.file_names) == ["10.png", "11.png", "12.png", "9.png"]
     counts = {finding.kind: finding.count for finding in report.findings.values()}
     assert counts["images are labelled too and not used as unlabelled"] == 4
-    assert counts["UNLABELLED IMAGES ARE ALSO VALIDATION IMAGES AND NOT USED"] == 4
+    assert counts["UNLABELLED IMAGES ARE ALSO IN THE VALIDATION SET AND NOT USED"] == 4
     (shared,) = [kind for kind in counts if kind.startswith("IMAGES ARE ALSO IN")]
     assert counts[shared] == 1
 
@@ -412,12 +412,19 @@ def test_fault_23_copies_under_other_names(
     labeled, val = part(folder, range(1, 5), "labeled.json"), part(folder, range(9, 13), "val.json")
     status, out, _ = check(monkeypatch, capsys, "--annotations", labeled, "--val", val, "--output", folder / "check.json")
     assert status == 0
-    assert "1 IMAGES ARE ALSO IN" in out
+    assert "1 IMAGE IS ALSO IN" in out
     assert "10.png = 2.png" in out
-    assert "1 IMAGES LOOK LIKE ONES OF" in out
+    assert "1 IMAGE LOOKS LIKE ONE OF" in out
     assert "9.png ~ 1.png" in out
     written = json.loads((folder / "check.json").read_text())
     assert written["usable"] is True
+    own = (folder / "check.json").read_bytes()
+    monkeypatch.setattr("dtg_core.data.check.check_images", None)  # refused before an image is decoded
+    for output, problem in (("check.json", "exists - give another --output, or --overwrite"), (".", "is a folder"), ("1.png/x", "is a file")):
+        status, _, err = check(monkeypatch, capsys, "--annotations", labeled, "--output", folder / output)
+        assert status == 2
+        assert problem in err
+    assert (folder / "check.json").read_bytes() == own
     assert [finding["count"] for finding in written["findings"]] == [1, 1]
 
 
@@ -495,7 +502,7 @@ def test_fault_33_missing_images(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "1 of 12 are missing" in err
     status, out, err = check(monkeypatch, capsys, "--annotations", path, "--set", "data.rules.max_bad_images=0.1")
     assert (status, err) == (0, "")
-    assert "1 images are not in their folder and left out (5.png)" in out
+    assert "1 image is not in its folder and left out (5.png)" in out
     assert "11 images, 22 objects" in out
 
 
@@ -574,3 +581,26 @@ def test_fault_31_large_files_are_announced(
     status, out, err = check(monkeypatch, capsys, "--annotations", path)
     assert (status, err) == (0, "reading data.json (0 MB)\n")
     assert "12 images, 24 objects" in out
+
+
+def test_check_data_takes_what_it_uses(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    content = clean()
+    content["categories"].append({"id": 9, "name": "yak"})
+    path = write(folder, content)
+    for flags, problem in (
+        (["--workers", "-1"], "--workers: use 0 or more (found -1)"), (["--set", "optim.lr=1"], "--set optim.lr=1: is not used here"),
+        (["--set", "data.images=x"], "--set data.images=x: is not used here"), (["--set", "data.rules.max_pixls=1"], "data.rules.max_pixels"),
+        (["--images", path], "data.json: is a file, not a folder - give the images' folder by --images"),
+        (["--unlabeled", folder / "1.png"], "1.png: is a file, not a folder"),
+    ):  # fmt: skip
+        status, _, err = check(monkeypatch, capsys, "--annotations", path, *flags)
+        assert (status, err.count("\n")) == (2, 1)
+        assert problem in err
+    status, out, _ = check(monkeypatch, capsys, "--annotations", path, "--output", folder / "new" / "check.json")
+    assert (status, (folder / "new" / "check.json").is_file()) == (0, True)
+    assert "1 class has no box" in out
+    assert out.endswith("usable, with 1 kind of warnings\n")
+    (folder / "elsewhere").mkdir()
+    status, _, err = check(monkeypatch, capsys, "--annotations", path.rename(folder / "elsewhere" / "data.json"))
+    assert status == 2
+    assert "give the images' folder by --images" in err

@@ -73,7 +73,7 @@ def test_yolo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert index.class_names == ("cat", "dog")
     np.testing.assert_allclose(index.boxes, [[40, 15, 60, 35], [10, 10, 30, 40], [0, 0, 50, 50]], atol=1e-4)
     assert index.labels.tolist() == [1, 0, 0]
-    assert "1 images have no annotation file" in capsys.readouterr().err
+    assert "1 image has no annotation file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["names: [cat, dog]\n", "names:\n  0: cat\n  1: dog\n"])
@@ -155,9 +155,22 @@ def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_mistakes(folder: Path) -> None:
     (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4\n")
     run(folder, "yolo")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists - give another --output, or --overwrite"):
         run(folder, "yolo")
     with pytest.raises(UserError, match="--names"):
         run(folder, "voc", "--names", "x")
     with pytest.raises(UserError, match="no such folder"):
         run(folder, "voc", "--labels", str(folder / "none"))
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        run(folder, "voc", "--labels", str(folder / "names.txt"), "--overwrite")
+
+
+def test_the_file_is_told_by_its_own_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4\n")
+    run(folder, "yolo")
+    shown = capsys.readouterr()
+    assert f"warning: {folder / 'own.json'}: 1 class has no box (cat)" in shown.err
+    assert shown.out == f"{folder / 'own.json'}: 3 images, 1 box of 2 classes\n"
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0 0.4\n")
+    with pytest.raises(UserError, match=r"own\.json: 1 of 1 annotations"):
+        run(folder, "yolo", "--overwrite")

@@ -48,7 +48,7 @@ def coco(folder: Path, images: int, rare: bool = False) -> Path:
 
 def split(source: Path, *arguments: Any) -> dict[str, Any]:
     folder = source.parent / "splits"
-    make_splits.main(["--annotations", str(source), "--output", str(folder), *map(str, arguments)])
+    make_splits.main(["--annotations", str(source), "--output", str(folder), "--overwrite", *map(str, arguments)])
     return json.loads((folder / "manifest.json").read_text())
 
 
@@ -181,3 +181,32 @@ def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, arguments: list[Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         split(coco(tmp_path, 400), *arguments)
+
+
+def test_splits_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, folder = coco(tmp_path, 40), tmp_path / "own"
+    folder.mkdir()
+    arguments = ["--annotations", str(source), "--output", str(folder), "--percent", "10", "--folds", "1-2"]
+    for name in ("manifest.json", "fold2_10_unlabeled.json"):
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name}: exists - give another --output, or --overwrite"):
+            make_splits.main(arguments)
+        assert [path.name for path in folder.iterdir()] == [name]
+        (folder / name).unlink()
+    (folder / "notes.txt").write_text("mine")
+    make_splits.main(arguments)
+    make_splits.main([*arguments, "--overwrite"])
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_groups_that_leave_no_other_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = coco(tmp_path, 40, rare=True)
+    with pytest.raises(UserError, match=r"--group-by '\^\(scene\)': makes 1 group of all 40 images"):
+        split(source, "--percent", 10, "--group-by", "^(scene)")
+    with pytest.raises(UserError, match=r"fold1_90: all 40 images would be labelled .*'city' makes 4 groups\) - ask for fewer"):
+        split(source, "--percent", 90, "--folds", 1, "--group-by", "city")
+    assert not (tmp_path / "splits").exists()
+    capsys.readouterr()
+    split(source, "--count", 4, "--folds", 1, "--group-by", "city")
+    split(source, "--count", 9, "--folds", 1, "--group-by", "city")  # not much more than asked for
+    assert capsys.readouterr().err == "warning: fold1_4images: 10 labelled images instead of 4 (--group-by 'city' makes 4 groups)\n"

@@ -213,5 +213,9 @@ def test_command_line(tmp_path, capsys):
     assert (tmp_path / "out" / "compare.md").read_text() in capsys.readouterr().out
     assert stands_alone((tmp_path / "out" / "compare.html").read_text())
     assert len(list((tmp_path / "out").iterdir())) == 2
-    with pytest.raises(UserError, match="cannot be written"):
-        compare_script.main([str(run), "--output", str(run / "results.json")])
+    for path, problem in ((run / "results.json", "is a file, not a folder"), (tmp_path / "out", "exists - give another --output")):
+        with pytest.raises(UserError, match=problem):
+            compare_script.main([str(tmp_path / "none"), "--output", str(path)])  # before the runs are read
+    assert compare_script.main([str(run), "--output", str(tmp_path / "out"), "--overwrite"]) == 0
+    with pytest.raises(UserError, match=r"is a file, not a folder - give folders that train\.py wrote"):
+        compare_script.main([str(run / "results.json")])
