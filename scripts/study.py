@@ -49,13 +49,14 @@ def main(argv: Sequence[str]) -> int:
     if arguments.jobs < 1:
         raise UserError(f"--jobs: has to be at least 1 (found {arguments.jobs})")
 
-    from dtg_core.engine.study import plan, read_study
+    from dtg_core.engine.study import plan, read_study, require_study_folder
 
     study = read_study(arguments.study)
     for detector in study.detectors:
         if detector not in DETECTORS:
             raise UserError(f"{arguments.study}: detectors: unknown value {detector!r}{nearest(detector, DETECTORS)}")
     folder = arguments.output or Path("runs") / arguments.study.stem
+    require_study_folder(folder)
     warnings: list[str] = []
     planned = plan(study, arguments.study, folder, arguments.set, lambda given: settings_of(given, warnings), STAGES)
     for warning in dict.fromkeys(warnings):
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             print(line)
         return 0
     launcher = shlex.split(arguments.launcher) if arguments.launcher else [sys.executable]
-    return _run(study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)])
+    return _run(study, arguments.study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)])
 
 
 def settings_of(arguments: Sequence[str], warnings: list[str]) -> Mapping[str, Any]:
@@ -85,14 +86,17 @@ def _commands(planned: Plan) -> list[str]:
     return [*lines, f"{len(planned.runs)} runs ({done} finished) and {len(planned.phases)} shared supervised phases"]
 
 
-def _run(study: Study, planned: Plan, folder: Path, parallel: int, train: Sequence[str]) -> int:
+def _run(study: Study, file: Path, planned: Plan, folder: Path, parallel: int, train: Sequence[str]) -> int:
     """Train what is not finished and compare. Gives the exit status."""
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.jobs import run_jobs
     from dtg_core.engine.signals import StopSignals
+    from dtg_core.engine.study import MARK
 
     lock = RunFolder(folder)  # held until this process ends
-    lock.open(resume=True, overwrite=False)
+    lock.claim()
+    if not (folder / MARK).exists():
+        lock.write(MARK, file.read_text(encoding="utf-8"))
     if study.data.source:
         _split(study, folder / "splits")
     todo = _jobs(planned, folder / "logs", train)

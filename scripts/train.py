@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dtg_core.data.sources import Sources
+    from dtg_core.engine.folder import RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = train_parser().parse(argv)
+    if arguments.stop_at is not None and arguments.stop_at < 1:
+        raise UserError(f"--stop-at: use at least 1 (found {arguments.stop_at})")
     if arguments.replay:
-        arguments.config = arguments.replay.parent.parent / "config.yaml"
+        arguments.config = _config_of(arguments.replay)
     settings, origins, remarks = load_settings(arguments)
     if arguments.print_config:
         print(to_yaml(settings, origins))
@@ -60,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         require = require_available if settings.run.init is None else require_known
         on_main(accelerator, lambda: require(settings.backbone))
         on_main(accelerator, lambda: require_writable(folder.path))
-        on_main(accelerator, lambda: folder.require_free(arguments.resume is not None, arguments.overwrite))
+        on_main(accelerator, lambda: _require_free(folder, arguments))
         on_main(accelerator, lambda: _try_detector(settings))
     report = Report()
     with accelerator.main_process_first():  # the first process makes the embedded data set
@@ -83,10 +86,30 @@ def main(argv: Sequence[str]) -> int:
     on_main(accelerator, lambda: folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite))
     fit = Fit(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
     status = fit.run(arguments.resume, arguments.resume_with_changes, arguments.stop_at)
-    if status == 0:
+    stopped = arguments.stop_at is not None and arguments.stop_at < settings.run.steps
+    if status == 0 and not stopped:
         accelerator.print(f"done: {folder.path}")
     accelerator.end_training()
     return status
+
+
+def _config_of(step: Path) -> Path:
+    """The settings of the run that has written ``step``, the file of --replay."""
+    config = step.parent.parent / "config.yaml"
+    if not step.is_file() or not config.is_file():
+        found = f"no {config} beside it" if step.is_file() else "no such file"
+        raise UserError(f"--replay {step}: {found} - give nonfinite/step.json of a run folder")
+    return config
+
+
+def _require_free(folder: RunFolder, arguments: argparse.Namespace) -> None:
+    """As RunFolder.require_free; a dry run, which writes nothing, only warns."""
+    try:
+        folder.require_free(arguments.resume is not None, arguments.overwrite)
+    except UserError as error:
+        if not arguments.dry_run:
+            raise
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def default_folder(settings: RunSettings) -> Path:

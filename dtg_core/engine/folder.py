@@ -21,6 +21,9 @@ from typing import IO
 
 from dtg_core.errors import UserError
 
+#: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
+BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
+
 
 @dataclass
 class RunFolder:
@@ -41,16 +44,28 @@ class RunFolder:
         """Raises UserError when the folder holds something that neither flag is for. Nothing is written."""
         if self.path.is_file():
             raise UserError(f"{self.path}: is a file - give a folder with --output")
-        used = self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
+        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        used = bool(names - {".lock"})
         if used and not (resume or overwrite):
             raise UserError(f"{self.path}: holds something already - use --resume auto, --overwrite or another --output")
         if used and overwrite and not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so --overwrite will not empty it - "
                             "empty it by hand")
+        if resume and "config.yaml" not in names and not names <= BEFORE_CONFIG:
+            raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so there is nothing to resume - give another "
+                            "--output")
 
     def open(self, resume: bool, overwrite: bool) -> None:
         """Make or re-open the folder. Raises UserError as ``require_free`` does, and when the folder is in use."""
         self.require_free(resume, overwrite)
+        self.claim()
+        if overwrite:
+            for entry in self.path.iterdir():
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def claim(self) -> None:
+        """Make the folder and hold its lock. Raises UserError when the folder is in use."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
@@ -67,10 +82,6 @@ class RunFolder:
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
         self.lock.flush()
-        if overwrite:
-            for entry in self.path.iterdir():
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def write(self, name: str, text: str) -> None:
         """Write a small file at once, never half of it. Raises OSError."""

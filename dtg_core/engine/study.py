@@ -4,6 +4,7 @@ Before ``guidance.start_step`` all paradigms train alike: no unlabelled image is
 and the step. So runs that differ only in what acts later can start from one checkpoint, the *phase*, bit for bit as if each had
 been trained from its first step. A phase's folder bears a hash of all settings that act in it.
 
+    STUDY/study.yaml the study file, as it was first
     STUDY/splits/    labelled and unlabelled lists, when the study names a source
     STUDY/phases/    shared supervised phases
     STUDY/runs/      a run folder each
@@ -32,6 +33,8 @@ from dtg_core.settings import check_ranges, load_config, plain_yaml, refuse
 from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
+MARK = "study.yaml"  # in a study's folder
+OLD_MARKS = {"runs", "logs"}  # folders in those of studies that were made before there was the mark
 #: Intervals of a study's numbers, as in ``dtg_core.config.RANGES``.
 STUDY_RANGES = {
     "seeds": "[0, 4294967296)",
@@ -168,6 +171,18 @@ class Plan:
         """Those that unfinished runs still need."""
         needed = [run.phase for run in self.runs if run.phase and not run.finished and not run.started]
         return [phase for phase in dict.fromkeys(needed) if not phase.finished]
+
+
+def require_study_folder(folder: Path) -> None:
+    """UserError unless a study may write into ``folder``: it is missing, empty or a study's already."""
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise UserError(f"{folder}: is a file, not a folder - give another --output")
+        return
+    names = {entry.name for entry in folder.iterdir()} - {".lock"}
+    study = MARK in names or (names >= OLD_MARKS and "config.yaml" not in names)
+    if names and not study:
+        raise UserError(f"{folder}: holds something that is not a study's (no {MARK}) - give another --output")
 
 
 def read_study(file: Path) -> Study:

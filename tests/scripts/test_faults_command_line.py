@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from common import check_devices  # isort: skip
 
 from dtg_core.config import SCHEMA, BackboneConfig, Config, cross_check
 from dtg_core.engine import dry_run as dry_run_module
+from dtg_core.engine.folder import RunFolder
 from dtg_core.errors import UserError
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.settings import check_ranges, load_config
@@ -77,12 +79,30 @@ def test_fault_58_disk_nearly_full(data: TinyData, tmp_path: Path) -> None:
 def test_fault_57_used_folder(data: TinyData, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    for flags, problem in (([], "holds something already"), (["--overwrite"], "not the folder of a run")):
-        process = run([*command(data, "gfl", tmp_path / "run"), *flags, "--dry-run"], tmp_path / "logs")
+    before = tree(tmp_path / "run")
+    for flags, problem in (
+        ([], "holds something already"), (["--overwrite"], "not the folder of a run"), (["--resume", "auto"], "nothing to resume")
+    ):  # fmt: skip
+        process = run([*command(data, "gfl", tmp_path / "run"), *flags], tmp_path / "logs")
         assert process.status == 2
         (line,) = errors(process)
         assert problem in line
-    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+    process = run([*command(data, "gfl", tmp_path / "run"), "--dry-run"], tmp_path / "logs")
+    assert (process.status, errors(process)) == (0, [])
+    assert f"warning: {tmp_path / 'run'}: holds something already" in process.err
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("names", "refused"), [
+    ([], False), ([".lock"], False), ([".lock", "config.yaml", "notes.txt"], False), (["metrics.jsonl", ".lock"], False), (["notes.txt"], True),
+    (["metrics.jsonl", "notes.txt"], True),
+])  # fmt: skip
+def test_folders_that_resume(tmp_path: Path, names: list[str], refused: bool) -> None:
+    """A run that was killed before it had written its settings, and one that a study has prepared, go on."""
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="nothing to resume") if refused else nullcontext():
+        RunFolder(tmp_path).require_free(resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,28 @@ def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_folders_of_others_are_refused(tmp_path: Path, dry: list[str]) -> None:
+    file, out = write_study(tmp_path, ""), tmp_path / "out"
+    for names in (["notes.txt"], ["config.yaml", "metrics.jsonl", ".lock"], ["config.yaml", "runs/", "logs/"]):
+        for name in names:
+            (out / name).mkdir(parents=True) if name.endswith("/") else out.mkdir(exist_ok=True) or (out / name).touch()
+        before = sorted(out.rglob("*"))
+        with pytest.raises(UserError, match=r"out: holds something that is not a study's \(no study.yaml\) - give another --output"):
+            script.main([str(file), "--output", str(out), *dry])
+        assert sorted(out.rglob("*")) == before
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("names", [[], [".lock"], ["runs", "logs", "compare.md"], ["study.yaml", "splits"]])
+def test_folders_of_studies_are_taken(tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of before there was a mark, too."""
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / name).mkdir() if "." not in name else (tmp_path / "out" / name).touch()
+    assert script.main([str(write_study(tmp_path, "")), "--dry-run", "--output", str(tmp_path / "out")]) == 0
+
+
 def test_a_run_with_other_settings_is_not_taken_for_this_one(data: TinyData, tmp_path: Path) -> None:
     file = write_study(tmp_path, "paradigms: [supervised]\n", data)
     (work,) = planned(file, *TINY, "run.steps=1").runs
@@ -256,6 +279,7 @@ def test_splits_interruption_failure_and_table(tmp_path: Path) -> None:
     assert "nowhere.safetensors" in err
     assert out.startswith("## Results")
     assert (tmp_path / "out" / "compare.md").read_text() in out
+    assert (tmp_path / "out" / "study.yaml").read_text() == file.read_text()
     assert "<table>" in (tmp_path / "out" / "compare.html").read_text()
     log = (tmp_path / "out" / "logs" / f"{folder.name}.log").read_text()
     assert f"resuming from {checkpoint} at step {step}" in log

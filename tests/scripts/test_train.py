@@ -243,8 +243,26 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     assert replayed.status == 3, replayed.err
     assert "not finite again" in replayed.out
     assert f"step {told['step']}" in replayed.out
-    odd = run(["--replay", str(output / "config.yaml")], tmp_path / "logs")
-    assert odd.status == 2
+    for wrong in (output / "config.yaml", output / "nonfinite" / "stepp.json", output / "nonfinite"):
+        odd = run(["--replay", str(wrong)], tmp_path / "logs")
+        assert odd.status == 2
+        assert odd.err.startswith(f"error: --replay {wrong}: ")
+        assert "give nonfinite/step.json" in odd.err
+        assert odd.err.count("\n") == 1
+
+
+def test_stop_at(data: TinyData, tmp_path: Path) -> None:
+    """A stop is told as one, not as the end; at the last step it is the end."""
+    arguments = command(data, "gfl", tmp_path / "run", steps=2)
+    ended = run([*arguments, "--stop-at", "0"], tmp_path / "logs")
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == "error: --stop-at: use at least 1 (found 0)\n"
+    assert not (tmp_path / "run").exists()
+    for _ in range(2):  # the second has nothing to do
+        ended = run([*arguments, "--stop-at", "1", "--resume", "auto"], tmp_path / "logs")
+        assert (ended.status, ended.out) == (0, ""), ended.err
+    ended = run([*arguments, "--stop-at", "2", "--resume", "auto"], tmp_path / "logs")
+    assert (ended.status, ended.out.splitlines()[-1]) == (0, f"done: {tmp_path / 'run'}"), ended.err
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
