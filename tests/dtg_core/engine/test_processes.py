@@ -212,15 +212,17 @@ def test_all_processes_have_the_same_teacher_when_batch_statistics_train(data: T
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.skipif(os.environ.get("DTG_TEST_LAUNCHER") is None, reason="the launcher now and then aborts while it ends; DTG_TEST_LAUNCHER=1 runs it")
 def test_torchrun(data: TinyData, tmp_path: Path) -> None:
-    """The real launcher."""
-    arguments = command(data, "gfl", tmp_path / "run", steps=3)
+    """The real launcher. A known fault that is not understood: seldom a process aborts in C++ after all its work, at its end."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = subprocess.run(
-        [*launch, str(ROOT / "scripts" / "train.py"), *arguments], capture_output=True, text=True, timeout=200,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+    for attempt in range(3):
+        output = tmp_path / f"run{attempt}"
+        ended = subprocess.run(
+            [*launch, str(ROOT / "scripts" / "train.py"), *command(data, "gfl", output, steps=3)], capture_output=True, text=True,
+            timeout=100, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
+        assert ended.stderr.count("step 3/3") == 1
+        assert [line["step"] for line in lines(output)] == [1, 2, 3, 3]
+        if "terminate called without an active exception" not in ended.stderr:
+            break
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("step 3/3") == 1
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 3]
