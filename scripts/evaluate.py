@@ -36,6 +36,7 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
     add_overwrite(result)
     add("--batch", type=int, metavar="N", help="images at once (default: the run's)")
+    add("--workers", type=int, metavar="N", help="processes that read the images (default: the run's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
     return result
 
@@ -46,10 +47,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--images: belongs to --annotations - give both, or neither for the run's own validation set")
     if arguments.batch is not None and arguments.batch < 1:
         raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
     if arguments.output:
         require_new((arguments.output / name for name in FILES), arguments.overwrite)
 
-    from dtg_core.data.plan import eval_batches
+    from dtg_core.data.plan import eval_batches, items_of
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
     from dtg_core.engine.predict import find_weights, load_detector
 
@@ -65,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{output}: cannot be written ({error.strerror}) - give another --output") from error
 
     run = loaded.settings.run
-    batches = eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, 0, 1)
+    workers = loaded.settings.data.workers if arguments.workers is None else arguments.workers
+    batches = items_of(eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, workers=workers))
     found = find(loaded.detector, index, batches, loaded.device, run.score_threshold)
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))

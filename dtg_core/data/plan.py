@@ -10,8 +10,9 @@ import atexit
 import logging
 import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from dtg_core.errors import CutOff, UserError, printable
 from dtg_core.structures import PairBatch, StepBatch, ViewBatch
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LABELED, UNLABELED = 0, 1  # streams
 # What is drawn for a slot. Each has its own generator, so a change to one recipe leaves the others' draws alone.
@@ -211,6 +213,28 @@ def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: in
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
     )
+
+
+def items_of(loader: DataLoader[T]) -> Iterator[T]:
+    """The loader's items; UserError, within seconds, where a worker has died or was refused its shared memory.
+
+    PyTorch's own handler, which is set aside, would raise wherever the process then is: within a checkpoint, or at its end.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if loader.num_workers:
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield from items
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it died while a batch was handed over
+        text = str(error)
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in text and "</torch_" not in text:
+            raise
+        reason = " ".join(text.strip().rpartition("\n")[2].split()) or type(error).__name__
+        raise UserError(
+            f"data.workers={loader.num_workers}: a worker that makes batches has died ({reason}) - use fewer workers; where "
+            "memory or /dev/shm is small, 0; train.py --resume auto continues"
+        ) from error
 
 
 def _ignore_signals(worker: int) -> None:

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from dtg_core.config import Config
-from dtg_core.data.plan import MicroBatches, eval_batches, steps_loader
+from dtg_core.data.plan import MicroBatches, eval_batches, items_of, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import (
     discard_newer,
@@ -165,7 +165,7 @@ class Fit:
         data = MicroBatches([
             step_data(config, self.sources, part, all_parts) for part in range(first_part, first_part + parts)
         ])
-        loader = iter(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
+        loader = items_of(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
         self.student.train()
         for first in loader:
             batches = [first, *(next(loader) for _ in range(parts - 1))]
@@ -202,10 +202,10 @@ class Fit:
         found: dict[str, Found] = {}
         curves: dict[str, Any] = {}
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
-            batches: Iterable[ViewBatch] = eval_batches(
+            batches = items_of(eval_batches(
                 self.sources.val, self.config.views, self.config.run.evaluate_batch, self.accelerator.process_index,
                 self.accelerator.num_processes, self.config.data.workers,
-            )
+            ))
             found[which] = find(
                 detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
                 self.config.run.score_threshold, self.accelerator,
@@ -345,10 +345,7 @@ class Fit:
     # Small helpers ------------------------------------------------------------------------------------------------------
 
     def _problem(self, error: RuntimeError) -> str | None:
-        """What a user can do about a failure that PyTorch reports; None: an error of the program.
-
-        A worker's death interrupts whatever the training process does at that moment, so it may come from anywhere.
-        """
+        """What a user can do about a failure that PyTorch reports; None: an error of the program."""
         text = str(error).strip()
         step, reason = self.recent[0].step if self.recent else 0, " ".join(text.rpartition("\n")[2].split())
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -356,9 +353,6 @@ class Fit:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = text.partition("\n")[0]
             return f"run.compile: the backbone was not compiled ({reason}) - a C++ compiler is needed; or run.compile=false"
-        if "DataLoader worker (pid" in text or "</torch_" in text:  # dead, or refused its shared memory
-            return (f"data.workers={self.config.data.workers}: a worker that makes batches has died (after step {step}: {reason}) "
-                    "- use fewer workers; where memory or /dev/shm is small, 0; --resume auto continues")
         if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
             process = f"process {self.accelerator.process_index} of {self.accelerator.num_processes}"
             return (f"{process}: step {step}: another process has ended or does not answer ({reason.partition('. ')[0]}) - see "
