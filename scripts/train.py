@@ -9,6 +9,8 @@ signal has stopped it, after a checkpoint.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 import warnings
@@ -89,7 +91,6 @@ def main(argv: Sequence[str]) -> int:
     stopped = arguments.stop_at is not None and arguments.stop_at < settings.run.steps
     if status == 0 and not stopped:
         accelerator.print(f"done: {folder.path}")
-    accelerator.end_training()
     return status
 
 
@@ -123,6 +124,7 @@ def _accelerator(accumulate: int) -> Accelerator:
     import torch
     from accelerate import Accelerator
 
+    atexit.register(_leave_process_group)
     if not torch.accelerator.is_available() or torch.cuda.is_available():
         check_devices(os.environ, torch.cuda.device_count())
     try:
@@ -132,6 +134,15 @@ def _accelerator(accumulate: int) -> Accelerator:
             return Accelerator(gradient_accumulation_steps=accumulate)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"accelerate: cannot start ({error}) - see accelerate config") from error
+
+
+def _leave_process_group() -> None:
+    """Ends Gloo's threads, one of which may still hold a tensor: letting go of it while Python ends would abort the process."""
+    import torch
+
+    gc.collect()  # the student's DistributedDataParallel, in a cycle, holds the group
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bool) -> RunSettings:
