@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, PARADIGMS, Parser, main_guard, one_of
+from common import DETECTORS, PARADIGMS, Parser, add_overwrite, main_guard, one_of, require_new, write_json
 
 from dtg_core.errors import UserError
 from dtg_core.settings import check_ranges, load_config
@@ -52,6 +52,7 @@ def parser() -> Parser:
     add("--candidates", type=int, default=100, metavar="N", help="candidates of an image in each stage (default: 100)")
     add("--repeats", type=int, default=20, metavar="N", help="timed repeats (default: 20)")
     add("--json", metavar="FILE|-", help="write the figures; -: to the standard output, instead of the table")
+    add_overwrite(result)
     add("--data", action="store_true", help="measure the making of views instead")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
     return result
@@ -68,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.against == arguments.paradigm:
         raise UserError(f"--against: is the paradigm itself (found {arguments.against}) - name another")
     settings = _settings(arguments)
-    if arguments.json not in (None, "-") and not Path(arguments.json).absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: there is no such folder - make it first")
+    if arguments.json not in (None, "-"):
+        require_new([Path(arguments.json)], arguments.overwrite, "--json")
 
     figures, lines = (_data if arguments.data else _step)(arguments, settings)
     if arguments.json == "-":
@@ -77,10 +78,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print("\n".join(lines))
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {arguments.json}: cannot be written ({error.strerror}) - give another") from error
+        write_json(Path(arguments.json), figures)
     return 0
 
 

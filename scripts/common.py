@@ -5,6 +5,7 @@ Heavy imports stand inside functions, so that ``--help`` and a mistyped flag are
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,18 +88,28 @@ def add_overwrite(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there already")
 
 
-def require_new(files: Iterable[Path], overwrite: bool) -> None:
-    """UserError unless all ``files`` can be written without loss: none is there, or ``overwrite``. Before the long work."""
+def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") -> None:
+    """UserError unless all ``files``, which ``flag`` gave, can be written without loss: none is there, or ``overwrite``. Before
+    the long work."""
     for file in files:
         if file.is_dir():
-            raise UserError(f"{file}: is a folder - give another --output")
+            raise UserError(f"{file}: is a folder - give another {flag}")
         if not overwrite and os.path.lexists(file):
-            raise UserError(f"{file}: exists - give another --output, or --overwrite")
+            raise UserError(f"{file}: exists - give another {flag}, or --overwrite")
         above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
         if not above.is_dir():
-            raise UserError(f"{_shortest(above)}: is a file, not a folder - give another --output")
+            raise UserError(f"{_shortest(above)}: is a file, not a folder - give another {flag}")
         if not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"{_shortest(above)}: cannot be written (no right to write) - give another --output")
+            raise UserError(f"{_shortest(above)}: cannot be written (no right to write) - give another {flag}")
+
+
+def write_json(file: Path, figures: Mapping[str, object]) -> None:
+    """Write what ``--json FILE`` asks for, with the folders above it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {file}: cannot be written ({error.strerror}) - give another file") from error
 
 
 def train_parser() -> Parser:

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, main_guard, require_device
+from common import Parser, add_overwrite, main_guard, require_device, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError
@@ -52,6 +52,7 @@ def parser() -> Parser:
     add("--batch", type=int, default=16, metavar="N", help="images of one gradient (default: 16)")
     add("--step", type=int, default=0, metavar="N", help="draw images and views from this step on (default: 0)")
     add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
+    add_overwrite(result)
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
     return result
 
@@ -61,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     for flag, least in (("images", 1), ("batch", 1), ("step", 0)):
         if getattr(arguments, flag) < least:
             raise UserError(f"--{flag}: use at least {least} (found {getattr(arguments, flag)})")
+    if arguments.json not in (None, "-"):
+        require_new([Path(arguments.json)], arguments.overwrite, "--json")
 
     from tqdm import tqdm
 
@@ -94,11 +97,13 @@ def main(argv: Sequence[str]) -> int:
     found = measure(teacher.detector, student.detector, batches, rules, hull)
 
     count = len(steps) * arguments.batch
+    content = {"weights": str(arguments.weights), **as_json(found, arguments.compare or DEFAULT, arguments.set, count)}
+    if arguments.json == "-":
+        print(json.dumps(content, indent=1))
+        return 0
     if arguments.json:
-        content = as_json(found, arguments.compare or DEFAULT, arguments.set, count)
-        write(arguments.json, json.dumps({"weights": str(arguments.weights), **content}, indent=1) + "\n")
-    if arguments.json != "-":
-        print(f"{count} images in {len(steps)} batches\n\n{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
+        write_json(Path(arguments.json), content)
+    print(f"{count} images in {len(steps)} batches\n\n{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
     return 0
 
 
@@ -184,16 +189,6 @@ def shown(value: Agreement | None) -> str:
         return "-"
     spread = "" if value.error is None else f"±{value.error:.3f}".replace("0.", ".")
     return f"{value.cosine:.3f}{spread} x{value.ratio:.2f}"
-
-
-def write(place: str, text: str) -> None:
-    if place == "-":
-        print(text, end="")
-        return
-    try:
-        Path(place).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {place}: cannot be written ({error.strerror}) - give another file") from error
 
 
 if __name__ == "__main__":

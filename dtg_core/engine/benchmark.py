@@ -283,7 +283,8 @@ def table(figures: Mapping[str, Any]) -> Iterator[str]:
             note = "made beside the step by loader processes" if name == "data" else f"{seconds[name] / whole:6.1%}"
             yield f"  {name:<10} {1e3 * seconds[name]:9.1f} ms  {note}"
     yield f"{'bare passes':<12} {1e3 * seconds['bare_passes']:9.1f} ms"
-    yield f"overhead     {figures['overhead']:9.3f}     step / bare passes, {figures['overhead'] - 1:.1%} more"
+    more = figures["overhead"] - 1
+    yield f"overhead     {figures['overhead']:9.3f}     step / bare passes, {abs(more):.1%} {'more' if more >= 0 else 'less'}"
     if "against" in figures:
         other = figures["against"]
         yield f"{other['paradigm']:<12} {1e3 * other['seconds']:9.1f} ms  this step / that step: {other['ratio']:.3f}"

@@ -40,7 +40,7 @@ from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.models.student import student_and_teacher
 from dtg_core.settings_text import flatten, to_yaml
-from dtg_core.structures import StepBatch, ViewBatch
+from dtg_core.structures import StepBatch
 
 T = TypeVar("T")
 

@@ -323,7 +323,8 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
         (["--batch", "-1"], "at least 1"),
         (["--step", "-1"], "at least 0"),
         (["--truth", "nowhere.json"], "nowhere.json"),
-        (["--images", "2", "--json", "no/such/folder/x.json"], "cannot be written"),
+        (["--json", __file__], "exists - give another --json, or --overwrite"),
+        (["--json", "/dev/null/x.json"], "is a file, not a folder"),
     ],
 )
 def test_measure_guidance_refuses(run, tmp_path, monkeypatch, arguments, problem):
