@@ -144,9 +144,10 @@ def errors(process: Process) -> list[str]:
 
 
 def start(
-    arguments: Sequence[str], logs: Path, env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None
+    arguments: Sequence[str], logs: Path, env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None,
+    main: Callable[[Sequence[str]], int | None] = train.main,
 ) -> Process:
-    """Fork and run ``train.py``; ``prepare`` is called in the new process first."""
+    """Fork and run ``train.py``, or the ``main`` of another script; ``prepare`` is called in the new process first."""
     logs.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -162,10 +163,10 @@ def start(
         accelerate.state.AcceleratorState._reset_state(True)
         torch.set_num_threads(1)
         warnings.resetwarnings()  # as outside of tests
-        sys.argv = ["train.py", *arguments]
+        sys.argv = [f"{main.__module__}.py", *arguments]
         if prepare:
             prepare()
-        common.main_guard(train.main)
+        common.main_guard(main)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -180,9 +181,10 @@ def start(
 
 
 def run(
-    arguments: Sequence[str], logs: Path, env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None
+    arguments: Sequence[str], logs: Path, env: dict[str, str] | None = None, prepare: Callable[[], None] | None = None,
+    main: Callable[[Sequence[str]], int | None] = train.main,
 ) -> Process:
-    return start(arguments, logs, env, prepare).wait()
+    return start(arguments, logs, env, prepare, main).wait()
 
 
 def start_many(
