@@ -19,6 +19,7 @@ from torch import Tensor
 from dtg_core.boxes import Hull, clip, project, shortest_side
 from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import FILL, Matrix, fitted, flip, random_move, scale, warp
+from dtg_core.data.index import CocoIndex
 from dtg_core.data.photometric import random_color
 from dtg_core.structures import PairBatch, Targets, ViewBatch
 
@@ -90,6 +91,17 @@ def test_canvas(height: int, width: int, config: ViewsConfig) -> tuple[int, int]
     normalisation and at the borders.
     """
     return canvas([fitted(height, width, config.test_short_edge, config.long_edge)])
+
+
+def lost_boxes(index: CocoIndex, config: ViewsConfig) -> list[str]:
+    """Places of the boxes that no training view shows: under 1 px at the largest size. Images of unknown size are passed over."""
+    sizes = np.maximum(index.sizes, 1).astype(np.float64)
+    factor = np.minimum(config.short_edge[1] / sizes.min(1), config.long_edge / sizes.max(1))
+    counts = np.diff(index.box_start)
+    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * np.repeat(factor, counts)
+    image = np.repeat(np.arange(len(index)), counts)
+    lost = (sides < SMALLEST_SIDE) & ~index.crowd & (index.sizes.min(1) > 0)[image]
+    return [f"in {index.file_names[row]}" for row in image[lost]]
 
 
 def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -148,6 +148,18 @@ def test_a_mistake_found_by_a_loader_worker_is_one_line(data: TinyData, tmp_path
     assert "Traceback" not in ended.err
 
 
+def test_faults_16_boxes_that_no_view_shows_are_counted(data: TinyData, tmp_path: Path) -> None:
+    content = json.loads(data.labeled.read_text())
+    content["annotations"][0]["bbox"] = [3, 3, 1.5, 20]
+    own = data.labeled.with_name("tiny_box.json")
+    own.write_text(json.dumps(content))
+    small = ["views.short_edge=[32,32]", "views.long_edge=32"]
+    ended = run(command(replace(data, labeled=own), "gfl", tmp_path / "run", *small, steps=1), tmp_path / "logs")
+    assert ended.status == 0
+    assert "tiny_box.json: 1 box is under 1 px in every training view and left out there (views.short_edge, views.long_edge) " \
+           "(in 0.png)" in ended.err
+
+
 def test_a_worker_that_dies_is_told(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
         from dtg_core.data.plan import StepData

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from dtg_core.boxes import Hull, project
 from dtg_core.config import ViewsConfig
 from dtg_core.data import photometric, views
 from dtg_core.data.geometry import FILL, shift
-from dtg_core.data.views import View, collate, collate_pair, labeled_view, strong_view, weak_view
+from dtg_core.data.index import CocoIndex
+from dtg_core.data.views import View, collate, collate_pair, labeled_view, lost_boxes, strong_view, weak_view
 
 PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
@@ -144,6 +146,20 @@ def test_small_objects_are_left_out() -> None:
     boxes = np.array(((10, 10, 11.9, 60), (10, 10, 12.1, 60)), np.float32)
     view = weak_view(noise(), boxes, np.array((3, 4)), config, np.random.default_rng(0))
     assert view.labels.tolist() == [4]
+
+
+def test_lost_boxes_are_those_that_no_view_shows() -> None:
+    boxes = np.array(((100, 100, 109, 400), (100, 100, 110, 400), (5, 5, 7, 7), (0, 0, 900, 9)), np.float32)
+    index = CocoIndex(
+        Path(), ["a", "b", "c"], ["big.png", "small.png", "unknown.png"], np.array(((1600, 1600), (100, 100), (0, 0)), np.int32),
+        np.concatenate((boxes[:2], boxes[2:3], boxes[3:])), np.zeros(4, np.int64), np.array((0, 2, 3, 4)), np.zeros(4, bool),
+        ("thing",), [1],
+    )  # fmt: skip
+    assert lost_boxes(index, PLAIN) == ["in big.png"]
+    shown = labeled_view(noise(1600, 1600), *index.objects(0), PLAIN, np.random.default_rng(0)).boxes
+    assert len(shown) == 1
+    assert lost_boxes(index, replace(PLAIN, short_edge=(160, 320), long_edge=320)) == []
+    assert lost_boxes(replace(index, crowd=np.ones(4, bool)), PLAIN) == []
 
 
 def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
