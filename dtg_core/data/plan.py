@@ -218,12 +218,11 @@ def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: in
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
     """The loader's items; UserError, within seconds, where a worker has died or was refused its shared memory.
 
-    PyTorch's own handler, which is set aside, would raise wherever the process then is: within a checkpoint, or at its end.
+    PyTorch's own handler, which is put aside, would raise wherever the process then is: within a checkpoint, or at its end.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
     items = iter(loader)
     if loader.num_workers:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from items
     except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it died while a batch was handed over
