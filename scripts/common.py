@@ -132,7 +132,7 @@ def train_parser() -> Parser:
     add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or from the given checkpoint")
     add("--resume-with-changes", action="store_true", help="resume although settings or data have changed")
     add("--stop-at", type=int, metavar="N", help="write a checkpoint after N steps and stop there, to be resumed later")
-    add("--overwrite", action="store_true", help="delete an existing run folder first")
+    add("--overwrite", action="store_true", help="delete what an earlier run has written into its folder first")
     add("--scale-lr", action="store_true", help="scale lr by this run's images of a step over optim.reference_batch")
     add("--replay", type=Path, metavar="FILE", help="run the step again at which a run gave up (its nonfinite/step.json)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     from dtg_core.data.report import Report
     from dtg_core.data.sources import open_sources
-    from dtg_core.data.views import lost_boxes
+    from dtg_core.data.views import note_small_boxes
     from dtg_core.engine.dry_run import dry_run, require_writable
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.run import Fit, on_main
@@ -71,8 +71,7 @@ def main(argv: Sequence[str]) -> int:
     report = Report()
     with accelerator.main_process_first():  # the first process makes the embedded data set
         sources = open_sources(settings.data, is_supervised(settings), report)
-    lost = "boxes are under 1 px in every training view and left out there (views.short_edge, views.long_edge)"
-    report.add(settings.data.labeled, lost, lost_boxes(sources.labeled, settings.views))
+    note_small_boxes(sources.labeled, settings.data.labeled, settings.views, report)
     if accelerator.is_main_process:
         for line in report.lines():
             print(f"warning: {line}", file=sys.stderr)

@@ -21,10 +21,13 @@ from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import FILL, Matrix, fitted, flip, random_move, scale, warp
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.photometric import random_color
+from dtg_core.data.report import Report
 from dtg_core.structures import PairBatch, Targets, ViewBatch
 
 CANVAS_MULTIPLE = 32  # stride of the coarsest map of a usual backbone
 SMALLEST_SIDE = 1.0  # px of the view; smaller objects are left out
+HARD_SIDE = 8.0  # px of the view: a cell of the finest feature map of usual detectors
+HARD_SHARE = 0.2  # of all boxes, beyond which those under HARD_SIDE are told of
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,26 @@ def test_canvas(height: int, width: int, config: ViewsConfig) -> tuple[int, int]
     return canvas([fitted(height, width, config.test_short_edge, config.long_edge)])
 
 
-def lost_boxes(index: CocoIndex, config: ViewsConfig) -> list[str]:
-    """Places of the boxes that no training view shows: under 1 px at the largest size. Images of unknown size are passed over."""
+def boxes_under(index: CocoIndex, config: ViewsConfig, side: float) -> list[str]:
+    """Places of the boxes with a side under ``side`` px in every training view, also the largest. Images of unknown size are
+    passed over."""
     sizes = np.maximum(index.sizes, 1).astype(np.float64)
     factor = np.minimum(config.short_edge[1] / sizes.min(1), config.long_edge / sizes.max(1))
-    counts = np.diff(index.box_start)
-    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * np.repeat(factor, counts)
-    image = np.repeat(np.arange(len(index)), counts)
-    lost = (sides < SMALLEST_SIDE) & ~index.crowd & (index.sizes.min(1) > 0)[image]
-    return [f"in {index.file_names[row]}" for row in image[lost]]
+    image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
+    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * factor[image]
+    small = (sides < side) & ~index.crowd & (index.sizes.min(1) > 0)[image]
+    return [f"in {index.file_names[row]}" for row in image[small]]
+
+
+def note_small_boxes(index: CocoIndex, file: str | None, config: ViewsConfig, report: Report) -> None:
+    """Tell of boxes that the views of training lose, and of many that they make hard to find."""
+    keys = "(views.short_edge, views.long_edge)"
+    report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there {keys}",
+               boxes_under(index, config, SMALLEST_SIDE))  # fmt: skip
+    small = boxes_under(index, config, HARD_SIDE)
+    if len(small) > HARD_SHARE * len(index.boxes):
+        report.add(file, f"boxes of {len(index.boxes)} are under {HARD_SIDE:g} px in every training view and hard to find - larger "
+                         "views.short_edge, views.long_edge and views.test_short_edge may help", small)  # fmt: skip
 
 
 def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,13 @@ from dtg_core.errors import UserError
 
 #: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
 BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
+
+
+#: All names that a run and the scripts that look at it give; ``--overwrite`` deletes nothing else.
+WRITTEN = re.compile(
+    r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
+    r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?"
+)
 
 
 @dataclass
@@ -47,13 +55,19 @@ class RunFolder:
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         used = bool(names - {".lock"})
         if used and not (resume or overwrite):
-            raise UserError(f"{self.path}: holds something already - use --resume auto, --overwrite or another --output")
-        if used and overwrite and not (self.path / "config.yaml").is_file():
-            raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so --overwrite will not empty it - "
-                            "empty it by hand")
-        if resume and "config.yaml" not in names and not names <= BEFORE_CONFIG:
-            raise UserError(f"{self.path}: not the folder of a run (no config.yaml), so there is nothing to resume - give another "
-                            "--output")
+            way = "--resume auto, --overwrite or another --output" if self._is_run() else "another --output"
+            raise UserError(f"{self.path}: holds something already - use {way}")
+        if used and overwrite:
+            if not self._is_run():
+                raise UserError(f"{self.path}: not the folder of a run (no config.yaml of one), so --overwrite will not empty it - "
+                                "give another --output")
+            foreign = sorted(name for name in names if not WRITTEN.fullmatch(name))
+            if foreign:
+                raise UserError(f"{self.path}: holds what no run has written ({', '.join(foreign[:3])}), so --overwrite will not "
+                                "empty it - move that away, or give another --output")
+        if resume and not self._is_run() and not names <= BEFORE_CONFIG:
+            raise UserError(f"{self.path}: not the folder of a run (no config.yaml of one), so there is nothing to resume - give "
+                            "another --output")
 
     def open(self, resume: bool, overwrite: bool) -> None:
         """Make or re-open the folder. Raises UserError as ``require_free`` does, and when the folder is in use."""
@@ -62,7 +76,15 @@ class RunFolder:
         if overwrite:
             for entry in self.path.iterdir():
                 if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+    def _is_run(self) -> bool:
+        """Whether its config.yaml is that of a run, which tells the version of its keys."""
+        try:
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return False
+        return re.search(r"^schema:", text, re.MULTILINE) is not None
 
     def claim(self) -> None:
         """Make the folder and hold its lock. Raises UserError when the folder is in use."""

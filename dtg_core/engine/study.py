@@ -336,9 +336,11 @@ def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]])
     Keys that only one side knows, as after an update of the program, are passed over. Unfinished runs are train.py's to judge.
     """
     file = run.folder / "config.yaml"
-    if run.evaluated < run.steps or not file.is_file():
+    if not file.is_file():
         return
     there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
+    if run.evaluated < min(run.steps, there.get("run.steps", run.steps)):
+        return
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"
                for key, value in run.settings.items() if key in there and there[key] != value]  # fmt: skip
     if changes:

@@ -100,9 +100,41 @@ def test_fault_57_used_folder(data: TinyData, tmp_path: Path) -> None:
 def test_folders_that_resume(tmp_path: Path, names: list[str], refused: bool) -> None:
     """A run that was killed before it had written its settings, and one that a study has prepared, go on."""
     for name in names:
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("schema: 1\n")
     with pytest.raises(UserError, match="nothing to resume") if refused else nullcontext():
         RunFolder(tmp_path).require_free(resume=True, overwrite=False)
+
+
+def test_a_config_of_something_else_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("names: [a]\n")
+    before = tree(tmp_path)
+    for resume, problem in ((True, "nothing to resume"), (False, "not the folder of a run")):
+        with pytest.raises(UserError, match=problem):
+            RunFolder(tmp_path).open(resume, not resume)
+    with pytest.raises(UserError, match=r"holds something already - use another --output$"):
+        RunFolder(tmp_path).open(False, False)
+    assert tree(tmp_path) == before
+
+
+def test_overwriting_deletes_what_a_run_has_written_only(tmp_path: Path) -> None:
+    run_folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run_folder / "weights", elsewhere):
+        folder.mkdir(parents=True)
+    (run_folder / "config.yaml").write_text("schema: 1\n")
+    (elsewhere / "old.pt").write_text("a checkpoint on another disk")
+    (run_folder / "checkpoints").symlink_to(elsewhere)
+    (run_folder / "photos").mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"holds what no run has written \(photos\)"):
+        RunFolder(run_folder).open(resume=False, overwrite=True)
+    assert tree(tmp_path) == before
+    (run_folder / "photos").rmdir()
+    opened = RunFolder(run_folder)
+    opened.open(resume=False, overwrite=True)
+    assert opened.lock is not None
+    opened.lock.close()
+    assert [entry.name for entry in run_folder.iterdir()] == [".lock"]
+    assert (elsewhere / "old.pt").is_file()
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,8 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(data: TinyData, tmp
     assert planned(file, *TINY, "run.steps=1", "run.log_every=7").runs[0].finished
     with pytest.raises(UserError, match=r"other settings \(optim.lr: 0.0005 -> 0.25\).*another --output"):
         planned(file, *TINY, "run.steps=1", "optim.lr=0.25")
+    with pytest.raises(UserError, match=r"other settings \(run.steps: 1 -> 2\)"):  # it would be trained on, and its results lost
+        planned(file, *TINY, "run.steps=2")
 
 
 # Whole studies ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from dtg_core.config import ViewsConfig
 from dtg_core.data import photometric, views
 from dtg_core.data.geometry import FILL, shift
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.views import View, collate, collate_pair, labeled_view, lost_boxes, strong_view, weak_view
+from dtg_core.data.report import Report
+from dtg_core.data.views import View, boxes_under, collate, collate_pair, labeled_view, note_small_boxes, strong_view, weak_view
 
 PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
@@ -155,11 +156,22 @@ def test_lost_boxes_are_those_that_no_view_shows() -> None:
         np.concatenate((boxes[:2], boxes[2:3], boxes[3:])), np.zeros(4, np.int64), np.array((0, 2, 3, 4)), np.zeros(4, bool),
         ("thing",), [1],
     )  # fmt: skip
-    assert lost_boxes(index, PLAIN) == ["in big.png"]
+    assert boxes_under(index, PLAIN, 1) == ["in big.png"]
     shown = labeled_view(noise(1600, 1600), *index.objects(0), PLAIN, np.random.default_rng(0)).boxes
     assert len(shown) == 1
-    assert lost_boxes(index, replace(PLAIN, short_edge=(160, 320), long_edge=320)) == []
-    assert lost_boxes(replace(index, crowd=np.ones(4, bool)), PLAIN) == []
+    assert boxes_under(index, replace(PLAIN, short_edge=(160, 320), long_edge=320), 1) == []
+    assert boxes_under(replace(index, crowd=np.ones(4, bool)), PLAIN, 1) == []
+
+
+@pytest.mark.parametrize(("height", "told"), [(79, ["own.json: 2 boxes of 7 are under 8 px in every training view"]), (80, [])])
+def test_many_small_boxes_are_told_of(height: int, told: list[str]) -> None:
+    """Up to a fifth of all may be small; the views are a tenth of the image."""
+    boxes = np.array([(0, 0, 300, 70), (0, 0, 300, height)] + [(0, 0, 300, 300)] * 5, np.float32)
+    zeros, starts = np.zeros(7, np.int64), np.array((0, 7))
+    index = CocoIndex(Path(), ["a"], ["a.png"], np.array(((1600, 1600),), np.int32), boxes, zeros, starts, zeros > 0, ("x",), [1])
+    report = Report()
+    note_small_boxes(index, "own.json", PLAIN, report)
+    assert [line.split(" and ")[0] for line in report.lines()] == told
 
 
 def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
