@@ -31,6 +31,7 @@ PAPER, INK, PALE = (255, 255, 255), (30, 30, 30), (130, 130, 130)
 LEAST_SIDE = 480  # px; smaller images are enlarged for their predictions
 TILE = 300  # px, the longer side of an image on a sheet
 GAP = 10
+MANY = 10  # boxes of a view, beyond which not all are named
 LONGEST_LIST = 14  # members of a cluster in the picture of ranks
 
 
@@ -177,8 +178,14 @@ def _view_tile(view: View, stored: np.ndarray, class_names: Sequence[str]) -> Im
     corners = np.stack((np.stack((x1, x2, x2, x1), 1), np.stack((y1, y1, y2, y2), 1), np.ones((len(stored), 4))), 1)
     for moved in view.view_from_image @ corners:
         canvas.outline((moved[:2] / moved[2]).T, PAPER)
-    for box, label in zip(view.boxes, view.labels.tolist()):
-        canvas.box(box, color_of(label), 3, class_names[label])
+    boxes, labels = view.boxes.tolist(), view.labels.tolist()
+    for box, label in zip(boxes, labels):
+        canvas.box(box, color_of(label), 3 if len(boxes) <= MANY else 2)
+    # Over many boxes names would hide what they name: then each class has one, and the color tells the others.
+    named = range(len(boxes)) if len(boxes) <= MANY else [labels.index(label) for label in dict.fromkeys(labels)]
+    for row in named:
+        x, y = boxes[row][0] * canvas.scale, boxes[row][1] * canvas.scale
+        canvas.label(x, y, class_names[labels[row]], color_of(labels[row]))
     return canvas.image
 
 

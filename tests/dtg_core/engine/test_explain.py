@@ -12,6 +12,7 @@ from PIL import Image
 from dtg_core.config import StageRule, ViewsConfig
 from dtg_core.data.coco import load_coco
 from dtg_core.data.shapes import make_shapes
+from dtg_core.engine import pictures
 from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Tally, agreement, explain, objects_in, tally
 from dtg_core.engine.pictures import draw_found, guidance_sheet, views_sheet
 from dtg_core.engine.predict import Found
@@ -156,6 +157,20 @@ def test_views_sheet(shapes):
     assert picture.width > 5 * 300
     assert np.array_equal(np.asarray(picture), np.asarray(views_sheet(index, [0, 2], config, 0)))
     assert not np.array_equal(np.asarray(picture), np.asarray(views_sheet(index, [0, 2], config, 1)))
+
+
+@pytest.mark.parametrize(("boxes", "names"), [(10, 10), (11, 2)])
+def test_over_many_boxes_a_class_is_named_once(shapes, monkeypatch, boxes, names):
+    index = load_coco(shapes.labeled, shapes.images)
+    corners = np.arange(boxes, dtype=np.float32)[:, None] * 4 + np.array((0, 0, 12, 12), np.float32)
+    index = replace(index, boxes=corners, labels=np.arange(boxes) % 2, crowd=np.zeros(boxes, bool),
+                    box_start=np.array([0, *[boxes] * len(index)]))  # fmt: skip
+    named = []
+    monkeypatch.setattr(pictures.Canvas, "label", lambda canvas, x, y, text, color: named.append(text))
+    still = ViewsConfig(short_edge=(80, 80), long_edge=160, flip=0, geometric=0)
+    views_sheet(index, [0], still, 0)
+    assert len(named) == 5 * names
+    assert set(named) == set(index.class_names[:2])
 
 
 def test_predictions_on_small_and_large_images():
