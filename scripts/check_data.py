@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, main_guard, require_new
+from common import Parser, add_overwrite, main_guard, progress, require_new
 
 from dtg_core.config import Config
 from dtg_core.errors import UserError, counted, printable
@@ -87,7 +87,7 @@ def _check(data: DataConfig, workers: int, report: Report) -> list[str]:
         (sources.labeled, data.labeled), (sources.val, data.val), (sources.unlabeled, data.unlabeled)
     ]  # fmt: skip
     named = [(index, Path(name)) for index, name in sets if index is not None and name is not None]
-    looks = [check_images(index, name, report, workers) for index, name in named]
+    looks = [check_images(index, name, report, workers, progress) for index, name in named]
     if sources.val is not None:
         (_, labeled_name), (_, val_name), *_ = named
         check_shared(sources.val, looks[1], sources.labeled, looks[0], val_name, labeled_name, report)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from dtg_core.errors import UserError, nearest, printable
 from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse
@@ -20,9 +20,11 @@ from dtg_core.settings_text import yaml_scalar
 if TYPE_CHECKING:
     from run_settings import RunSettings
     from torch import nn
+    from tqdm import tqdm
 
-    from dtg_core.config import Paradigm
+    from dtg_core.config import DataConfig, Paradigm
 
+T = TypeVar("T")
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 PARADIGMS = ("dense", "sparse", "supervised")
 
@@ -110,6 +112,30 @@ def write_json(file: Path, figures: Mapping[str, object]) -> None:
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file}: cannot be written ({error.strerror}) - give another file") from error
+
+
+def progress(items: Iterable[T] | None = None, total: int | None = None, unit: str = "image") -> tqdm[T]:
+    """``items`` with a bar, on a terminal only; without ``items`` the caller updates it."""
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # its thread would be forked into workers, and write where check_data.py listens to decoders
+    return tqdm(items, total=total, unit=unit, leave=False, disable=None, miniters=1)
+
+
+def require_own_files(data: DataConfig, keys: Mapping[str, str], run: Path) -> None:
+    """UserError where the settings of ``run`` name files relative to the folder that it was trained in, and this is another.
+
+    Args:
+        data: of the run. keys: of ``data`` that are to be read, each with the flags that would replace it; empty: none do.
+    """
+    if data.labeled is None:  # the embedded data set, whatever the other keys say
+        return
+    for key, flags in keys.items():
+        path = getattr(data, key)
+        if path is not None and not os.path.isabs(path) and not os.path.exists(path):
+            other = f", or give {flags}" if flags else ""
+            raise UserError(f"data.{key}={path} of {run}: not found from here - run it in the folder where the run was trained"
+                            f"{other}")
 
 
 def train_parser() -> Parser:

@@ -3,8 +3,8 @@
     python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student] [--annotations JSON --images DIR] [--output DIR]
 
 Without ``--annotations`` it is evaluated on the validation set of its own run. ``results.json`` and ``detections.json``
-(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` beside the weights, which is
-written anew each time.
+(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` in the run folder or beside the
+weights file, and ``evaluation-NAME`` for ``--annotations NAME.json``. Earlier ones are kept unless ``--overwrite`` is given.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
+from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new, require_own_files
 
 from dtg_core.errors import UserError
 
@@ -49,8 +49,6 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
-    if arguments.output:
-        require_new((arguments.output / name for name in FILES), arguments.overwrite)
 
     from dtg_core.data.plan import eval_batches, items_of
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
@@ -58,10 +56,12 @@ def main(argv: Sequence[str]) -> int:
 
     require_device(arguments.device)
     weights = find_weights(arguments.weights, arguments.which)
+    name = f"evaluation-{arguments.annotations.stem}" if arguments.annotations else "evaluation"
+    output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / name
+    require_new((output / name for name in FILES), arguments.overwrite)
     loaded = load_detector(weights, arguments.device)
 
-    index = _data_set(loaded, arguments.annotations, arguments.images)
-    output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / "evaluation"
+    index = _data_set(loaded, arguments.annotations, arguments.images, arguments.weights)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
 
     run = loaded.settings.run
     workers = loaded.settings.data.workers if arguments.workers is None else arguments.workers
-    batches = items_of(eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, workers=workers))
+    loader = eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, workers=workers)
+    batches = progress(items_of(loader), len(loader), "batch")
     found = find(loaded.detector, index, batches, loaded.device, run.score_threshold)
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
@@ -80,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None) -> CocoIndex:
-    """The images to evaluate on, read by the run's rules, with the detector's classes in its order."""
+def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None, run: Path) -> CocoIndex:
+    """The images to evaluate on, by default those of ``run``, read by its rules, with the detector's classes in its order."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.index import with_classes
     from dtg_core.data.sources import open_sources
@@ -89,6 +90,8 @@ def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None) 
     if annotations is not None:
         index = load_coco(annotations, images, rules=loaded.settings.data.rules)
     else:
+        flags = "--annotations and --images"
+        require_own_files(loaded.settings.data, {"val": flags, "labeled": flags, "images": flags}, run)
         found = open_sources(replace(loaded.settings.data, unlabeled=None), True).val
         if found is None:
             raise UserError("--annotations: missing, and the run had no validation set - give a COCO JSON")

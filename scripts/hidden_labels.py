@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import require_own_files
+
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from dtg_core.structures import PairBatch
 
 
-def unlabeled_data(config: DataConfig, other: str | None) -> DataConfig:
-    """The run's data without its validation set, or with other unlabeled images."""
+def unlabeled_data(config: DataConfig, other: str | None, run: Path) -> DataConfig:
+    """The data of ``run`` without its validation set, or with other unlabeled images."""
+    require_own_files(config, {"labeled": "", "images": ""} | ({} if other else {"unlabeled": "--unlabeled"}), run)
     if other:
         labeled = config.labeled or str(embedded(config).labeled)
         config = replace(config, labeled=labeled, unlabeled=other, unlisted="ignore")

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, main_guard, require_device, require_new, write_json
+from common import Parser, add_overwrite, main_guard, progress, require_device, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError
@@ -65,8 +65,6 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json not in (None, "-"):
         require_new([Path(arguments.json)], arguments.overwrite, "--json")
 
-    from tqdm import tqdm
-
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.explain import objects_in
@@ -80,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     settings, stages = overridden(guided(teacher.settings), arguments.set), list(teacher.detector.stages)
     compared = {name: changed(settings, keys, stages) for name, keys in named(arguments.compare or DEFAULT).items()}
 
-    config = unlabeled_data(settings.data, arguments.unlabeled)
+    config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
     sources = open_sources(config, False)
     assert sources.unlabeled is not None
     images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
@@ -90,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.batch)
     hull = settings.views.box_hull
     steps = range(arguments.step, arguments.step + -(-arguments.images // arguments.batch))
-    seen = tqdm(steps, unit="batch", leave=False, disable=None)  # on a terminal only
+    seen = progress(steps, unit="batch")
     pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
     batches = ((pair, objects_in(pair.student, truth, hull)) for pair in pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}

@@ -6,7 +6,11 @@ A PATH is an image, a video (with the extra ``video``), a folder or a quoted pat
 keeps the paths relative to what was given; frame 1 of ``trip/clip.mp4`` is ``trip/clip.mp4/000001.jpg``. ``DIR/detections.json``
 and ``DIR/detections.csv`` hold the classes' names and ids of the training data.
 
-Exit status: 0; 1 when no file could be read, or with ``--strict`` when one could not; 2 after a mistake that is told in one line.
+DIR is a new folder, or that of an earlier prediction; ``--overwrite`` writes over its files and deletes none, so pictures that are
+not made again stay. Ctrl-C leaves the lists of what is done.
+
+Exit status: 0; 1 when no file could be read, or with ``--strict`` when one could not; 2 after a mistake that is told in one line;
+130 after Ctrl-C.
 """
 from __future__ import annotations
 
@@ -20,9 +24,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
+from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new
 
 from dtg_core.errors import UserError, counted, printable
 
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dtg_core.config import DataRules
-    from dtg_core.engine.predict import Predictor
+    from dtg_core.data.report import Report
+    from dtg_core.engine.predict import Found, Predictor
 
 LISTS = "detections.json", "detections.csv"
 COLUMNS = ("file", "class", "category_id", "score", "x1", "y1", "x2", "y2")
@@ -44,6 +49,7 @@ class Done:
     images: int = 0  # and frames
     boxes: int = 0
     failed: int = 0  # files that could not be read, or not to their end
+    interrupted: bool = False  # by Ctrl-C
     first: list[Image.Image] = field(default_factory=list)  # the first batch, to look at again if nothing is found
 
 
@@ -75,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.video import VIDEO_SUFFIXES
 
     names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    require_own_folder(arguments.output)
     require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite)
 
     from dtg_core.engine.predict import load_detector
@@ -87,6 +94,9 @@ def main(argv: Sequence[str]) -> int:
         done = predict(predictor, root, names, arguments.output, arguments.score, arguments.batch, pictures)
     except OSError as error:
         raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+    if done.interrupted:
+        print(f"interrupted after {how_far(done, names)}; written to {arguments.output}", file=sys.stderr)
+        return 130
     skipped = f", {done.failed} could not be read" if done.failed else ""
     print(f"{counted(done.boxes, 'box', 'boxes')} in {counted(done.images, 'image')}{skipped}; written to {arguments.output}")
     if done.images and not done.boxes:
@@ -107,13 +117,14 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
     from dtg_core.data.files import list_images
     from dtg_core.data.report import Report
 
+    report = Report()
     target = os.path.realpath(output)
     files: list[str] = []
     roots: list[str] = []
     empty: list[str] = []
     for path in paths:
         if os.path.isdir(path):
-            root, found = path, [os.path.join(path, name) for name in list_images(Path(path), Report(), suffixes)]
+            root, found = path, [os.path.join(path, name) for name in list_images(Path(path), report, suffixes)]
         elif os.path.exists(path):
             root, found = os.path.dirname(path) or ".", [path]
         else:
@@ -129,52 +140,109 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
             empty.append(path)
         else:
             raise UserError(f"{path}: no image there - give images, folders of images, or a quoted pattern")
+    if not files and (kinds := passed_over(report, empty[0], suffixes)):
+        raise UserError(f"{empty[0]}: no image there, only {kinds} files - convert them to JPEG or PNG, or give images")
     if not files:
         raise UserError(f"{empty[0]}: no image there - give images, folders of images, or a quoted pattern")
     for path in empty:
-        print(f"warning: {printable(path)}: no image there", file=sys.stderr)
+        kinds = passed_over(report, path, suffixes)
+        print(printable(f"warning: {path}: no image there{f', only {kinds} files' if kinds else ''}"), file=sys.stderr)
     common = os.path.commonpath(roots)
     return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common)
+
+
+def passed_over(report: Report, folder: str, suffixes: frozenset[str]) -> str:
+    """The kinds of files in ``folder`` that ``report`` says are no images; empty if there is none."""
+    from dtg_core.data.files import SKIPPED
+
+    files = [Path(item) for finding in report.findings.values() if finding.file == str(Path(folder)) for item in finding.items]
+    shown = [file for file in files if not file.name.startswith(".") and file.name.lower() not in SKIPPED]
+    kinds = sorted({file.suffix.lower() for file in shown} - suffixes - {""})  # of suffixes: links that lead nowhere
+    return ", ".join([*kinds[:5], *(["..."] if len(kinds) > 5 else [])])
+
+
+def require_own_folder(output: Path) -> None:
+    """UserError where ``output`` holds something and no earlier prediction, not even an unfinished one: among somebody's photos the
+    pictures with boxes would be taken for more of them."""
+    try:
+        there = {name for name in os.listdir(output) if not name.startswith(".")} if output.is_dir() else set()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be read ({error.strerror}) - give a new folder") from error
+    if there and not there & {LISTS[0], draft(Path(LISTS[0])).name}:
+        raise UserError(f"--output {output}: holds other files - give a new folder")
 
 
 def predict(
     predictor: Predictor, root: Path, names: Sequence[str], output: Path, score: float, batch: int, pictures: bool
 ) -> Done:
-    """Write everything."""
+    """Write everything, or what is done before Ctrl-C."""
     from dtg_core.engine.pictures import draw_found
+    from dtg_core.engine.signals import StopSignals
 
     done = Done()
     lists = [output / name for name in LISTS]
-    drafts = [path.with_name(f"{path.name}.tmp") for path in lists]  # renamed when they are whole
-    with open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table:
+    drafts = [draft(path) for path in lists]  # renamed when they are whole
+    with (
+        open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table,
+        progress(total=total_of(names)) as bar,
+    ):  # fmt: skip
         rows = csv.writer(table)
         rows.writerow(COLUMNS)
         results.write("[")
-        for some in batches(images(root, names, predictor.settings.data.rules, done), batch):
-            done.first = done.first or [image for _, image in some]
-            for (name, image), found in zip(some, predictor.predict([image for _, image in some], score, batch)):
-                done.images += 1
-                for box, box_score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
-                    x1, y1, x2, y2 = (round(value, 3) for value in box)
-                    category = predictor.category_ids[label]
-                    results.write((",\n" if done.boxes else "\n") + json.dumps({
-                        "image_id": done.images, "file_name": name, "category_id": category,
-                        "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)], "score": round(box_score, 6),
-                    }))  # fmt: skip
-                    rows.writerow((text(name), predictor.class_names[label], category, f"{box_score:.6f}", x1, y1, x2, y2))
-                    done.boxes += 1
-                if pictures:
-                    path = picture_path(output, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    draw_found(image, found, predictor.class_names).save(path)
+        try:
+            for some in batches(images(root, names, predictor.settings.data.rules, done), batch):
+                done.first = done.first or [image for _, image in some]
+                for (name, image), found in zip(some, predictor.predict([image for _, image in some], score, batch)):
+                    with StopSignals(patient=True) as stop:  # so that lists and pictures agree
+                        done.images += 1
+                        for entry, row in entries(predictor, found, name, done.images):
+                            results.write((",\n" if done.boxes else "\n") + json.dumps(entry))
+                            rows.writerow(row)
+                            done.boxes += 1
+                        if pictures:
+                            path = picture_path(output, name)
+                            path.parent.mkdir(parents=True, exist_ok=True)
+                            draw_found(image, found, predictor.class_names).save(path)
+                    if stop.received:
+                        raise KeyboardInterrupt
+                    bar.update(done.images + done.failed - bar.n)
+        except KeyboardInterrupt:
+            done.interrupted = True
         results.write("\n]\n")
-    for draft, path in zip(drafts, lists):
-        os.replace(draft, path)
+    for made, path in zip(drafts, lists):
+        os.replace(made, path)
     return done
+
+
+def entries(predictor: Predictor, found: Found, name: str, number: int) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """The objects of image ``number`` for the JSON, and the rows for the CSV."""
+    for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
+        x1, y1, x2, y2 = (round(value, 3) for value in box)
+        category = predictor.category_ids[label]
+        entry = {
+            "image_id": number, "file_name": name, "category_id": category,
+            "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)], "score": round(score, 6),
+        }  # fmt: skip
+        yield entry, (text(name), predictor.class_names[label], category, f"{score:.6f}", x1, y1, x2, y2)
+
+
+def total_of(names: Sequence[str]) -> int | None:
+    """How many images there will be; None: there are videos, which do not say."""
+    from dtg_core.data.video import VIDEO_SUFFIXES
+
+    return None if any(Path(name).suffix.lower() in VIDEO_SUFFIXES for name in names) else len(names)
+
+
+def how_far(done: Done, names: Sequence[str]) -> str:
+    """"37 of 66 images", or "37 images" where there are videos."""
+    total = total_of(names)
+    return counted(done.images, "image") if total is None else f"{done.images + done.failed} of {counted(total, 'image')}"
 
 
 def images(root: Path, names: Sequence[str], rules: DataRules, done: Done) -> Iterator[tuple[str, Image.Image]]:
     """Names and images that can be read, of videos frame by frame; what cannot be read is told and counted in ``done``."""
+    from tqdm import tqdm
+
     from dtg_core.data.images import read_image
     from dtg_core.data.video import VIDEO_SUFFIXES, read_frames
 
@@ -187,7 +255,7 @@ def images(root: Path, names: Sequence[str], rules: DataRules, done: Done) -> It
                 yield name, read_image(root / name, rules=rules)
         except UserError as error:
             done.failed += 1
-            print(f"skipped: {printable(str(error))}", file=sys.stderr)
+            tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)  # above the bar
 
 
 def batches(items: Iterable[tuple[str, Image.Image]], size: int) -> Iterator[list[tuple[str, Image.Image]]]:
@@ -214,6 +282,11 @@ def outputs(output: Path, names: Iterable[str]) -> Iterator[Path]:
             yield from sorted((output / "pictures" / name).glob("*.jpg"))
         else:
             yield picture_path(output, name)
+
+
+def draft(path: Path) -> Path:
+    """What a list is called until it is whole."""
+    return path.with_name(f"{path.name}.tmp")
 
 
 def picture_path(output: Path, name: str) -> Path:

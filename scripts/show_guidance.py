@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     models, settings = (teacher.detector, student.detector), teacher.settings
     stages = stages_of(teacher, arguments.stage)
     require_new((arguments.output / f"{name}.png" for name in stages), arguments.overwrite)
-    config = unlabeled_data(settings.data, arguments.unlabeled)
+    config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
     sources = open_sources(config, False)
     assert sources.unlabeled is not None
     images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found

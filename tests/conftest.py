@@ -1,6 +1,7 @@
 """Shared fixtures: paths, and batches of plain views."""
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs tools or weights beside the checkout")
     return folder
+
+
+class Terminal(io.StringIO):
+    """To stand for stderr; to be set by the test itself, because pytest sets it after the fixtures are made."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def make_views(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -34,22 +34,25 @@ class Look:
     signature: int  # 64 bits of brightness differences (dHash); near copies have nearly the same
 
 
-def check_images(index: CocoIndex, name: Path, report: Report, workers: int = 0) -> list[Look]:
+def check_images(
+    index: CocoIndex, name: Path, report: Report, workers: int = 0,
+    shown: Callable[[Iterable[Look], int], Iterable[Look]] | None = None,
+) -> list[Look]:
     """Decode every image.
 
     Args:
         index: the images. name: of the data set, in the report.
         report: takes what is odd, and each image that cannot be used.
         workers: processes; 0: this one.
+        shown: passes the looks on as they are made, and shows how far it is of that many.
 
     Returns:
         One Look for each image.
     """
-    if workers:
-        with ProcessPoolExecutor(workers) as pool:
-            looks = list(pool.map(partial(_look, index), range(len(index)), chunksize=16))
-    else:
-        looks = [_look(index, row) for row in range(len(index))]
+    rows, look_at = range(len(index)), partial(_look, index)
+    with ProcessPoolExecutor(workers) if workers else contextlib.nullcontext() as pool:
+        made = map(look_at, rows) if pool is None else pool.map(look_at, rows, chunksize=16)
+        looks = list(made if shown is None else shown(made, len(index)))
     for file, look in zip(index.file_names, looks):
         if look.problem:
             report.add(name, "images cannot be used", [f"{file}: {look.problem}"])

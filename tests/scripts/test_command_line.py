@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Terminal
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,14 +321,17 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "AP50" in shown
     assert "AR100" in shown
-    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    results = json.loads((folder / "evaluation-val" / "results.json").read_text())
     assert results["images"] == 3
     assert results["AP"] is not None
     assert results["classes"]["a"] is None
-    for row in json.loads((folder / "evaluation" / "detections.json").read_text()):
+    for row in json.loads((folder / "evaluation-val" / "detections.json").read_text()):
         assert row["image_id"] in ("n0", "n1", "n2")
         assert row["category_id"] in (3, 7)
-    assert evaluate.main(arguments) == 0  # the folder is the script's own
+    with pytest.raises(UserError, match=r"evaluation-val/results\.json: exists - give another --output, or --overwrite"):
+        evaluate.main(arguments)
+    assert json.loads((folder / "evaluation-val" / "results.json").read_text()) == results
+    assert evaluate.main([*arguments, "--overwrite"]) == 0
     for name in ("results.json", "detections.json"):
         (tmp_path / name).write_text("mine")
         with pytest.raises(UserError, match=f"{name}: exists - give another --output, or --overwrite"):
@@ -365,7 +369,7 @@ def test_evaluate_matches_classes_by_name_and_keeps_the_runs_rules(tmp_path: Pat
     content["annotations"] += [{**content["annotations"][0], "id": 1, "bbox": [30, 20, 50, 45], "category_id": 3, "image_id": "n2"}]
     annotations.write_text(json.dumps(content))
     assert evaluate.main([str(folder), "--annotations", str(annotations)]) == 0
-    expected = json.loads((folder / "evaluation" / "results.json").read_text())
+    expected = json.loads((folder / "evaluation-val" / "results.json").read_text())
     assert expected["AP"] is not None
 
     other = {3: 7, 7: 3}
@@ -377,10 +381,40 @@ def test_evaluate_matches_classes_by_name_and_keeps_the_runs_rules(tmp_path: Pat
     settings, _ = load_config(RunSettings, None, [
         *TINY, "detector=gfl", "views.test_short_edge=64", "views.long_edge=64", "data.rules.box_format=xyxy"])
     run_folder(tmp_path / "run", config=to_yaml(settings))
-    assert evaluate.main([str(folder), "--annotations", str(annotations)]) == 0
-    assert json.loads((folder / "evaluation" / "results.json").read_text()) == expected
-    ids = {row["category_id"] for row in json.loads((folder / "evaluation" / "detections.json").read_text())}
+    assert evaluate.main([str(folder), "--annotations", str(annotations), "--overwrite"]) == 0
+    assert json.loads((folder / "evaluation-val" / "results.json").read_text()) == expected
+    ids = {row["category_id"] for row in json.loads((folder / "evaluation-val" / "detections.json").read_text())}
     assert ids <= {3, 7}
+
+
+def test_evaluate_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, annotations = run_folder(tmp_path / "run"), data_set(tmp_path / "data")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert evaluate.main([str(folder), "--annotations", str(annotations), "--batch", "2", "--workers", "0"]) == 0
+    assert "0/2 [" in terminal.getvalue()
+
+
+def test_evaluate_needs_the_folder_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's data are named relative to the folder that it was trained in."""
+    annotations = data_set(tmp_path / "data")
+    content = json.loads(annotations.read_text())
+    (tmp_path / "data" / "own.json").write_text(json.dumps(content))
+    relative = ["data.labeled=own.json", "data.val=val.json", "data.workers=0"]
+    settings, _ = load_config(RunSettings, None, [*TINY, "detector=gfl", "views.test_short_edge=64", "views.long_edge=64", *relative])
+    folder = run_folder(tmp_path / "run", config=to_yaml(settings))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        evaluate.main([str(folder)])
+    assert str(caught.value) == (
+        f"data.val=val.json of {folder}: not found from here - run it in the folder where the run was trained, or give "
+        "--annotations and --images"
+    )
+    assert evaluate.main([str(folder), "--annotations", str(annotations)]) == 0
+    monkeypatch.chdir(tmp_path / "data")
+    assert evaluate.main([str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"weights", "evaluation", "evaluation-val"}
+    with pytest.raises(UserError, match=r"evaluation/results\.json: exists - give another --output, or --overwrite"):
+        evaluate.main([str(folder)])
 
 
 def test_evaluate_refuses_other_classes(tmp_path: Path) -> None:

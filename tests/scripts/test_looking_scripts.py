@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Terminal
 from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
 
@@ -22,7 +24,9 @@ from dtg_core.data.coco import list_folder
 from dtg_core.data.files import IMAGE_SUFFIXES
 from dtg_core.data.index import subset
 from dtg_core.data.video import read_frames
+from dtg_core.engine import pictures as drawing
 from dtg_core.engine.explain import Tally
+from dtg_core.engine.predict import Predictor
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -97,11 +101,74 @@ def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     own = tmp_path / "out" / name
     own.parent.mkdir(parents=True)
     own.write_text("mine")
+    (tmp_path / "out" / "detections.json.tmp").touch()  # of a prediction that did not end
     arguments = [str(tmp_path / "none"), str(photos / "trip" / "day 2"), "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match=f"{name}: exists - give another --output, or --overwrite"):
         predict.main(arguments)  # before the detector is loaded
-    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [own]
+    assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == {own, tmp_path / "out" / "detections.json.tmp"}
     assert own.read_text() == "mine"
+
+
+def test_predict_leaves_other_folders_alone(run, photos, tmp_path):
+    """Pictures with boxes among photos would be taken for more of them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".DS_Store").touch()
+    arguments = [str(run), str(photos / "a.png"), "--output", str(out), "--device", "cpu"]
+    assert predict.main(arguments) == 0
+    for name in ("photo.jpg", "pictures/old.jpg"):
+        (out / name).write_text("mine")
+    assert predict.main([*arguments, "--overwrite"]) == 0  # an earlier prediction
+    assert all((out / name).read_text() == "mine" for name in ("photo.jpg", "pictures/old.jpg"))
+    (out / "detections.json").unlink()
+    for extra in ([], ["--overwrite"], ["--no-pictures"]):
+        with pytest.raises(UserError) as caught:
+            predict.main([*arguments, *extra])
+        assert str(caught.value) == f"--output {out}: holds other files - give a new folder"
+    assert not (out / "detections.json").exists()
+
+
+def lists_of(out: Path) -> tuple[set[str], set[str]]:
+    """The files that the JSON and the CSV name."""
+    with open(out / "detections.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(path.name for path in out.iterdir()) == ["detections.csv", "detections.json", "pictures"]
+    return {entry["file_name"] for entry in json.loads((out / "detections.json").read_text())}, {row["file"] for row in rows}
+
+
+@pytest.mark.parametrize("when", ["between", "while a picture is drawn"])
+def test_predict_keeps_what_was_done_before_ctrl_c(run, photos, tmp_path, monkeypatch, capsys, when):
+    calls = []
+
+    def interrupted(real, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    owner, name = (Predictor, "predict") if when == "between" else (drawing, "draw_found")
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: interrupted(real, *arguments))
+    flags = ["--output", str(tmp_path / "out"), "--score", "0.01", "--batch", "1", "--device", "cpu"]
+    assert predict.main([str(run), str(photos), *flags]) == 130
+    done = ["a.png"] if when == "between" else ["a.png", "trip/b.jpg"]  # the one that is being written is finished
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"interrupted after {len(done)} of 3 images; written to {tmp_path / 'out'}\n")
+    assert lists_of(tmp_path / "out") == (set(done), set(done))
+    assert len([path for path in (tmp_path / "out" / "pictures").rglob("*") if path.is_file()]) == len(done)
+
+
+def test_predict_shows_its_progress(run, photos, tmp_path, monkeypatch):
+    (photos / "trip" / "broken.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert predict.main([str(run), str(photos), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert "0/4 [" in terminal.getvalue()
+    assert re.search(r"\rskipped: .*broken\.jpg.*\n", terminal.getvalue())  # on a line of its own
+
+
+def test_no_total_where_there_are_videos():
+    assert predict.how_far(predict.Done(images=37, failed=1), ["a.jpg"] * 66) == "38 of 66 images"
+    assert predict.how_far(predict.Done(images=37), ["a.jpg", "b.mp4"]) == "37 images"
 
 
 def test_predict_finds_what_is_meant(photos, tmp_path, monkeypatch):
@@ -123,8 +190,14 @@ def test_predict_goes_on_after_empty_folders(photos, tmp_path, capsys):
     (tmp_path / "empty" / "notes.txt").touch()
     names, root = find([str(tmp_path / "empty"), str(photos / "trip")], tmp_path / "out")
     assert (names, root) == (["b.jpg", "day 2/c.tif"], photos / "trip")
-    assert capsys.readouterr().err == f"warning: {tmp_path / 'empty'}: no image there\n"
-    with pytest.raises(UserError, match="empty: no image there"):
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'empty'}: no image there, only .txt files\n"
+    (tmp_path / "empty" / "notes.txt").unlink()
+    (tmp_path / "empty" / "._hidden.doc").touch()
+    with pytest.raises(UserError, match="empty: no image there - give images"):
+        find([str(tmp_path / "empty")], tmp_path / "out")
+    for name in ("1.HEIC", "sub/2.heic", "3.heif"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(UserError, match=r"empty: no image there, only \.heic, \.heif files - convert them to JPEG or PNG"):
         find([str(tmp_path / "empty")], tmp_path / "out")
     with pytest.raises(UserError, match="absent: no image there"):  # mistyped
         find([str(photos), str(tmp_path / "absent")], tmp_path / "out")
@@ -259,6 +332,26 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"\.png: exists - give another --output, or --overwrite"):
         show_guidance.main([str(run), "--output", str(tmp_path / "out"), *flags])
     assert {sheet.read_text() for sheet in (tmp_path / "out").iterdir()} == {"mine"}
+
+
+def test_the_runs_data_are_looked_for_where_it_was_trained(tmp_path, monkeypatch):
+    settings = tiny_settings("gfl")
+    data = replace(settings.data, labeled="own.json", unlabeled="folder")
+    run = write_weights(tmp_path / "run", settings=replace(settings, data=data))
+    monkeypatch.chdir(tmp_path)
+    flags = [str(run), "--device", "cpu"]
+    problem = f"data.{{}} of {run}: not found from here - run it in the folder where the run was trained{{}}"
+    for main, more in ((show_guidance.main, ["--output", str(tmp_path / "out")]), (measure_guidance.main, [])):
+        (tmp_path / "own.json").unlink(missing_ok=True)
+        with pytest.raises(UserError) as caught:
+            main([*flags, *more])
+        assert str(caught.value) == problem.format("labeled=own.json", "")
+        (tmp_path / "own.json").touch()
+        with pytest.raises(UserError) as caught:
+            main([*flags, *more])
+        assert str(caught.value) == problem.format("unlabeled=folder", ", or give --unlabeled")
+        with pytest.raises(UserError, match=r"own\.json: .*(JSON|empty)"):  # --unlabeled is taken
+            main([*flags, *more, "--unlabeled", str(tmp_path)])
 
 
 def test_no_figure_of_nothing():

@@ -67,7 +67,7 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=200, env=environment,
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
-    again = json.loads((output / "evaluation" / "results.json").read_text())
+    again = json.loads((output / f"evaluation-{data.val.stem}" / "results.json").read_text())
     assert again["AP50"] == pytest.approx(results["teacher"]["AP50"], abs=1e-6)
 
 

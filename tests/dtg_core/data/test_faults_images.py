@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Terminal
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -322,6 +323,13 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     shown = capsys.readouterr()
     assert isinstance(caught.value.code, int)
     return caught.value.code, shown.out, shown.err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_the_check_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert check_data.main(["--annotations", str(labeled(tmp_path)), "--workers", workers]) == 0
+    assert "0/4 [" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Terminal
 
 from dtg_core.engine import metrics
 from dtg_core.engine.metrics import MetricsWriter, Progress, read_metrics
@@ -76,11 +77,6 @@ def test_plain_lines_without_a_terminal() -> None:
     assert first.startswith("step 41/100  loss 1.235  AP 40  ")
     assert first.endswith(" left")
     assert second == "checkpoint"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_bar_on_a_terminal() -> None:
