@@ -52,7 +52,7 @@ def dense_terms(
         logits = predictions.logits[assignment.image, assignment.sample, assignment.label]
         divergence = rank_matching(logits, dense.teacher_logit, dense.cluster, dense.num_clusters, rule.temperature)
         divergence = divergence if dense.trust is None else dense.trust * divergence
-        terms["rank"] = LossTerm(divergence.sum() + 0 * logits.sum(), dense.live_clusters)
+        terms["rank"] = LossTerm(divergence.sum(), dense.live_clusters)
     return terms
 
 

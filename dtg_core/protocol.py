@@ -62,8 +62,8 @@ class Detector(Protocol):
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
         """Samples and predictions of every stage, or with ``supervision`` of the stages that it names.
 
-        Supervision matters to a stage that chooses its samples: ``Supervision.proposals`` are used as they are, and
-        ``Supervision.targets`` decide which of the detector's own proposals are sampled for training.
+        Supervision matters to a stage that chooses its samples from proposals, which are ``Supervision.proposals`` where these
+        are given, else its own. With ``Supervision.targets`` it draws those to train on from them; without, it uses them all.
         """
 
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:

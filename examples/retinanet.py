@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou, sigmoid_focal_loss
+from torchvision.ops import box_iou
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.config import Config
 from dtg_core.data.plan import StepData, steps_loader
 from dtg_core.data.sources import open_sources
 from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
@@ -75,14 +76,14 @@ class RetinaNetStage:
         """Focal loss and L1 of the deltas, anchor by anchor: the core decides how they are weighted and summed."""
         image, sample = assignment.image, assignment.sample
         logits = predictions.logits.float()
-        background = sigmoid_focal_loss(logits, torch.zeros_like(logits)).sum(2) * assignment.background  # [N, A]
+        background = sigmoid_focal(logits, torch.zeros_like(logits)).sum(2) * assignment.background  # [N, A]
         rows = logits[image, sample]  # [P, C]
         quality = torch.ones_like(rows[:, 0]) if assignment.quality is None else assignment.quality
         target = torch.zeros_like(rows).scatter(1, assignment.label.unsqueeze(1), quality.unsqueeze(1))
         deltas = CODER.encode_single(assignment.box, samples.take(image, sample))
         box = l1_loss(predictions.raw[image, sample].float(), deltas, reduction="none").sum(1)
         weight = torch.ones_like(box)
-        return Unreduced(sigmoid_focal_loss(rows, target).sum(1), box, background, weight, weight.sum(), weight.sum())
+        return Unreduced(sigmoid_focal(rows, target).sum(1), box, background, weight, weight.sum(), weight.sum())
 
 
 class RetinaNet(nn.Module):

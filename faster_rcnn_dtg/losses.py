@@ -3,18 +3,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-
-
-def sigmoid_focal(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """Focal loss (Lin et al. 2017), same shape as its inputs.
-
-    For a target of 0 or 1 it is torchvision's ``sigmoid_focal_loss``; in between it is smallest where the score equals the
-    target, as the quality focal loss of GFL, which torchvision's is not.
-    """
-    alpha_target = alpha * target + (1 - alpha) * (1 - target)
-    cross_entropy = binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return alpha_target * (target - logits.sigmoid()).abs() ** gamma * cross_entropy
+from torch.nn.functional import logsigmoid
 
 
 def softmax_focal(log_probability: Tensor, gamma: float = 1.5) -> Tensor:

@@ -10,10 +10,11 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import roi_align
 
 from dtg_core.boxes import area, rank_in_group
+from dtg_core.focal import sigmoid_focal
 from dtg_core.structures import Assignment, Predictions, Proposals, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig
 from faster_rcnn_dtg.deltas import decode, encode
-from faster_rcnn_dtg.losses import log_odds, log_score, sigmoid_focal, softmax_focal
+from faster_rcnn_dtg.losses import log_odds, log_score, softmax_focal
 from faster_rcnn_dtg.matching import assignment, balanced, match
 
 PRIOR = 0.01  # score of every class at the start of training

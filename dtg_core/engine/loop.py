@@ -61,9 +61,10 @@ def train_step(
     lessons = [_teach(teacher, batch, weight > 0, config, accelerator) for batch in batches]
     totals = _count_ahead(student, lessons, config, accelerator, signals) if len(lessons) > 1 else None
     figures: Figures = {}
+    first = accelerator.process_index * len(lessons)  # part of the whole step that this process begins with
     for part, lesson in enumerate(lessons):
         with _synchronized(student, part == len(lessons) - 1, accelerator):
-            terms = _forward(student, lesson, config.run.seed, part, accelerator)
+            terms = _forward(student, lesson, config.run.seed, first + part, accelerator)
             totals = totals or Totals.over_processes(_counts(terms), accelerator, signals)
             losses = {name: term.total / totals.counts[name] for name, term in terms.items()}
             # Gradients are averaged over processes, and the divisors are sums over processes.
@@ -106,7 +107,7 @@ def _teach(teacher: nn.Module, batch: StepBatch, guided: bool, config: Config, a
 
 
 def _forward(student: nn.Module, lesson: Lesson, seed: int, part: int, accelerator: Accelerator) -> dict[str, LossTerm]:
-    """The student's loss terms. Dropout and the like follow from the seed, the step and the part alone."""
+    """The student's loss terms. Dropout and the like follow from the seed, the step and the part of all parts of all processes."""
     batch, supervision = lesson.batch, lesson.supervision
     torch.manual_seed((seed * 1_000_003 + batch.step) * 1_009 + part)
     with accelerator.autocast():
@@ -120,13 +121,14 @@ def _count_ahead(
     """The divisors of all micro-batches, which have to be known before the first backward pass.
 
     They depend on the student's predictions, so this costs one more forward pass of each micro-batch, without gradients. In
-    return N micro-batches give exactly the gradient of one batch.
+    return N micro-batches give the gradient of one batch, exactly where their images have one size (else padding differs).
     """
     module = accelerator.unwrap_model(student)
     buffers = list(module.buffers())
     before = [buffer.clone() for buffer in buffers]
     counts: dict[str, Any] = {}
-    for part, lesson in enumerate(lessons):
+    first = accelerator.process_index * len(lessons)
+    for part, lesson in enumerate(lessons, first):
         _add(counts, _counts(_forward(module, lesson, config.run.seed, part, accelerator)))
     for buffer, old in zip(buffers, before):
         buffer.copy_(old)  # batch statistics are counted in the pass that trains

@@ -75,9 +75,10 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
 
 
 def code_digest() -> str:
-    """A hash of the core's source, which tells versions apart that carry the same number."""
-    root, found = Path(dtg_core.__file__).parent, hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
+    """A hash of the source of the core and of the detector packages beside it, which tells versions apart that carry the same
+    number."""
+    root, found = Path(dtg_core.__file__).parent.parent, hashlib.sha256()
+    for file in sorted([*root.glob("dtg_core/**/*.py"), *root.glob("*_dtg/**/*.py")]):
         found.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
     return found.hexdigest()
 

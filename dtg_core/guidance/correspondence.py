@@ -31,7 +31,9 @@ def anchor_level(boxes: Tensor, base_size: float, num_levels: int) -> Tensor:
     return octave.round().clamp(0, num_levels - 1).long()
 
 
-def best_anchor(boxes: Tensor, grid: AnchorGrid, base_size: float | None = None) -> tuple[Tensor, Tensor]:
+def best_anchor(
+    boxes: Tensor, grid: AnchorGrid, base_size: float | None = None, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The anchor with the largest IoU on each box's level: s_i = argmax IoU(t_i, s_j), j in m_i, of Sec. 3.2.
 
     On a regular grid the IoU with an anchor of a fixed shape falls with the distance of the centres in x and in y, so for each
@@ -39,6 +41,8 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, base_size: float | None = None)
 
     Args:
         boxes: [T, 4] in the grid's frame. grid: the student's anchors. base_size: S; None: the grid's own.
+        sizes: [T, 2] (height, width) of the view that each box is in; anchors with their centre in the padding beside it are
+            passed over, so that the canvas has no say. None: all anchors.
 
     Returns:
         (row [T] int64 in 0..A-1, iou [T]).
@@ -47,12 +51,16 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, base_size: float | None = None)
     level = anchor_level(boxes, grid.base_size if base_size is None else base_size, len(grid.shapes))
     rows, columns, stride = layout[level].unbind(1)
     cell = cells[level]  # [T, R, 4]
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2 - (cell[:, 0, :2] + cell[:, 0, 2:]) / 2
+    first = (cell[:, 0, :2] + cell[:, 0, 2:]) / 2
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2 - first
     # ceil(x - 1/2) rounds ties down, to the anchor that stands first.
     x, y = torch.ceil(center / stride.unsqueeze(1) - 0.5).unbind(1)
-    zero = torch.zeros_like(x)
-    x = torch.minimum(torch.maximum(x, zero), columns - 1)
-    y = torch.minimum(torch.maximum(y, zero), rows - 1)
+    last_x, last_y = columns - 1, rows - 1
+    if sizes is not None:
+        inside = torch.ceil((sizes.flip(1) - first) / stride.unsqueeze(1)) - 1
+        last_x, last_y = torch.minimum(last_x, inside[:, 0]), torch.minimum(last_y, inside[:, 1])
+    x = torch.minimum(x, last_x).clamp(min=0)
+    y = torch.minimum(y, last_y).clamp(min=0)
     shift = torch.stack((x, y, x, y), 1) * stride.unsqueeze(1)
     iou, shape = paired_iou(boxes.unsqueeze(1), cell + shift.unsqueeze(1)).max(1)
     row = starts[level] + (y.long() * columns + x.long()) * cell.shape[1] + shape
@@ -68,7 +76,7 @@ def correspond(
         samples: the teacher's samples in its own view.
         student_grid: the anchors of the student's canvas.
         pair: both views and the matrix between them.
-        min_iou: pairs of anchors under this IoU are dropped (A5).
+        min_iou: pairs of anchors under this IoU are dropped, and anchors whose centre has left the view (A5).
         hull: how boxes are moved, see ``boxes.project``.
 
     Returns:
@@ -82,7 +90,8 @@ def correspond(
         index = torch.arange(samples.num_samples, device=boxes.device)
         return Proposals(boxes, valid), torch.where(valid, index, -1)
     boxes = project(samples.anchors, matrix, hull)  # [N, A, 4]
-    row, iou = best_anchor(boxes.flatten(0, 1), student_grid)
+    row, iou = best_anchor(boxes.flatten(0, 1), student_grid, sizes=sizes.expand(*boxes.shape[:2], 2).flatten(0, 1))
     row, iou = row.view(boxes.shape[:2]), iou.view(boxes.shape[:2])
-    usable = student_grid.usable(pair.student.sizes).gather(1, row)
-    return student_grid, torch.where((iou >= min_iou) & usable, row, -1)
+    center = (boxes[..., :2] + boxes[..., 2:]) / 2
+    inside = ((center >= 0) & (center < sizes.flip(2))).all(2)
+    return student_grid, torch.where((iou >= min_iou) & inside, row, -1)

@@ -67,11 +67,13 @@ def teach(
         stage, (samples, predictions) = teacher.stages[name], outputs[name]
         if rule.paradigm == "dense":
             supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, hull)
-        else:
+        elif rule.paradigm == "sparse":
             assert detections is not None
             targets = pseudo_labels(detections, rule.pseudo_score, pair, hull)
             supervision[name] = Supervision(targets, None, _shared_proposals(samples, grid, pair, rule, hull), False)
             told = {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
+        else:
+            raise ValueError(f"no such paradigm: {rule.paradigm!r}")
         figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
     return supervision, figures
 

@@ -60,7 +60,9 @@ class Pyramid(nn.Module):
 
     def forward(self, views: ViewBatch) -> list[Tensor]:
         pixels = self.normalized(views)
-        if next(self.fpn.parameters()).is_contiguous(memory_format=torch.channels_last):
+        # The layout of the weights, of one that is not the same in both.
+        weight = next(weight for weight in self.fpn.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1)
+        if weight.is_contiguous(memory_format=torch.channels_last):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         maps = feature_maps(self.body, pixels)
         return list(self.fpn({str(index): maps[index] for index in self.picked}).values())

@@ -1,6 +1,8 @@
 """Correspondence: the closed form against brute force, and what must hold for known views."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_pair
@@ -57,6 +59,26 @@ def test_every_anchor_of_a_full_canvas_finds_itself():
 def test_best_anchor_of_nothing():
     row, iou = best_anchor(torch.zeros(0, 4), rpn_grid(64, 64))
     assert row.shape == iou.shape == (0,)
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(40, 0), (-40, 0), (0, 30), (0, -30), (13, 21)])
+def test_what_leaves_the_view_has_no_partner_and_the_canvas_no_say(dx: int, dy: int):
+    """Views of 117 x 150, alone on the least canvas and with more padding, moved by (dx, dy)."""
+    matrix = torch.tensor([[1.0, 0, dx], [0, 1, dy], [0, 0, 1]])
+    samples = rpn_grid(128, 160)
+    center = (samples.anchors[:, :2] + samples.anchors[:, 2:]) / 2 + torch.tensor((dx, dy))
+    inside = ((center >= 0) & (center < torch.tensor((150, 117)))).all(1)
+    partners = []
+    for canvas in ((128, 160), (192, 256)):
+        pair = make_pair(1, *canvas, matrix)
+        pair = replace(pair, student=replace(pair.student, sizes=torch.tensor([[117.0, 150.0]])))
+        grid, row = correspond(samples, rpn_grid(*canvas), pair, 0.3, "ellipse")
+        assert isinstance(grid, AnchorGrid)
+        assert grid.usable(pair.student.sizes)[0, row[row >= 0]].all()
+        partners.append(torch.where((row[0] >= 0)[:, None], grid.anchors[row[0]], torch.nan))
+    torch.testing.assert_close(*partners, rtol=0, atol=0, equal_nan=True)
+    assert partners[0][~inside].isnan().all()
+    assert not partners[0][inside].isnan().all()
 
 
 def test_twice_the_size_moves_every_anchor_one_level_up():

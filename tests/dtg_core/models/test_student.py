@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_views
 from torch import nn
 
 from dtg_core.config import BackboneConfig, Config, RunConfig
@@ -27,4 +28,7 @@ def test_layout_and_compilation_are_those_of_the_config(compiled: bool, channels
         assert (pyramid.body._compiled_call_impl is not None) == compiled
         weights = [weight for weight in pyramid.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
         assert all(weight.is_contiguous(memory_format=torch.channels_last) == channels_last for weight in weights)
+        if not compiled:
+            maps = pyramid(make_views(1, 64, 64))
+            assert all((level.stride(1) == 1) == channels_last for level in maps)
     assert not any(weight.requires_grad for weight in teacher.parameters())
