@@ -19,6 +19,7 @@ from common import load_settings, train_parser  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
 from dtg_core.data.sources import open_sources  # noqa: E402
+from dtg_core.engine.schedules import scale_lr  # noqa: E402
 from dtg_core.settings import load_config  # noqa: E402
 from dtg_core.settings_text import flatten  # noqa: E402
 
@@ -199,3 +200,10 @@ def test_commands_find_coco_as_it_is_laid_out(tmp_path, monkeypatch):
         assert sources.unlabeled is not None
         assert sources.val is not None
         assert (len(sources.labeled), len(sources.unlabeled), len(sources.val)) == sizes
+
+
+@pytest.mark.parametrize("name", ["coco_partial", "coco_full"])
+def test_the_papers_eight_processes_keep_the_papers_learning_rate(name: str) -> None:
+    config, _ = load_config(RunSettings, ROOT / "configs" / f"{name}.yaml")
+    assert scale_lr(config, 8).lr == config.optim.lr == 0.01
+    assert scale_lr(config, 4).lr == 0.005
