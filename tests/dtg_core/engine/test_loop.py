@@ -116,7 +116,7 @@ def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
     assert any(key.startswith("unlabeled/") and value > 0 for key, value in together.items())
     changed = 0.0
     for key, tensor in four.weights().items():
-        torch.testing.assert_close(tensor, one.weights()[key], rtol=1e-4, atol=1e-6, msg=key)
+        torch.testing.assert_close(tensor, one.weights()[key], rtol=1e-4, atol=4e-6, msg=key)
         changed = max(changed, float((tensor - first[key]).abs().max()))
     assert changed > 1e-3
 
