@@ -49,7 +49,7 @@ class LacksFloat64(PretendDevice):
 class OneProcess:
     """What ``train_step`` needs of an Accelerator."""
 
-    num_processes, scaler, device = 1, None, DEVICE
+    num_processes, process_index, scaler, device = 1, 0, None, DEVICE
 
     def autocast(self):
         return contextlib.nullcontext()
