@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Modules of the core from the ground up; each may import those before it, and its own folder.
 LAYERS = (
-    "errors", "structures", "settings_text", "settings", "config", "boxes", "anchors", "stateless", "protocol", "postprocess", "guidance", "losses", "models",
-    "data", "engine",
+    "errors", "structures", "settings_text", "settings", "config", "boxes", "anchors", "stateless", "focal", "protocol", "postprocess", "guidance", "losses",
+    "models", "data", "engine",
 )
 #: What the detector packages may know of the core.
-OPEN_TO_DETECTORS = {"structures", "boxes", "anchors", "stateless", "losses", "protocol", "postprocess", "errors", "config", "models.backbone"}
+OPEN_TO_DETECTORS = {"structures", "boxes", "anchors", "stateless", "focal", "losses", "protocol", "postprocess", "errors", "config",
+                     "models.backbone"}  # fmt: skip
 #: Libraries that only some modules may import.
 RESERVED = {
     "timm": ("dtg_core/models/backbone.py",),

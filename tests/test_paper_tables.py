@@ -124,7 +124,8 @@ def test_configs_differ_only_where_the_paper_does():
     one, other = config_of("coco_partial"), config_of("coco_full")
     differing = {key for key in one if one[key] != other[key]}
     assert differing == {
-        "data.labeled", "data.unlabeled", "data.labeled_per_device", "data.workers", "optim.milestones", "guidance.alpha",
+        "data.labeled", "data.unlabeled", "data.labeled_per_device", "data.workers", "optim.milestones",
+        "optim.reference_batch", "guidance.alpha",
         "run.steps", "run.evaluate_every",
     }
 
