@@ -33,7 +33,7 @@ SHORT = {
     "retinanet.py": ["run.steps=2", "run.log_every=1", *SMALL, *FEW],
 }
 BEFORE = {"try_backbones.py": ["test_resnet", "--steps", "2"]}
-#: Installations and what other tests run; part commands; several GPUs.
+#: Installations, what other tests run, and several GPUs.
 SKIPPED = re.compile(r"(.*/)?(pip|python3?) (-m|install)|pdoc |.*multi_gpu")
 RUNS = {"gfl-dense-seed0": "dense", "gfl-sparse-seed0": "sparse", "screen": "supervised"}
 RUN_HERE = [command for _, command in COMMANDS if not SKIPPED.match(command)]

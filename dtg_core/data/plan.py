@@ -221,8 +221,10 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
     PyTorch's own handler, which is put aside, would raise wherever the process then is: within a checkpoint, or at its end.
     """
     items = iter(loader)
-    if loader.num_workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not loader.num_workers:
+        yield from items
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from items
     except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it died while a batch was handed over

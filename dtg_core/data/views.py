@@ -7,7 +7,7 @@ Images stay 8-bit PIL images until the end. A view knows the matrix that moved i
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,26 +96,31 @@ def test_canvas(height: int, width: int, config: ViewsConfig) -> tuple[int, int]
     return canvas([fitted(height, width, config.test_short_edge, config.long_edge)])
 
 
-def boxes_under(index: CocoIndex, config: ViewsConfig, side: float) -> list[str]:
-    """Places of the boxes with a side under ``side`` px in every training view, also the largest. Images of unknown size are
-    passed over."""
+def largest_sides(index: CocoIndex, config: ViewsConfig) -> np.ndarray:
+    """[B] float64, shorter sides of the boxes in the largest training view, in px; infinite for crowds and where an image's size
+    is not known."""
     sizes = np.maximum(index.sizes, 1).astype(np.float64)
     factor = np.minimum(config.short_edge[1] / sizes.min(1), config.long_edge / sizes.max(1))
     image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * factor[image]
-    small = (sides < side) & ~index.crowd & (index.sizes.min(1) > 0)[image]
-    return [f"in {index.file_names[row]}" for row in image[small]]
+    return np.where(index.crowd | (index.sizes.min(1) == 0)[image], np.inf, sides)
 
 
 def note_small_boxes(index: CocoIndex, file: str | None, config: ViewsConfig, report: Report) -> None:
     """Tell of boxes that the views of training lose, and of many that they make hard to find."""
-    keys = "(views.short_edge, views.long_edge)"
-    report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there {keys}",
-               boxes_under(index, config, SMALLEST_SIDE))  # fmt: skip
-    small = boxes_under(index, config, HARD_SIDE)
-    if len(small) > HARD_SHARE * len(index.boxes):
-        report.add(file, f"boxes of {len(index.boxes)} are under {HARD_SIDE:g} px in every training view and hard to find - larger "
-                         "views.short_edge, views.long_edge and views.test_short_edge may help", small)  # fmt: skip
+    sides = largest_sides(index, config)
+    lost, hard = sides < SMALLEST_SIDE, sides < HARD_SIDE
+    report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there (views.short_edge, "
+                     "views.long_edge)", _places(index, lost))  # fmt: skip
+    if hard.sum() > HARD_SHARE * len(hard):
+        report.add(file, f"boxes of {len(hard)} are under {HARD_SIDE:g} px in every training view and hard to find - larger "
+                         "views.short_edge, views.long_edge and views.test_short_edge may help", _places(index, hard))  # fmt: skip
+
+
+def _places(index: CocoIndex, boxes: np.ndarray) -> Iterator[str]:
+    """Where the boxes of a mask [B] are."""
+    rows = np.searchsorted(index.box_start, np.flatnonzero(boxes), side="right") - 1
+    return (f"in {index.file_names[row]}" for row in rows)
 
 
 def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -58,13 +58,13 @@ def train_step(
     weight = unlabeled_weight(step, config.guidance)
     detector = cast(StudentModule, accelerator.unwrap_model(student)).detector
 
-    lessons = [_teach(teacher, batch, weight > 0, config, accelerator) for batch in batches]
+    first = accelerator.process_index * len(batches)  # of all processes' parts of the step, the first that is here
+    lessons = [_teach(teacher, batch, part, weight > 0, config, accelerator) for part, batch in enumerate(batches, first)]
     totals = _count_ahead(student, lessons, config, accelerator, signals) if len(lessons) > 1 else None
     figures: Figures = {}
-    first = accelerator.process_index * len(lessons)  # part of the whole step that this process begins with
-    for part, lesson in enumerate(lessons):
-        with _synchronized(student, part == len(lessons) - 1, accelerator):
-            terms = _forward(student, lesson, config.run.seed, first + part, accelerator)
+    for lesson in lessons:
+        with _synchronized(student, lesson is lessons[-1], accelerator):
+            terms = _forward(student, lesson, config.run.seed, accelerator)
             totals = totals or Totals.over_processes(_counts(terms), accelerator, signals)
             losses = {name: term.total / totals.counts[name] for name, term in terms.items()}
             # Gradients are averaged over processes, and the divisors are sums over processes.
@@ -95,21 +95,24 @@ class Lesson:
     """A micro-batch and what the teacher says about it."""
 
     batch: StepBatch
+    part: int  # of the step, over all processes
     supervision: Mapping[str, Supervision]
     figures: Figures
 
 
-def _teach(teacher: nn.Module, batch: StepBatch, guided: bool, config: Config, accelerator: Accelerator) -> Lesson:
+def _teach(
+    teacher: nn.Module, batch: StepBatch, part: int, guided: bool, config: Config, accelerator: Accelerator
+) -> Lesson:
     if batch.unlabeled is None or not guided:
-        return Lesson(batch, {}, {})
+        return Lesson(batch, part, {}, {})
     rules, hull = config.guidance.stages, config.views.box_hull
-    return Lesson(batch, *teach(cast(Detector, teacher), batch.unlabeled, rules, hull, accelerator.autocast()))
+    return Lesson(batch, part, *teach(cast(Detector, teacher), batch.unlabeled, rules, hull, accelerator.autocast()))
 
 
-def _forward(student: nn.Module, lesson: Lesson, seed: int, part: int, accelerator: Accelerator) -> dict[str, LossTerm]:
-    """The student's loss terms. Dropout and the like follow from the seed, the step and the part of all parts of all processes."""
+def _forward(student: nn.Module, lesson: Lesson, seed: int, accelerator: Accelerator) -> dict[str, LossTerm]:
+    """The student's loss terms. Dropout and the like follow from the seed, the step and the part alone."""
     batch, supervision = lesson.batch, lesson.supervision
-    torch.manual_seed((seed * 1_000_003 + batch.step) * 1_009 + part)
+    torch.manual_seed((seed * 1_000_003 + batch.step) * 1_009 + lesson.part)
     with accelerator.autocast():
         return student(batch.labeled, batch.unlabeled.student if batch.unlabeled and supervision else None, supervision)
 
@@ -127,9 +130,8 @@ def _count_ahead(
     buffers = list(module.buffers())
     before = [buffer.clone() for buffer in buffers]
     counts: dict[str, Any] = {}
-    first = accelerator.process_index * len(lessons)
-    for part, lesson in enumerate(lessons, first):
-        _add(counts, _counts(_forward(module, lesson, config.run.seed, part, accelerator)))
+    for lesson in lessons:
+        _add(counts, _counts(_forward(module, lesson, config.run.seed, accelerator)))
     for buffer, old in zip(buffers, before):
         buffer.copy_(old)  # batch statistics are counted in the pass that trains
     return Totals.over_processes(counts, accelerator, signals)

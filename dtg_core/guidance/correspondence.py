@@ -31,16 +31,14 @@ def anchor_level(boxes: Tensor, base_size: float, num_levels: int) -> Tensor:
     return octave.round().clamp(0, num_levels - 1).long()
 
 
-def best_anchor(
-    boxes: Tensor, grid: AnchorGrid, base_size: float | None = None, sizes: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The anchor with the largest IoU on each box's level: s_i = argmax IoU(t_i, s_j), j in m_i, of Sec. 3.2.
 
     On a regular grid the IoU with an anchor of a fixed shape falls with the distance of the centres in x and in y, so for each
     of the R shapes the arg-max sits at the nearest cell, and R overlaps per box are enough. Memory is linear in T.
 
     Args:
-        boxes: [T, 4] in the grid's frame. grid: the student's anchors. base_size: S; None: the grid's own.
+        boxes: [T, 4] in the grid's frame. grid: the student's anchors.
         sizes: [T, 2] (height, width) of the view that each box is in; anchors with their centre in the padding beside it are
             passed over, so that the canvas has no say. None: all anchors.
 
@@ -48,7 +46,7 @@ def best_anchor(
         (row [T] int64 in 0..A-1, iou [T]).
     """
     cells, layout, starts = grid.tables
-    level = anchor_level(boxes, grid.base_size if base_size is None else base_size, len(grid.shapes))
+    level = anchor_level(boxes, grid.base_size, len(grid.shapes))
     rows, columns, stride = layout[level].unbind(1)
     cell = cells[level]  # [T, R, 4]
     first = (cell[:, 0, :2] + cell[:, 0, 2:]) / 2
@@ -90,7 +88,7 @@ def correspond(
         index = torch.arange(samples.num_samples, device=boxes.device)
         return Proposals(boxes, valid), torch.where(valid, index, -1)
     boxes = project(samples.anchors, matrix, hull)  # [N, A, 4]
-    row, iou = best_anchor(boxes.flatten(0, 1), student_grid, sizes=sizes.expand(*boxes.shape[:2], 2).flatten(0, 1))
+    row, iou = best_anchor(boxes.flatten(0, 1), student_grid, sizes.expand(*boxes.shape[:2], 2).flatten(0, 1))
     row, iou = row.view(boxes.shape[:2]), iou.view(boxes.shape[:2])
     center = (boxes[..., :2] + boxes[..., 2:]) / 2
     inside = ((center >= 0) & (center < sizes.flip(2))).all(2)

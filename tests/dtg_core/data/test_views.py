@@ -15,7 +15,7 @@ from dtg_core.data import photometric, views
 from dtg_core.data.geometry import FILL, shift
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.report import Report
-from dtg_core.data.views import View, boxes_under, collate, collate_pair, labeled_view, note_small_boxes, strong_view, weak_view
+from dtg_core.data.views import View, collate, collate_pair, labeled_view, largest_sides, note_small_boxes, strong_view, weak_view
 
 PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
@@ -156,11 +156,15 @@ def test_lost_boxes_are_those_that_no_view_shows() -> None:
         np.concatenate((boxes[:2], boxes[2:3], boxes[3:])), np.zeros(4, np.int64), np.array((0, 2, 3, 4)), np.zeros(4, bool),
         ("thing",), [1],
     )  # fmt: skip
-    assert boxes_under(index, PLAIN, 1) == ["in big.png"]
+    np.testing.assert_allclose(largest_sides(index, PLAIN), (0.9, 1, 3.2, np.inf), rtol=1e-6)
+    note_small_boxes(index, "own.json", PLAIN, report := Report())
+    assert "own.json: 1 box is under 1 px in every training view" in report.lines()[0]
+    assert report.lines()[0].endswith("(in big.png)")
     shown = labeled_view(noise(1600, 1600), *index.objects(0), PLAIN, np.random.default_rng(0)).boxes
     assert len(shown) == 1
-    assert boxes_under(index, replace(PLAIN, short_edge=(160, 320), long_edge=320), 1) == []
-    assert boxes_under(replace(index, crowd=np.ones(4, bool)), PLAIN, 1) == []
+    larger = replace(PLAIN, short_edge=(160, 320), long_edge=320)
+    np.testing.assert_allclose(largest_sides(index, larger), (1.8, 2, 6.4, np.inf), rtol=1e-6)
+    assert np.isinf(largest_sides(replace(index, crowd=np.ones(4, bool)), PLAIN)).all()
 
 
 @pytest.mark.parametrize(("height", "told"), [(79, ["own.json: 2 boxes of 7 are under 8 px in every training view"]), (80, [])])

@@ -121,6 +121,24 @@ def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
     assert changed > 1e-3
 
 
+def test_no_two_parts_of_a_step_share_their_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with two micro-batches each draw as one process with four does."""
+    accelerator, settings = Accelerator(cpu=True), config("none")
+    batches = split(four_images(), 4)
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    drawn = []
+    for rank, mine in ((0, batches), (0, batches[:2]), (1, batches[2:])):
+        parts = Parts("gfl", settings, accelerator)
+        seeds.clear()
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        parts.step(mine)
+        drawn.append(seeds[len(mine) :])  # after those of the pass that counts ahead, which are the same
+        assert drawn[-1] == seeds[: len(mine)]
+    assert len(set(drawn[0])) == 4
+    assert drawn[1] + drawn[2] == drawn[0]
+
+
 def test_counting_ahead_leaves_batch_statistics_alone() -> None:
     accelerator, settings = Accelerator(cpu=True), config("none", lr=1e-9)
     parts, twice = (Parts("gfl", settings, accelerator, "train") for _ in range(2))
