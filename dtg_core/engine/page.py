@@ -18,7 +18,7 @@ Point = tuple[float, float]
 COLORS = ("#1769c4", "#e0700f", "#2a9950", "#c22f4e", "#7d50b5", "#8a6a3f", "#d35bb0", "#64748b", "#a09a1a", "#1ba3b5")
 MOST_POINTS = 300  # of a line; more are averaged
 DOTTED = 30  # up to so many points are dots too
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 34  # px around the plot
+LEFT, RIGHT, TOP, BOTTOM = 46, 24, 8, 34  # px around the plot; on the right, room for half a step number
 
 
 @dataclass(frozen=True)
