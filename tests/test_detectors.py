@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_pair, make_views, tiny_detector
 
+from dtg_core.boxes import shortest_side
 from dtg_core.config import StageRule, paper_stages
 from dtg_core.guidance import teach
 from dtg_core.losses import weigh
@@ -191,3 +192,26 @@ def test_drawn_background_is_at_least_as_much_as_the_candidates(quantile, sample
     expected = torch.minimum(torch.maximum(samples - positives, positives), whole)
     assert (positives > 0).all() == (quantile < 1)
     assert torch.equal(drawn["rpn"].assignment.background.sum(1), expected)
+
+
+def test_proposals_that_teach_nothing_are_not_looked_at():
+    """The second stage is run on fewer proposals, and its losses stay."""
+    detector = eager(tiny_detector("faster_rcnn")).eval()
+    pair = replace(make_pair(2, 64, 64), student=make_views(2, 64, 64, seed=5))
+    logits = detector.run(pair.teacher)["rcnn"][1].logits.detach().amax(2)
+    stage_rules = rules(tau=float(logits.sigmoid().quantile(0.9)), background_samples=6)
+    supervision, _ = teach(make_teacher(detector), pair, stage_rules)
+    proposals, assignment = supervision["rcnn"].proposals, supervision["rcnn"].assignment
+    taught = assignment.background.clone()
+    taught[assignment.image, assignment.sample] = True
+    assert torch.equal(proposals.valid, taught)
+    whole = shortest_side(proposals.boxes) >= 1
+    assert taught.sum() < whole.sum()
+
+    everything = {"rcnn": replace(supervision["rcnn"], proposals=replace(proposals, valid=whole))}
+    student, labeled = StudentModule(detector, stage_rules).eval(), make_views(1, 64, 64)
+    few, many = (student(labeled, pair.student, {"rcnn": told["rcnn"]}) for told in (supervision, everything))
+    for name in ("unlabeled/rcnn/cls", "unlabeled/rcnn/background", "unlabeled/rcnn/box", "unlabeled/rcnn/rank"):
+        assert many[name].total > 0, name
+        torch.testing.assert_close(few[name].total, many[name].total)
+        assert few[name].count == many[name].count

@@ -124,7 +124,7 @@ def _dense(
     if rule.soft_background:
         dense = replace(dense, background_weight=1 - student_scores(samples, predictions, labels, pair))
     assignment = replace(assignment, dense=dense)
-    proposals = labels.samples if isinstance(labels.samples, Proposals) else None
+    proposals = _used(labels.samples, assignment) if isinstance(labels.samples, Proposals) else None
 
     images = pair.student.sizes.shape[0]
     found, matched = candidates.image.shape[0], assignment.image.shape[0]
@@ -174,6 +174,12 @@ def _with_consensus(
         agreed = consensus(members.box, members.cluster, members)
         dense = replace(dense, teacher_logit=agreed[dense.candidate] / rule.consensus_rank)
     return dense
+
+
+def _used(proposals: Proposals, assignment: Assignment) -> Proposals:
+    """The proposals without those that nothing is learnt from: no time is spent on them."""
+    used = assignment.background.index_put((assignment.image, assignment.sample), proposals.valid.new_ones(()))
+    return replace(proposals, valid=proposals.valid & used)
 
 
 def _shared_proposals(
