@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common import DETECTORS, check_devices, is_supervised, load_settings, main_guard, train_parser
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from dtg_core.data.sources import Sources
     from dtg_core.engine.folder import RunFolder
+    from dtg_core.protocol import Detector
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.views import note_small_boxes
     from dtg_core.engine.dry_run import dry_run, require_writable
     from dtg_core.engine.folder import RunFolder
+    from dtg_core.engine.reach import missed_classes
     from dtg_core.engine.run import Fit, on_main
     from dtg_core.models.backbone import require_available, require_known
 
@@ -80,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
     detector, remarks = _detector(settings, sources)
     if accelerator.is_main_process:
+        file = settings.data.labeled or "embedded data"
+        remarks += [f"{file}: {line}" for line in missed_classes(cast("Detector", detector), sources.labeled, settings.views)]
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
     if arguments.dry_run:

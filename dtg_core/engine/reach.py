@@ -1,0 +1,62 @@
+"""Which classes a detector's anchors miss, found with its own label assignment before training begins.
+
+An object that is given no sample is background to the detector, and a class whose objects mostly are is never learnt, whatever the
+losses say.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from dtg_core.config import ViewsConfig
+from dtg_core.data.geometry import fitted
+from dtg_core.data.index import CocoIndex
+from dtg_core.data.views import canvas
+from dtg_core.protocol import Detector
+from dtg_core.structures import Targets
+
+TRIED, LEAST = 200, 3  # objects that are tried in all, and of each class
+MOST = 0.5  # share of them without a sample from which on a class is told of
+SMALLEST = 1.0  # px; smaller objects are left out of views, and told of there
+
+
+@torch.no_grad()
+def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) -> Iterator[str]:
+    """A line for each class most of whose boxes get no sample of the detector's first stage.
+
+    Boxes are tried one by one, in a view of the middle training size, so that they do not compete.
+
+    Args:
+        detector: on the CPU; only its first stage's assignment is used. index: labelled images.
+    """
+    short = sum(config.short_edge) // 2
+    image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
+    tries = max(TRIED // len(index.class_names), LEAST)
+    usable = ~index.crowd & (index.sizes.min(1) > 0)[image]
+    for label, name in enumerate(index.class_names):
+        rows = np.flatnonzero(usable & (index.labels == label))
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), tries)).astype(int)]
+        sides, missed = [], 0
+        for row in rows:
+            height, width = (int(side) for side in index.sizes[image[row]])
+            size = fitted(height, width, short, config.long_edge)
+            box = torch.from_numpy(index.boxes[row] * np.tile((size[1] / width, size[0] / height), 2)).float()
+            side = float((box[2:] - box[:2]).prod().clamp(min=0).sqrt())
+            if side >= SMALLEST:
+                sides.append(side)
+                missed += not _has_sample(detector, box, size)
+        if missed > MOST * len(sides):
+            least = detector.grid(canvas([(short, short)]), torch.device("cpu")).base_size
+            yield (f"class {name!r}: {missed} of {len(sides)} boxes fit no anchor in a view of {short} px, so it is hardly learnt "
+                   f"(their side is {np.median(sides):.0f} px, the smallest anchor's {least:.0f}) - change anchor_scale, or "
+                   "views.short_edge and views.test_short_edge")  # fmt: skip
+
+
+def _has_sample(detector: Detector, box: torch.Tensor, size: tuple[int, int]) -> bool:
+    """Whether the first stage trains any sample toward ``box`` [4], alone in a view of (height, width)."""
+    stage, zero = next(iter(detector.stages.values())), torch.zeros(1, dtype=torch.int64)
+    grid = detector.grid(canvas([size]), box.device)
+    found = stage.assign(grid, Targets(box.unsqueeze(0), zero, zero), torch.tensor([size], dtype=torch.float32), zero)
+    return len(found.image) > 0

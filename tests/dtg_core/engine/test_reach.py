@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_detector
+
+from dtg_core.config import ViewsConfig
+from dtg_core.data.index import CocoIndex
+from dtg_core.engine.reach import missed_classes
+
+VIEWS = ViewsConfig(short_edge=(96, 160), long_edge=200)  # 128 px in the middle
+
+
+def index_of(sides: dict[str, list[int]], size: int = 256) -> CocoIndex:
+    """One image with a row of square boxes of each class."""
+    boxes = [(10.0, 10, 10 + side, 10 + side) for row in sides.values() for side in row]
+    labels = np.repeat(np.arange(len(sides)), [len(row) for row in sides.values()])
+    return CocoIndex(
+        Path(), ["a"], ["a.png"], np.array(((size, size),), np.int32), np.array(boxes, np.float32).reshape(-1, 4), labels,
+        np.array((0, len(boxes))), np.zeros(len(boxes), bool), tuple(sides), list(range(len(sides))),
+    )  # fmt: skip
+
+
+def test_a_class_that_fits_no_anchor_is_told_of() -> None:
+    """In a view of half the image's size, 16 px in 32 px anchors overlap by a quarter, and the RPN wants 0.3; 24 px by 0.56."""
+    detector = tiny_detector("faster_rcnn")
+    smallest = detector.grid((128, 128), "cpu").base_size
+    tiny, fitting = round(2 * smallest * 0.5), round(2 * smallest * 0.75)
+    index = index_of({"tiny": [tiny] * 4, "fitting": [fitting] * 4, "half": [tiny, fitting], "absent": []})
+    (line,) = missed_classes(detector, index, VIEWS)
+    assert line.startswith("class 'tiny': 4 of 4 boxes fit no anchor in a view of 128 px")
+    assert f"(their side is {smallest / 2:.0f} px, the smallest anchor's {smallest:.0f})" in line
+    larger = replace(VIEWS, short_edge=(192, 192))
+    assert not list(missed_classes(detector, index, larger))
+
+
+@pytest.mark.parametrize("change", ["crowd", "no size"])
+def test_boxes_that_are_never_trained_on_say_nothing(change: str) -> None:
+    index = index_of({"tiny": [8] * 4})
+    assert list(missed_classes(tiny_detector("faster_rcnn"), index, VIEWS))
+    index = replace(index, crowd=np.ones(4, bool)) if change == "crowd" else replace(index, sizes=np.zeros((1, 2), np.int32))
+    assert not list(missed_classes(tiny_detector("faster_rcnn"), index, VIEWS))
+
+
+def test_atss_has_a_sample_for_small_boxes() -> None:
+    assert not list(missed_classes(tiny_detector("gfl"), index_of({"tiny": [20] * 4}), VIEWS))
