@@ -11,6 +11,7 @@ from dtg_core.config import GuidanceConfig
 
 PATIENCE = 200  # steps without a candidate or pseudo box before that is told
 FEW, MANY = 0.02, 30.0  # objects of the teacher for each labelled one, outside of which it has collapsed
+SHRUNK = 1 / 3  # of the most objects that the teacher has seen in an image; below it, thresholds are too high
 MINOR, MAJOR = 1e-3, 20.0  # weighted unlabelled loss for each unit of labelled loss
 FALL = 0.8  # share of the supervised phase's AP that the teacher should keep
 
@@ -27,14 +28,16 @@ class Watch:
         self.guidance, self.objects, self.histogram = guidance, objects, histogram
         self.told: list[str] = []  # kinds of warnings given
         self.quiet_since: dict[str, int] = {}  # last step at which a stage's teacher had found something
+        self.level: dict[str, tuple[float, float]] = {}  # objects of an image in the last steps, and the most so far; by stage
         self.supervised_ap: float | None = None
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
-        return {"told": self.told, "quiet_since": self.quiet_since, "supervised_ap": self.supervised_ap}
+        return {"told": self.told, "quiet_since": self.quiet_since, "level": self.level, "supervised_ap": self.supervised_ap}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.told, self.quiet_since = list(state["told"]), dict(state["quiet_since"])
+        self.level = {stage: (now, most) for stage, (now, most) in state.get("level", {}).items()}
         self.supervised_ap = state["supervised_ap"]
 
     def line(self, done: int, lines: int, means: Mapping[str, float]) -> list[str]:
@@ -49,6 +52,8 @@ class Watch:
                 warnings += self._nothing_found(stage, kind, value, done, lines)
             if kind in ("clusters", "pseudo_boxes") and value > 0:
                 warnings += self._collapse(stage, value)
+            if kind == ("clusters" if self.guidance.stages[stage].paradigm == "dense" else "pseudo_boxes"):
+                warnings += self._shrinks(stage, value, lines)
         ratio = means.get("loss_ratio", 0.0) * means.get("unlabeled_weight", 0.0)
         if ratio > MAJOR:
             text = f"the unlabelled losses are {ratio:.3g} times the labelled ones and decide the training"
@@ -64,7 +69,7 @@ class Watch:
             self.supervised_ap = teacher_ap
         elif teacher_ap is not None and self.supervised_ap is not None and teacher_ap < FALL * self.supervised_ap:
             text = f"the teacher's AP has fallen to {teacher_ap:.1f} from {self.supervised_ap:.1f} before it guided"
-            return self._once("fall", f"{text} - lower guidance.alpha or optim.lr, or raise tau or pseudo_score")
+            return self._once("fall", f"{text} - lower guidance.alpha or optim.lr, or change tau or pseudo_score")
         return []
 
     def _nothing_found(self, stage: str, kind: str, found: float, done: int, lines: int) -> list[str]:
@@ -87,6 +92,18 @@ class Watch:
         way = "raise" if found > self.objects else "lower"
         text = f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image, labelled have {self.objects:.3g}"
         return self._once(f"collapse/{stage}", f"{text} - {way} its tau or pseudo_score, or lower guidance.alpha")
+
+    def _shrinks(self, stage: str, found: float, steps: int) -> list[str]:
+        """What lies under a threshold is taught as background: where that is most objects, scores sink, and fewer pass each time."""
+        now, most = self.level.get(stage, (found, found))
+        now += min(steps / PATIENCE, 1) * (found - now)
+        self.level[stage] = now, max(now, most)
+        if now >= SHRUNK * most or now >= self.objects / 2:
+            return []
+        key = "tau" if self.guidance.stages[stage].paradigm == "dense" else "pseudo_score"
+        text = f"the teacher's {stage} sees {now:.3g} objects in an unlabelled image after {most:.3g} before"
+        advice = f"what it misses becomes background - lower guidance.stages.{stage}.{key}"
+        return self._once(f"shrinks/{stage}", f"{text}, labelled have {self.objects:.3g}: {advice}")
 
     def _once(self, kind: str, text: str) -> list[str]:
         if kind in self.told:
