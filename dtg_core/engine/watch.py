@@ -94,7 +94,7 @@ class Watch:
         return self._once(f"collapse/{stage}", f"{text} - {way} its tau or pseudo_score, or lower guidance.alpha")
 
     def _shrinks(self, stage: str, found: float, steps: int) -> list[str]:
-        """What lies under a threshold is taught as background: where that is most objects, scores sink, and fewer pass each time."""
+        """What lies under a threshold is taught as background: where that is most objects, scores sink and fewer pass each time."""
         now, most = self.level.get(stage, (found, found))
         now += min(steps / PATIENCE, 1) * (found - now)
         self.level[stage] = now, max(now, most)
