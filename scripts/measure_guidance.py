@@ -10,7 +10,9 @@ A setting is "NAME: KEY=VALUE ...". Keys are those of a stage's rule: ``tau`` fo
 Without --compare the run's dense and sparse rules are measured. Stages that the run did not guide at all are dense.
 
 Its bias: true labels are assigned by the detector's own rule and reduced by its own divisors, as sparse guidance does. So compare
-settings of one paradigm; between paradigms only training decides.
+settings of one paradigm; between paradigms only training decides. And it sees one step: with a threshold that is too high cosines
+are high too, because pushing everything down resembles what true labels ask of an overfitted detector, but in training scores
+then sink from step to step (RESULTS.md, blood cells). Thresholds should find about as many boxes as there are objects.
 """
 from __future__ import annotations
 
@@ -28,10 +30,12 @@ from dtg_core.errors import UserError
 if TYPE_CHECKING:
     from dtg_core.config import Config
     from dtg_core.engine.fidelity import Agreement, Measured
+    from dtg_core.structures import PairBatch, Targets
 
 DEFAULT = ["dense: paradigm=dense", "sparse: paradigm=sparse"]
 BIAS = ("bias: the true labels are assigned and reduced by the detector's own rules, as sparse guidance does - compare settings "
-        "of one paradigm, and let training decide between paradigms")
+        "of one paradigm, and let training decide between paradigms. One step is seen: a threshold that is too high looks good "
+        "here and lets scores sink in training, so clusters or pseudo boxes should be about as many as true objects.")
 LEGEND = ("class, box, rank, all: cosine of the unlabelled loss' gradient with that of the true labels (rank: with their class "
           "loss'), its standard error over batches, and x the ratio of their norms. right: share of the samples trained toward an "
           "object whose target box overlaps a true one of the class by 0.5 or more, IoU: of those. found, missed: share of the "
@@ -90,18 +94,27 @@ def main(argv: Sequence[str]) -> int:
     steps = range(arguments.step, arguments.step + -(-arguments.images // arguments.batch))
     seen = progress(steps, unit="batch")
     pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
-    batches = ((pair, objects_in(pair.student, truth, hull)) for pair in pairs)
+    objects: list[int] = []  # true ones of each batch
+
+    def with_truth(pair: PairBatch) -> tuple[PairBatch, Targets]:
+        targets = objects_in(pair.student, truth, hull)
+        objects.append(len(targets.labels))
+        return pair, targets
+
+    batches = map(with_truth, pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}
     found = measure(teacher.detector, student.detector, batches, rules, hull)
 
     count = len(steps) * arguments.batch
-    content = {"weights": str(arguments.weights), **as_json(found, arguments.compare or DEFAULT, arguments.set, count)}
+    content = {"weights": str(arguments.weights), "objects": sum(objects) / count}
+    content |= as_json(found, arguments.compare or DEFAULT, arguments.set, count)
     if arguments.json == "-":
         print(json.dumps(content, indent=1))
         return 0
     if arguments.json:
         write_json(Path(arguments.json), content)
-    print(f"{count} images in {len(steps)} batches\n\n{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
+    print(f"{count} images in {len(steps)} batches, with {sum(objects) / count:.1f} true objects each\n")
+    print(f"{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
     return 0
 
 

@@ -380,7 +380,7 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
     flags = [str(weights), "--images", "3", "--batch", "2", "--device", "cpu"]
     assert measure_guidance.main(flags) == 0
     shown = capsys.readouterr().out
-    assert "4 images in 2 batches" in shown
+    assert re.search(r"^4 images in 2 batches, with [1-9]\.\d true objects each$", shown, re.MULTILINE)
     assert all(word in shown for word in ("dense", "sparse", "bias: ", *stages))
 
     settings = ["literal:", f"none over: tau=0.999 {stages[-1]}.rank=false"]
@@ -390,6 +390,7 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "found.json").read_text())
     assert list(found["settings"]) == ["literal", "none over"]
+    assert 1 <= found["objects"] < 10
     assert set(found["settings"]["literal"]["stages"]) == set(stages)
     literal, empty = (found["settings"][name]["stages"][stages[-1]] for name in ("literal", "none over"))
     assert literal["labels"]["candidates"] > empty["labels"]["candidates"] == 0
