@@ -113,7 +113,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.json:
         write_json(Path(arguments.json), content)
-    print(f"{count} images in {len(steps)} batches, with {sum(objects) / count:.1f} true objects each\n")
+    several = "" if len(steps) == 1 else "es"
+    print(f"{count} images in {len(steps)} batch{several}, with {sum(objects) / count:.1f} true objects each\n")
     print(f"{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
     return 0
 
