@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import json
 import os
 import re
 import runpy
@@ -35,19 +36,24 @@ SHORT = {
 BEFORE = {"try_backbones.py": ["test_resnet", "--steps", "2"]}
 #: Installations, what other tests run, and several GPUs.
 SKIPPED = re.compile(r"(.*/)?(pip|python3?) (-m|install)|pdoc |.*multi_gpu")
-RUNS = {"gfl-dense-seed0": "dense", "gfl-sparse-seed0": "sparse", "screen": "supervised"}
+OWN, BCCD = "--labeled own.json --images photos/ --val val.json", "--labeled splits/fold1_10_labeled.json --images data/bccd/images"
+RUNS = {  # folder in runs/: flags of its training
+    "gfl-dense-seed0": "--paradigm dense", "gfl-sparse-seed0": "--paradigm sparse", "screen": "--paradigm supervised",
+    "gfl-supervised-own-seed0": f"--paradigm supervised {OWN}",
+    "bccd/runs/gfl-supervised-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
+}  # fmt: skip
 RUN_HERE = [command for _, command in COMMANDS if not SKIPPED.match(command)]
 RUN_HERE += [command for _, command in INLINE if re.match(r"\S+ torchrun|python scripts/make_splits", command)]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that the commands find: files of a reader, data sets and three runs."""
+    """All that the commands find: files of a reader, data sets and runs."""
     folder = tmp_path_factory.mktemp("base")
     for name in ("configs", "scripts", "examples"):
         (folder / name).symlink_to(ROOT / name)
     places = {  # annotation files of a reader and of the data sets, by their folder, with the number of images
-        ".": ("own.json", 6), "data/coco/train2017": ("instances_train2017.json", 120),
+        ".": ("own.json", 9), "data/coco/train2017": ("instances_train2017.json", 120),
         "data/coco/val2017": ("instances_val2017.json", 3), "data/bccd": ("annotations/train.json", 30),
         "elsewhere": ("val.json", 3), "more_photos": ("list.json", 5),
     }  # fmt: skip
@@ -55,8 +61,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = folder / place / name
         made.parent.mkdir(parents=True, exist_ok=True)
         write_coco(folder / place, count, seed).rename(made)
-    for name, target in {"photos": "images", "folder": "more_photos/images", "val.json": "elsewhere/val.json"}.items():
+    for name, target in {"photos": "images", "folder": "more_photos/images"}.items():
         (folder / name).symlink_to(folder / target)
+    content = json.loads((folder / "own.json").read_text())
+    for name, rows in (("own.json", slice(6)), ("val.json", slice(6, None))):
+        kept = [image["id"] for image in content["images"][rows]]
+        boxes = [box for box in content["annotations"] if box["image_id"] in kept]
+        (folder / name).write_text(json.dumps({**content, "images": content["images"][rows], "annotations": boxes}))
     (folder / "all.json").symlink_to("data/coco/train2017/instances_train2017.json")
     (folder / "data/bccd/annotations/val.json").symlink_to(folder / "elsewhere/val.json")
     splits = "scripts/make_splits.py --annotations {} --output {} --percent 10"
@@ -65,9 +76,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = in_fork(splits.format(source, output), folder, folder / "logs")
         assert made.status == 0, made.err
     (folder / "data/splits/softteacher/images").symlink_to(folder / "data/coco/train2017/images")
-    for name, paradigm in RUNS.items():
-        made = in_fork(f"scripts/train.py --detector gfl --paradigm {paradigm} --output runs/{name}", folder, folder / "logs")
+    for name, flags in RUNS.items():
+        made = in_fork(f"scripts/train.py --detector gfl {flags} --output runs/{name}", folder, folder / "logs")
         assert made.status == 0, made.err
+    shutil.copytree(folder / "splits", folder / "runs/bccd/splits")
     return folder
 
 
@@ -93,7 +105,7 @@ def test_commands_run(command: str, base: Path, tmp_path: Path) -> None:
     for entry in base.iterdir():
         if entry.name not in ("runs", "logs"):
             (folder / entry.name).symlink_to(entry)
-    if "train.py" not in command:  # trainings make their own
+    if "train.py" not in command and "study.py" not in command:  # trainings make their own
         shutil.copytree(base / "runs", folder / "runs", dirs_exist_ok=True)
     if "make_splits.py" in command:
         command = re.sub(r"--output \S+", "--output made", command)
