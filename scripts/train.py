@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> int:
     report = Report()
     with accelerator.main_process_first():  # the first process makes the embedded data set
         sources = open_sources(settings.data, is_supervised(settings), report)
-    note_small_boxes(sources.labeled, settings.data.labeled, settings.views, report)
+    labeled = settings.data.labeled or "embedded data"
+    note_small_boxes(sources.labeled, labeled, settings.views, report)
     if accelerator.is_main_process:
         for line in report.lines():
             print(f"warning: {line}", file=sys.stderr)
@@ -82,8 +83,7 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
     detector, remarks = _detector(settings, sources)
     if accelerator.is_main_process:
-        file = settings.data.labeled or "embedded data"
-        remarks += [f"{file}: {line}" for line in missed_classes(cast("Detector", detector), sources.labeled, settings.views)]
+        remarks += [f"{labeled}: {line}" for line in missed_classes(cast("Detector", detector), sources.labeled, settings.views)]
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
     if arguments.dry_run:

@@ -106,7 +106,7 @@ def largest_sides(index: CocoIndex, config: ViewsConfig) -> np.ndarray:
     return np.where(index.crowd | (index.sizes.min(1) == 0)[image], np.inf, sides)
 
 
-def note_small_boxes(index: CocoIndex, file: str | None, config: ViewsConfig, report: Report) -> None:
+def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: Report) -> None:
     """Tell of boxes that the views of training lose, and of many that they make hard to find."""
     sides = largest_sides(index, config)
     lost, hard = sides < SMALLEST_SIDE, sides < HARD_SIDE

@@ -13,13 +13,12 @@ import torch
 from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import fitted
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.views import canvas
+from dtg_core.data.views import SMALLEST_SIDE, canvas, largest_sides
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets
 
 TRIED, LEAST = 200, 3  # objects that are tried in all, and of each class
 MOST = 0.5  # share of them without a sample from which on a class is told of
-SMALLEST = 1.0  # px; smaller objects are left out of views, and told of there
 
 
 @torch.no_grad()
@@ -34,7 +33,8 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
     short = sum(config.short_edge) // 2
     image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     tries = max(TRIED // len(index.class_names), LEAST)
-    usable = ~index.crowd & (index.sizes.min(1) > 0)[image]
+    largest = largest_sides(index, config)
+    usable = np.isfinite(largest) & (largest >= SMALLEST_SIDE)  # others are told of by ``note_small_boxes``
     for label, name in enumerate(index.class_names):
         rows = np.flatnonzero(usable & (index.labels == label))
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), tries)).astype(int)]
@@ -43,10 +43,8 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
             height, width = (int(side) for side in index.sizes[image[row]])
             size = fitted(height, width, short, config.long_edge)
             box = torch.from_numpy(index.boxes[row] * np.tile((size[1] / width, size[0] / height), 2)).float()
-            side = float((box[2:] - box[:2]).prod().clamp(min=0).sqrt())
-            if side >= SMALLEST:
-                sides.append(side)
-                missed += not _has_sample(detector, box, size)
+            sides.append(float((box[2:] - box[:2]).prod().sqrt()))
+            missed += not _has_sample(detector, box, size)
         if missed > MOST * len(sides):
             least = detector.grid(canvas([(short, short)]), torch.device("cpu")).base_size
             yield (f"class {name!r}: {missed} of {len(sides)} boxes fit no anchor in a view of {short} px, so it is hardly learnt "

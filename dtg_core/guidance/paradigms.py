@@ -179,7 +179,7 @@ def _with_consensus(
 def _used(proposals: Proposals, assignment: Assignment) -> Proposals:
     """The proposals without those that nothing is learnt from: no time is spent on them."""
     used = assignment.background.index_put((assignment.image, assignment.sample), proposals.valid.new_ones(()))
-    return replace(proposals, valid=proposals.valid & used)
+    return replace(proposals, valid=used)
 
 
 def _shared_proposals(
