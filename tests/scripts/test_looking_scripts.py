@@ -300,6 +300,8 @@ def test_show_views(tmp_path, monkeypatch, capsys):
         assert picture.width > 1500
     with pytest.raises(UserError, match="not a picture"):
         show_views.main(["--output", str(tmp_path)])
+    with pytest.raises(UserError, match=r"data\.images: is of no use without labelled images"):
+        show_views.main(["--images", str(tmp_path), "--output", str(tmp_path / "w.png")])
     own = (tmp_path / "new" / "v.png").read_bytes()
     with pytest.raises(UserError, match="exists - give another --output, or --overwrite"):
         show_views.main(["--output", str(tmp_path / "new" / "v.png")])
