@@ -161,6 +161,13 @@ def test_subset_and_without(tmp_path: Path) -> None:
     assert rest.image_ids == ["b"]
     np.testing.assert_array_equal(rest.boxes, index.boxes[:2])
     assert without(list_folder(tmp_path), part).file_names == ["images/b.png"]  # the same files under another root
+    links = tmp_path / "more" / "links"
+    links.mkdir(parents=True)
+    for name in ("a", "b"):
+        (links / f"{name}_too.png").symlink_to(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "more" / "all").symlink_to(tmp_path / "images")
+    assert without(list_folder(tmp_path / "more"), part).file_names == ["all/b.png", "links/b_too.png"]
+    assert len(without(subset(list_folder(links), [0]), index)) == 0
 
 
 def test_list_folder(tmp_path: Path) -> None:
