@@ -428,6 +428,21 @@ def test_fault_23_copies_under_other_names(
     assert [finding["count"] for finding in written["findings"]] == [1, 1]
 
 
+def test_fault_23_unlabelled_copies(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    labeled, val = part(folder, range(1, 5), "labeled.json"), part(folder, range(9, 13), "val.json")
+    more = folder / "more"
+    more.mkdir()
+    for name, content in (("a", (folder / "2.png").read_bytes()), ("b", (folder / "9.png").read_bytes()), ("c", b"")):
+        (more / f"{name}.png").write_bytes(content)
+    (folder / "10.png").write_bytes(b"\0")  # two unreadable images are no copies
+    rules = ["--set", "data.rules.max_bad_images=0.5"]
+    status, out, _ = check(monkeypatch, capsys, "--annotations", labeled, "--val", val, "--unlabeled", more, *rules)
+    assert status == 0
+    assert f"{more}: 1 IMAGE IS ALSO IN {labeled}, BYTE FOR BYTE (a.png = 2.png)" in out
+    assert f"{more}: 1 IMAGE IS ALSO IN {val}, BYTE FOR BYTE (b.png = 9.png)" in out
+    assert out.count("BYTE FOR BYTE") == 2
+
+
 def test_fault_24_classes_are_matched_by_name(folder: Path) -> None:
     renumber = {1: 30, 2: 10, 3: 20}
     change = both(every("categories", lambda c: {"id": renumber[c["id"]]}),
