@@ -55,7 +55,7 @@ def load_coco(
     """
     json_path, rules, notes = Path(json_path), rules or DataRules(), Report() if report is None else report
     content, ids, names = _listed(json_path, rules, notes)
-    root = _image_folder(json_path, names[0], images)
+    root = _image_folder(json_path, names[0], images, notes)
     missing = missing_files(root, names, json_path, rules)
     notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
@@ -421,15 +421,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _image_folder(json_path: Path, first: str, images: Path | None) -> Path:
+def _image_folder(json_path: Path, first: str, images: Path | None, report: Report) -> Path:
     """The first folder that has the first image: the given one, the JSON's own, or ``images`` beside the JSON.
 
-    So one ``data.images`` serves a run whose sets lie in different folders.
+    So one ``data.images`` serves a run whose sets lie in different folders. Where several have an image of that name, only the
+    user knows which is meant.
     """
     if images is not None and not Path(images).is_dir():
         raise UserError(f"{images}: {no_folder(Path(images))} - {GIVE_IMAGES}")
     folders = ([Path(images)] if images is not None else []) + [json_path.parent, json_path.parent / "images"]
-    return next((folder for folder in folders if os.path.isfile(folder / first)), folders[0])
+    found = [folder for folder in folders if os.path.isfile(folder / first)]
+    if any(not os.path.samefile(found[0] / first, folder / first) for folder in found[1:]):
+        report.add(json_path, f"folders have different images called {first!r}, and {found[0]} is used - if that is wrong, leave "
+                              "--images out, or write the folder into the JSON's file names", found)
+    return (found or folders)[0]
 
 
 # Folders ---------------------------------------------------------------------------------------------------------------

@@ -64,6 +64,18 @@ def test_finds_the_images(tmp_path: Path, images: str) -> None:
     assert load_coco(path, tmp_path / images).path(0).is_file()
 
 
+def test_images_of_one_name_in_several_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, path = tmp_path / "train", write(tmp_path / "val", content(), ".")
+    write(train, content(), ".")
+    assert load_coco(path, train).root == train
+    assert caplog.messages[0].startswith(f"{path}: 2 folders have different images called 'b.png', and {train} is used - ")
+    caplog.clear()
+    (train / "b.png").unlink()
+    (train / "b.png").symlink_to(tmp_path / "val" / "b.png")  # one image: nothing is in doubt
+    load_coco(path, train, rules=DataRules(allow_outside_root=True))
+    assert "different images" not in caplog.text
+
+
 def test_boxes_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     value = content()
     nan = float("nan")
