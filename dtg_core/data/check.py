@@ -17,7 +17,7 @@ from PIL import Image
 
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.report import Report
-from dtg_core.errors import CutOff, UserError
+from dtg_core.errors import NeedsSetting, UserError
 
 SMALL = 32  # px; sides below are unusual
 NEAR = 3  # bits in which the signatures of near copies may differ
@@ -99,7 +99,7 @@ def _look(index: CocoIndex, row: int) -> Look:
             odd.add(f"images have a side under {SMALL} px")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
-    except CutOff:
+    except NeedsSetting:
         raise
     except (UserError, OSError) as error:
         reason = str(error).removeprefix(f"{path}: ").partition(" - ")[0]

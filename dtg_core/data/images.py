@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from dtg_core.config import DataRules
-from dtg_core.errors import CutOff, UserError
+from dtg_core.errors import NeedsSetting, UserError
 
 EXIF_ORIENTATION = 0x0112
 RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
@@ -43,7 +43,8 @@ def read_image(
         odd: collects what is odd about the image.
 
     Raises:
-        UserError: the file is missing or no readable image; CutOff where the rules ask to stop at cut off ones.
+        UserError: the file is missing or no readable image; NeedsSetting where it is float or too large for the rules, or cut off
+            and these ask to stop at such.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
     with _opened(path, rules) as image:
@@ -53,7 +54,7 @@ def read_image(
             image.load()
         except OSError as error:
             if rules.truncated == "error" and "truncated" in str(error):
-                raise CutOff(f"{path}: it is cut off ({error}) - restore it, or set data.rules.truncated=skip") from error
+                raise NeedsSetting(f"{path}: it is cut off ({error}) - restore it, or set data.rules.truncated=skip") from error
             raise
         if getattr(image, "n_frames", 1) > 1:
             odd.add(FRAMES)
@@ -86,7 +87,7 @@ def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
             with _retried(path) as image:
                 if image.width * image.height > rules.max_pixels:
                     found = f"{image.width} x {image.height} px"
-                    raise UserError(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
+                    raise NeedsSetting(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
                 yield image
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image - restore it, or take it out of the data set") from None
@@ -124,8 +125,8 @@ def _orientation(image: Image.Image, odd: set[str]) -> int:
 def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
     if image.mode == "F":
         if rules.float_range is None:
-            raise UserError(f"{path}: its pixels are floats, whose range it does not say - set data.rules.float_range=[LOW, "
-                            "HIGH]")
+            raise NeedsSetting(f"{path}: its pixels are floats, whose range it does not say - set "
+                               "data.rules.float_range=[LOW, HIGH]")
         odd.add(DEEP)
         low, high = rules.float_range
         unit = np.nan_to_num((np.asarray(image, np.float64) - low) / (high - low)).clip(0, 1)
