@@ -96,7 +96,7 @@ class DataRules:
     allow_outside_root: bool = False  # whether file names may lead out of the images' folder
     use_json_area: bool = False  # judge small, medium and large by "area" of the JSON (COCO: of masks), not of the boxes
     truncated: Literal["skip", "use", "error"] = "skip"  # image files that are cut off; use: what there is of them
-    float_range: tuple[float, float] | None = None  # values of float images that become black and white
+    float_range: tuple[float, float] | None = None  # values of float and 32-bit images that become black and white
     max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
 
 

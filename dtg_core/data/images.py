@@ -18,6 +18,7 @@ from dtg_core.config import DataRules
 from dtg_core.errors import NeedsSetting, UserError
 
 EXIF_ORIENTATION = 0x0112
+SIXTEEN_BITS = 0, 2**16 - 1
 RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
 NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, ArithmeticError, AttributeError,
             MemoryError, RuntimeError, Image.DecompressionBombError)  # what Pillow raises for damaged files  # fmt: skip
@@ -43,7 +44,7 @@ def read_image(
         odd: collects what is odd about the image.
 
     Raises:
-        UserError: the file is missing or no readable image; NeedsSetting where it is float or too large for the rules, or cut off
+        UserError: the file is missing or no readable image; NeedsSetting where it is float, 32 bits deep or too large for the rules, or cut off
             and these ask to stop at such.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
@@ -123,22 +124,28 @@ def _orientation(image: Image.Image, odd: set[str]) -> int:
 
 
 def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
-    if image.mode == "F":
-        if rules.float_range is None:
-            raise NeedsSetting(f"{path}: its pixels are floats, whose range it does not say - set "
-                               "data.rules.float_range=[LOW, HIGH]")
+    if image.mode == "F" or image.mode.startswith("I"):
         odd.add(DEEP)
-        low, high = rules.float_range
-        unit = np.nan_to_num((np.asarray(image, np.float64) - low) / (high - low)).clip(0, 1)
+        deep = np.asarray(image).astype(np.float64)
+        low, high = _levels(image.mode, deep, path, rules)
+        unit = np.nan_to_num((deep - low) / (high - low)).clip(0, 1)
         return Image.fromarray((unit * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode.startswith("I"):
-        odd.add(DEEP)
-        wide = np.asarray(image).astype(np.int64)
-        step = 257 if not wide.size or wide.max() < 2**16 else (2**32 - 1) // 255  # 16 bits also come in 32-bit modes
-        return Image.fromarray(((wide + step // 2) // step).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         odd.add(ALPHA)
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")  # a copy if it is RGB already, free of the file
+
+
+def _levels(mode: str, deep: np.ndarray, path: Path, rules: DataRules) -> tuple[float, float]:
+    """The values of black and white, which do not depend on the image: its like should be as bright. NeedsSetting where nobody
+    knows them."""
+    if mode.startswith("I;16"):
+        return SIXTEEN_BITS
+    if rules.float_range is not None:
+        return rules.float_range
+    if mode == "I" and ((deep >= SIXTEEN_BITS[0]) & (deep <= SIXTEEN_BITS[1])).all():  # 16 bits also come in the 32-bit mode
+        return SIXTEEN_BITS
+    kind = "floats" if mode == "F" else "whole numbers beyond 16 bits"
+    raise NeedsSetting(f"{path}: its pixels are {kind}, whose range it does not say - set data.rules.float_range=[LOW, HIGH]")

@@ -142,7 +142,8 @@ class StepData(Dataset[StepBatch]):
                 log.warning("%s; another image takes its place (number %d in this process)", problem, self.substituted)
                 row = int(self._generator(stream, step, slot, SUBSTITUTE + attempt).integers(len(pool)))
         reason = problem.rpartition(" - ")[0]
-        raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}; {reason}) - check the data and the disk")
+        raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}; {reason}) - check the data and the "
+                        "disk")
 
 
 class MicroBatches(Dataset[StepBatch]):

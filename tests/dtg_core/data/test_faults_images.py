@@ -153,8 +153,15 @@ def test_fault_37_deep_images(tmp_path: Path) -> None:
         read_image(tmp_path / "float.tif")
     found = np.asarray(read_image(tmp_path / "float.tif", rules=DataRules(float_range=(0, 1))))
     np.testing.assert_array_equal(found[..., 1], np.arange(256).reshape(16, 16))
-    Image.fromarray(np.full((4, 4), 2**31 - 1, np.int32)).save(tmp_path / "wide.tif")
-    assert np.asarray(read_image(tmp_path / "wide.tif"))[0, 0, 0] in (127, 128)
+    wide = ramp.astype(np.int32)
+    Image.fromarray(wide).save(tmp_path / "wide.tif")  # 16 bits in a file of 32
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "wide.tif"))[..., 0], np.arange(256).reshape(16, 16))
+    wide[0, 0] = 70_000  # one pixel does not make the others dark
+    Image.fromarray(wide).save(tmp_path / "wide.tif")
+    with pytest.raises(UserError, match=r"wide\.tif: its pixels are whole numbers beyond 16 bits.*float_range"):
+        read_image(tmp_path / "wide.tif")
+    found = np.asarray(read_image(tmp_path / "wide.tif", rules=DataRules(float_range=(0, 65535))))
+    np.testing.assert_array_equal(found[..., 0].ravel(), [255, *range(1, 256)])
     report, _ = find(tmp_path, float_range=(0, 1))
     assert counts(report)[images_module.DEEP] == 3
 
