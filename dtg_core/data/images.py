@@ -21,7 +21,7 @@ EXIF_ORIENTATION = 0x0112
 SIXTEEN_BITS = 0, 2**16 - 1
 RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
 NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, ArithmeticError, AttributeError,
-            MemoryError, RuntimeError, Image.DecompressionBombError)  # what Pillow raises for damaged files  # fmt: skip
+            MemoryError, RuntimeError)  # what Pillow raises for damaged files  # fmt: skip
 
 # What can be odd about an image that is used all the same.
 ALPHA = "images with transparency are laid over white"
@@ -44,8 +44,8 @@ def read_image(
         odd: collects what is odd about the image.
 
     Raises:
-        UserError: the file is missing or no readable image; NeedsSetting where it is float, 32 bits deep or too large for the rules, or cut off
-            and these ask to stop at such.
+        UserError: the file is missing or no readable image; NeedsSetting where it is float, 32 bits deep or too large for the
+            rules, or cut off and these ask to stop at such.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
     with _opened(path, rules) as image:
@@ -85,6 +85,8 @@ def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
             raise UserError(f"{path}: it is not a regular file - take it out of the data set")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of metadata
+            # Pillow refuses twice as many by itself, also of an image within the file; this holds for the whole process.
+            Image.MAX_IMAGE_PIXELS = rules.max_pixels
             with _retried(path) as image:
                 if image.width * image.height > rules.max_pixels:
                     found = f"{image.width} x {image.height} px"
@@ -92,6 +94,9 @@ def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
                 yield image
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image - restore it, or take it out of the data set") from None
+    except Image.DecompressionBombError as error:
+        raise NeedsSetting(f"{path}: it is too large (over {2 * rules.max_pixels} px) - shrink it, or raise "
+                           "data.rules.max_pixels") from error
     except NO_IMAGE as error:
         reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or "damaged"
         raise UserError(f"{path}: it cannot be read as an image ({reason}) - replace it, or take it out") from error
