@@ -5,6 +5,7 @@ its meaning in doubt are UserErrors; the others are mended or left out, and coun
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -285,10 +286,16 @@ def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     said = told[present, 0] > 0
     unknown, known = present[~said], present[said]
     sample = known[np.linspace(0, max(len(known) - 1, 0), min(SAMPLE, len(known))).astype(np.int64)]
-    differ = _other_sizes(index, told, known) if _other_sizes(index, told, sample) else {}
-    for row, size in (differ | _other_sizes(index, told, unknown)).items():
-        told[row] = size
+    seen = _real_sizes(index, sample)
     names = index.file_names
+    report.add(path, f"images of {len(seen)} looked at are not turned by their EXIF orientation, as their size in the JSON is the "
+                     "stored one, while EXIF does turn unlabelled images - save the files turned, or write upright sizes and boxes",
+               (names[row] for row, (stored, upright) in seen.items() if tuple(told[row].tolist()) == stored != upright))
+    if any(tuple(told[row].tolist()) not in sizes for row, sizes in seen.items()):
+        seen = _real_sizes(index, known)
+    differ = {row: sizes for row, sizes in seen.items() if tuple(told[row].tolist()) not in sizes}
+    for row, (_, upright) in (differ | _real_sizes(index, unknown)).items():
+        told[row] = upright
     report.add(path, "images have no usable width and height in the JSON; the file's are taken",
                (names[row] for row in unknown))
     report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
@@ -296,17 +303,13 @@ def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     return told.astype(np.int32)
 
 
-def _other_sizes(index: CocoIndex, told: np.ndarray, rows: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Real sizes of those images that have, neither as stored nor as turned by EXIF, the size [2] that was ``told``."""
-    other = {}
+def _real_sizes(index: CocoIndex, rows: np.ndarray) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
+    """{row: (height, width) as stored and as turned by EXIF}, from the heads of the files."""
+    sizes = {}
     for row in rows.tolist():
-        try:
-            stored, upright = image_size(index.path(row), index.rules)
-        except UserError:
-            continue  # found again, and replaced by another image, when it is decoded
-        if tuple(told[row].tolist()) not in (stored, upright):
-            other[row] = upright
-    return other
+        with contextlib.suppress(UserError):  # found again when it is decoded
+            sizes[row] = image_size(index.path(row), index.rules)
+    return sizes
 
 
 def _pixels(value: Any, key: str, number: int, path: Path) -> int:

@@ -316,12 +316,15 @@ def test_fault_12_size_swapped_by_exif(folder: Path) -> None:
     report = Report()
     index = load_coco(write(folder, clean()), report=report)
     assert index.image(0).size == (64, 48)
+    assert not report.findings
     content = clean()
     changed("images", 0, "width", to=48)(content)
     changed("images", 0, "height", to=64)(content)
     index = load_coco(write(folder, content), report=report)
     assert index.image(0).size == (48, 64)  # boxes were drawn on the stored pixels
-    assert not report.findings
+    (line,) = report.lines()
+    assert "1 image of 12 looked at is not turned by its EXIF orientation, as its size in the JSON is the stored one" in line
+    assert line.endswith("(1.png)")
 
 
 def test_fault_12_a_wrong_size_is_replaced(folder: Path) -> None:
