@@ -373,21 +373,19 @@ def _slim(record: dict[str, Any]) -> dict[str, Any]:
     """Polygons are most of a large file's memory, so they go while the file is read; a box that only they tell stays."""
     shape = record.pop("segmentation", None)
     if shape and record.get("bbox") is None:
-        box = _polygon_box(shape)
-        record["bbox"] = box
-        record[FROM_POLYGON if box else FROM_MASK] = True
+        if isinstance(shape, dict):
+            record[FROM_MASK] = True
+        elif box := _polygon_box(shape):
+            record |= {"bbox": box, FROM_POLYGON: True}
     return record
 
 
 def _polygon_box(shape: Any) -> list[float] | None:
-    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for a mask. Anything else gives a bbox that is
-    refused."""
-    if isinstance(shape, dict):
-        return None
+    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for anything else."""
     parts = shape if isinstance(shape, list) else []
     values = [value for part in parts if isinstance(part, list) for value in part]
-    if len(values) < 6 or len(values) % 2 or not all(type(value) in (int, float) for value in values):
-        return [math.nan] * 4
+    if len(values) < 6 or len(values) % 2 or not all(type(value) in (int, float) and abs(value) < LARGEST for value in values):
+        return None
     xs, ys = values[::2], values[1::2]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
