@@ -96,13 +96,13 @@ class DataRules:
     allow_outside_root: bool = False  # whether file names may lead out of the images' folder
     use_json_area: bool = False  # judge small, medium and large by "area" of the JSON (COCO: of masks), not of the boxes
     truncated: Literal["skip", "use", "error"] = "skip"  # image files that are cut off; use: what there is of them
-    float_range: tuple[float, float] | None = None  # values of float images that become black and white
+    float_range: tuple[float, float] | None = None  # values of float and 32-bit images that become black and white
     max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images. No ``labeled`` means the embedded shapes data set."""
+    """Which images. No ``labeled`` means the embedded shapes data set, and then no other file may be named."""
 
     labeled: str | None = None  # COCO JSON
     unlabeled: str | None = None  # folder, or COCO JSON whose annotations are ignored
@@ -254,6 +254,11 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     for key, (low, high) in (("views.short_edge", views.short_edge), ("views.erase_patches", views.erase_patches)):
         if low > high:
             refuse(key, f"the lower limit is over the upper one (found [{low}, {high}])", origins)
+    for key in ("unlabeled", "val", "images", "unlisted") if config.data.labeled is None else ():
+        value = getattr(config.data, key)
+        if value != getattr(DataConfig(), key):
+            refuse(f"data.{key}", "is of no use without labelled images, as the embedded data set would be trained on "
+                   f"(found {value}) - give --labeled (data.labeled), or leave it out", origins)
     levels = config.data.rules.float_range
     if levels is not None and levels[0] >= levels[1]:
         refuse("data.rules.float_range", f"the first has to be below the second (found {list(levels)})", origins)

@@ -13,8 +13,8 @@ class UserError(Exception):
         return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip()
 
 
-class CutOff(UserError):
-    """An image file is cut off, and ``data.rules.truncated=error`` lets no other image take its place."""
+class NeedsSetting(UserError):
+    """An image that is sound but for a setting, such as ``data.rules.float_range``: no other image takes its place."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -22,8 +22,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 
 import yaml
 
-from dtg_core.errors import UserError, nearest
-from dtg_core.settings_text import flatten, join, printable
+from dtg_core.errors import UserError, nearest, printable
+from dtg_core.settings_text import flatten, join
 
 T = TypeVar("T")
 

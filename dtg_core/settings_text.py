@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from dtg_core.errors import printable
+
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
 
 
@@ -53,25 +55,13 @@ def yaml_scalar(value: object) -> str:
     text = str(value)
     if _PLAIN.fullmatch(text) and text.lower() not in {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}:
         return text
-    return f'"{printable(text, quote=True)}"'
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{printable(quoted)}"'
 
 
 def join(key: str, name: str) -> str:
     """The key of a section's entry."""
     return f"{key}.{name}" if key else name
-
-
-def printable(text: str, quote: bool = False) -> str:
-    """``text`` with control and other unprintable characters escaped, so that it stays on one line of a terminal."""
-    def escaped(character: str) -> str:
-        if quote and character in '"\\':
-            return f"\\{character}"
-        if character.isprintable():
-            return character
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return "".join(map(escaped, text))
 
 
 def _children(value: Any) -> dict[str, Any] | None:

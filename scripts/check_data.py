@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def parser() -> Parser:
     add("--annotations", required=True, metavar="JSON", help="labelled images, COCO format")
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to")
     add("--val", metavar="JSON", help="validation set, checked and compared with the labelled one")
-    add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked too")
+    add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
     add("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
@@ -87,12 +88,11 @@ def _check(data: DataConfig, workers: int, report: Report) -> list[str]:
         (sources.labeled, data.labeled), (sources.val, data.val), (sources.unlabeled, data.unlabeled)
     ]  # fmt: skip
     named = [(index, Path(name)) for index, name in sets if index is not None and name is not None]
-    looks = [check_images(index, name, report, workers, progress) for index, name in named]
-    if sources.val is not None:
-        (_, labeled_name), (_, val_name), *_ = named
-        check_shared(sources.val, looks[1], sources.labeled, looks[0], val_name, labeled_name, report)
-    for (index, name), seen in zip(named, looks):
-        require_images(index, seen, name)
+    seen = [(index, check_images(index, name, report, workers, progress), name) for index, name in named]
+    for (other, others, other_name), (one, ones, name) in combinations(seen, 2):
+        check_shared(one, ones, other, others, name, other_name, report)
+    for index, looks, name in seen:
+        require_images(index, looks, name)
     return [_summary(index, name) for index, name in named]
 
 

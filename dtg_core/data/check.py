@@ -17,7 +17,7 @@ from PIL import Image
 
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.report import Report
-from dtg_core.errors import CutOff, UserError
+from dtg_core.errors import NeedsSetting, UserError
 
 SMALL = 32  # px; sides below are unusual
 NEAR = 3  # bits in which the signatures of near copies may differ
@@ -30,7 +30,7 @@ class Look:
 
     problem: str | None  # why it cannot be used
     odd: tuple[str, ...]
-    digest: bytes  # SHA-256 of the file
+    digest: bytes  # SHA-256 of the file; empty where it cannot be used
     signature: int  # 64 bits of brightness differences (dHash); near copies have nearly the same
 
 
@@ -74,7 +74,7 @@ def check_shared(
     one: CocoIndex, ones: list[Look], other: CocoIndex, others: list[Look], name: Path, other_name: Path, report: Report
 ) -> None:
     """Report images of ``one`` whose file, or nearly the same picture, is also in ``other``, with the looks at both."""
-    file_of = {look.digest: file for file, look in zip(other.file_names, others)}
+    file_of = {look.digest: file for file, look in zip(other.file_names, others) if look.digest}
     same = [file_of.get(look.digest) for look in ones]
     report.add(name, f"IMAGES ARE ALSO IN {other_name}, BYTE FOR BYTE",
                (f"{file} = {copy}" for file, copy in zip(one.file_names, same) if copy))  # fmt: skip
@@ -99,7 +99,7 @@ def _look(index: CocoIndex, row: int) -> Look:
             odd.add(f"images have a side under {SMALL} px")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
-    except CutOff:
+    except NeedsSetting:
         raise
     except (UserError, OSError) as error:
         reason = str(error).removeprefix(f"{path}: ").partition(" - ")[0]

@@ -5,6 +5,7 @@ its meaning in doubt are UserErrors; the others are mended or left out, and coun
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -55,7 +56,7 @@ def load_coco(
     """
     json_path, rules, notes = Path(json_path), rules or DataRules(), Report() if report is None else report
     content, ids, names = _listed(json_path, rules, notes)
-    root = _image_folder(json_path, names[0], images)
+    root = _image_folder(json_path, names[0], images, notes)
     missing = missing_files(root, names, json_path, rules)
     notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
@@ -285,10 +286,16 @@ def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     said = told[present, 0] > 0
     unknown, known = present[~said], present[said]
     sample = known[np.linspace(0, max(len(known) - 1, 0), min(SAMPLE, len(known))).astype(np.int64)]
-    differ = _other_sizes(index, told, known) if _other_sizes(index, told, sample) else {}
-    for row, size in (differ | _other_sizes(index, told, unknown)).items():
-        told[row] = size
+    seen = _real_sizes(index, sample)
     names = index.file_names
+    report.add(path, f"images of {len(seen)} looked at are not turned by their EXIF orientation, as their size in the JSON is the "
+                     "stored one, while EXIF does turn unlabelled images - save the files turned, or write upright sizes and boxes",
+               (names[row] for row, (stored, upright) in seen.items() if tuple(told[row].tolist()) == stored != upright))
+    if any(tuple(told[row].tolist()) not in sizes for row, sizes in seen.items()):
+        seen = _real_sizes(index, known)
+    differ = {row: sizes for row, sizes in seen.items() if tuple(told[row].tolist()) not in sizes}
+    for row, (_, upright) in (differ | _real_sizes(index, unknown)).items():
+        told[row] = upright
     report.add(path, "images have no usable width and height in the JSON; the file's are taken",
                (names[row] for row in unknown))
     report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
@@ -296,17 +303,13 @@ def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     return told.astype(np.int32)
 
 
-def _other_sizes(index: CocoIndex, told: np.ndarray, rows: np.ndarray) -> dict[int, tuple[int, int]]:
-    """Real sizes of those images that have, neither as stored nor as turned by EXIF, the size [2] that was ``told``."""
-    other = {}
+def _real_sizes(index: CocoIndex, rows: np.ndarray) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
+    """{row: (height, width) as stored and as turned by EXIF}, from the heads of the files."""
+    sizes = {}
     for row in rows.tolist():
-        try:
-            stored, upright = image_size(index.path(row), index.rules)
-        except UserError:
-            continue  # found again, and replaced by another image, when it is decoded
-        if tuple(told[row].tolist()) not in (stored, upright):
-            other[row] = upright
-    return other
+        with contextlib.suppress(UserError):  # found again when it is decoded
+            sizes[row] = image_size(index.path(row), index.rules)
+    return sizes
 
 
 def _pixels(value: Any, key: str, number: int, path: Path) -> int:
@@ -370,21 +373,19 @@ def _slim(record: dict[str, Any]) -> dict[str, Any]:
     """Polygons are most of a large file's memory, so they go while the file is read; a box that only they tell stays."""
     shape = record.pop("segmentation", None)
     if shape and record.get("bbox") is None:
-        box = _polygon_box(shape)
-        record["bbox"] = box
-        record[FROM_POLYGON if box else FROM_MASK] = True
+        if isinstance(shape, dict):
+            record[FROM_MASK] = True
+        elif box := _polygon_box(shape):
+            record |= {"bbox": box, FROM_POLYGON: True}
     return record
 
 
 def _polygon_box(shape: Any) -> list[float] | None:
-    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for a mask. Anything else gives a bbox that is
-    refused."""
-    if isinstance(shape, dict):
-        return None
+    """[x, y, width, height] around polygons [[x, y, x, y, ...], ...]; None for anything else."""
     parts = shape if isinstance(shape, list) else []
     values = [value for part in parts if isinstance(part, list) for value in part]
-    if len(values) < 6 or len(values) % 2 or not all(type(value) in (int, float) for value in values):
-        return [math.nan] * 4
+    if len(values) < 6 or len(values) % 2 or not all(type(value) in (int, float) and abs(value) < LARGEST for value in values):
+        return None
     xs, ys = values[::2], values[1::2]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
@@ -421,15 +422,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _image_folder(json_path: Path, first: str, images: Path | None) -> Path:
+def _image_folder(json_path: Path, first: str, images: Path | None, report: Report) -> Path:
     """The first folder that has the first image: the given one, the JSON's own, or ``images`` beside the JSON.
 
-    So one ``data.images`` serves a run whose sets lie in different folders.
+    So one ``data.images`` serves a run whose sets lie in different folders. Where several have an image of that name, only the
+    user knows which is meant.
     """
     if images is not None and not Path(images).is_dir():
         raise UserError(f"{images}: {no_folder(Path(images))} - {GIVE_IMAGES}")
     folders = ([Path(images)] if images is not None else []) + [json_path.parent, json_path.parent / "images"]
-    return next((folder for folder in folders if os.path.isfile(folder / first)), folders[0])
+    found = [folder for folder in folders if os.path.isfile(folder / first)]
+    if any(not os.path.samefile(found[0] / first, folder / first) for folder in found[1:]):
+        report.add(json_path, f"folders have different images called {first!r}, and {found[0]} is used - if that is wrong, leave "
+                              "--images out, or write the folder into the JSON's file names", found)
+    return (found or folders)[0]
 
 
 # Folders ---------------------------------------------------------------------------------------------------------------

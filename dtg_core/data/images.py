@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from dtg_core.config import DataRules
-from dtg_core.errors import CutOff, UserError
+from dtg_core.errors import NeedsSetting, UserError
 
 EXIF_ORIENTATION = 0x0112
+SIXTEEN_BITS = 0, 2**16 - 1
 RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
 NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, ArithmeticError, AttributeError,
-            MemoryError, RuntimeError, Image.DecompressionBombError)  # what Pillow raises for damaged files  # fmt: skip
+            MemoryError, RuntimeError)  # what Pillow raises for damaged files  # fmt: skip
 
 # What can be odd about an image that is used all the same.
 ALPHA = "images with transparency are laid over white"
@@ -43,7 +44,8 @@ def read_image(
         odd: collects what is odd about the image.
 
     Raises:
-        UserError: the file is missing or no readable image; CutOff where the rules ask to stop at cut off ones.
+        UserError: the file is missing or no readable image; NeedsSetting where it is float, 32 bits deep or too large for the
+            rules, or cut off and these ask to stop at such.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
     with _opened(path, rules) as image:
@@ -53,7 +55,7 @@ def read_image(
             image.load()
         except OSError as error:
             if rules.truncated == "error" and "truncated" in str(error):
-                raise CutOff(f"{path}: it is cut off ({error}) - restore it, or set data.rules.truncated=skip") from error
+                raise NeedsSetting(f"{path}: it is cut off ({error}) - restore it, or set data.rules.truncated=skip") from error
             raise
         if getattr(image, "n_frames", 1) > 1:
             odd.add(FRAMES)
@@ -83,13 +85,18 @@ def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
             raise UserError(f"{path}: it is not a regular file - take it out of the data set")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of metadata
+            # Pillow refuses twice as many by itself, also of an image within the file; this holds for the whole process.
+            Image.MAX_IMAGE_PIXELS = rules.max_pixels
             with _retried(path) as image:
                 if image.width * image.height > rules.max_pixels:
                     found = f"{image.width} x {image.height} px"
-                    raise UserError(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
+                    raise NeedsSetting(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
                 yield image
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image - restore it, or take it out of the data set") from None
+    except Image.DecompressionBombError as error:
+        raise NeedsSetting(f"{path}: it is too large (over {2 * rules.max_pixels} px) - shrink it, or raise "
+                           "data.rules.max_pixels") from error
     except NO_IMAGE as error:
         reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or "damaged"
         raise UserError(f"{path}: it cannot be read as an image ({reason}) - replace it, or take it out") from error
@@ -122,22 +129,28 @@ def _orientation(image: Image.Image, odd: set[str]) -> int:
 
 
 def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
-    if image.mode == "F":
-        if rules.float_range is None:
-            raise UserError(f"{path}: its pixels are floats, whose range it does not say - set data.rules.float_range=[LOW, "
-                            "HIGH]")
+    if image.mode == "F" or image.mode.startswith("I"):
         odd.add(DEEP)
-        low, high = rules.float_range
-        unit = np.nan_to_num((np.asarray(image, np.float64) - low) / (high - low)).clip(0, 1)
+        deep = np.asarray(image).astype(np.float64)
+        low, high = _levels(image.mode, deep, path, rules)
+        unit = np.nan_to_num((deep - low) / (high - low)).clip(0, 1)
         return Image.fromarray((unit * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode.startswith("I"):
-        odd.add(DEEP)
-        wide = np.asarray(image).astype(np.int64)
-        step = 257 if not wide.size or wide.max() < 2**16 else (2**32 - 1) // 255  # 16 bits also come in 32-bit modes
-        return Image.fromarray(((wide + step // 2) // step).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         odd.add(ALPHA)
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")  # a copy if it is RGB already, free of the file
+
+
+def _levels(mode: str, deep: np.ndarray, path: Path, rules: DataRules) -> tuple[float, float]:
+    """The values of black and white, which do not depend on the image: its like should be as bright. NeedsSetting where nobody
+    knows them."""
+    if mode.startswith("I;16"):
+        return SIXTEEN_BITS
+    if rules.float_range is not None:
+        return rules.float_range
+    if mode == "I" and ((deep >= SIXTEEN_BITS[0]) & (deep <= SIXTEEN_BITS[1])).all():  # 16 bits also come in the 32-bit mode
+        return SIXTEEN_BITS
+    kind = "floats" if mode == "F" else "whole numbers beyond 16 bits"
+    raise NeedsSetting(f"{path}: its pixels are {kind}, whose range it does not say - set data.rules.float_range=[LOW, HIGH]")

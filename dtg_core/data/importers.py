@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,11 @@ def _sized(folder: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]
     """Name and (height, width) of each readable image."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {no_folder(folder)} - give the folder of the images")
-    for name in list_images(folder, report):
+    names = list_images(folder, report)
+    stems = Counter(os.path.splitext(name)[0] for name in names)
+    report.add(folder, "images share their annotation file with others, as they differ in the suffix only",
+               (name for name in names if stems[os.path.splitext(name)[0]] > 1))
+    for name in names:
         try:
             yield name, image_size(folder / name)[1]
         except UserError as error:

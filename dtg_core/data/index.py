@@ -4,7 +4,6 @@ n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dtg_core.config import DataRules
+from dtg_core.data.files import real_paths
 from dtg_core.data.images import read_image
 from dtg_core.data.packed import packed
 from dtg_core.errors import UserError
@@ -101,9 +101,9 @@ def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
 
 
 def without(index: CocoIndex, other: CocoIndex) -> CocoIndex:
-    """The images whose files are not also in ``other``."""
-    taken = set(_real_paths(other))
-    return subset(index, [row for row, path in enumerate(_real_paths(index)) if path not in taken])
+    """The images whose files are not also in ``other``, under whatever link."""
+    taken = set(real_paths(other.root, other.file_names))
+    return subset(index, [row for row, path in enumerate(real_paths(index.root, index.file_names)) if path not in taken])
 
 
 def with_classes(index: CocoIndex, class_names: Sequence[str]) -> CocoIndex:
@@ -120,8 +120,3 @@ def with_classes(index: CocoIndex, class_names: Sequence[str]) -> CocoIndex:
 def starts(counts: np.ndarray) -> np.ndarray:
     """[n + 1] int64: where each image's boxes start, and their number, from ``counts`` [n] of boxes."""
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
-
-
-def _real_paths(index: CocoIndex) -> list[str]:
-    root = os.path.realpath(index.root)
-    return [os.path.normpath(os.path.join(root, name)) for name in index.file_names]

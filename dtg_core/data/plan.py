@@ -33,7 +33,7 @@ from dtg_core.data.views import (
     test_view,
     weak_view,
 )
-from dtg_core.errors import CutOff, UserError, printable
+from dtg_core.errors import NeedsSetting, UserError, printable
 from dtg_core.structures import PairBatch, StepBatch, ViewBatch
 
 log = logging.getLogger(__name__)
@@ -134,14 +134,16 @@ class StepData(Dataset[StepBatch]):
         for attempt in range(TRIES):
             try:
                 return row, pool.image(row)
-            except CutOff:
+            except NeedsSetting:
                 raise
             except UserError as error:
                 self.substituted += 1
                 problem = printable(str(error))
                 log.warning("%s; another image takes its place (number %d in this process)", problem, self.substituted)
                 row = int(self._generator(stream, step, slot, SUBSTITUTE + attempt).integers(len(pool)))
-        raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}) - check the data and the disk")
+        reason = problem.rpartition(" - ")[0]
+        raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}; {reason}) - check the data and the "
+                        "disk")
 
 
 class MicroBatches(Dataset[StepBatch]):
@@ -190,7 +192,7 @@ class EvalData(Dataset[ViewBatch]):
         end."""
         try:
             return self.index.image(row)
-        except CutOff:
+        except NeedsSetting:
             raise
         except UserError as error:
             log.warning("%s; an empty image takes its place", printable(str(error)))

@@ -64,7 +64,7 @@ def _val(config: DataConfig, labeled: CocoIndex, images: Path | None, report: Re
     if val.class_names != labeled.class_names:
         report.add(config.val, f"classes have other ids than in {config.labeled} and are matched by name", val.class_names)
     kind = f"IMAGES ARE ALSO IN {config.labeled}, SO THE FIGURES SAY NOTHING OF NEW IMAGES"
-    _shared(labeled, val, kind, report, config.val)
+    _without_shared(labeled, val, kind, report, config.val)
     return with_classes(val, labeled.class_names)
 
 
@@ -82,21 +82,21 @@ def _unlabeled(
         found = load_coco(path, images, need_labels=False, rules=config.rules, report=report)
     else:
         found = list_folder(path, config.rules, report)
-    rest = without(found, labeled)
-    both = sorted(set(found.file_names) - set(rest.file_names))
-    report.add(path, "images are labelled too and not used as unlabelled", both)
+    rest = _without_shared(found, labeled, "images are labelled too and not used as unlabelled", report, path)
     if val is not None:
-        _shared(rest, val, "UNLABELLED IMAGES ARE ALSO IN THE VALIDATION SET AND NOT USED", report, path)
-        rest = without(rest, val)
+        rest = _without_shared(rest, val, "UNLABELLED IMAGES ARE ALSO IN THE VALIDATION SET AND NOT USED", report, path)
     if not len(rest):
         raise UserError(f"{path}: no image that is not labelled already ({len(found)} found) - give other images, "
                         "or use --paradigm supervised")
     return rest
 
 
-def _shared(one: CocoIndex, other: CocoIndex, kind: str, report: Report, file: str | Path) -> None:
-    only = set(without(one, other).file_names) if len(one) else set()
+def _without_shared(one: CocoIndex, other: CocoIndex, kind: str, report: Report, file: str | Path) -> CocoIndex:
+    """``one`` without the images that are also in ``other``, which are reported as ``kind``."""
+    rest = without(one, other)
+    only = set(rest.file_names)
     report.add(file, kind, (name for name in one.file_names if name not in only))
+    return rest
 
 
 def _embedded(config: DataConfig) -> DataConfig:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,7 +22,7 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
         import av
     except ImportError as error:
         raise UserError(f"{path}: videos need the package av - pip install 'dtg-ssod[video]'") from error
-    count = 0
+    count, frame = 0, None
     try:
         if path.exists() and not path.is_file():  # a FIFO or a device would never end
             raise UserError(f"{path}: it is not a regular file - take it out")
@@ -34,9 +35,18 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
                 yield frame.to_image().rotate(frame.rotation, expand=True)
                 count += 1
             promised = stream.frames  # 0: the file does not say
+            whole = count > 0 and (count >= promised or _is_last(frame, stream))
     except (av.FFmpegError, OSError, ValueError) as error:
         where = f"after frame {count}" if count else "at all"
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: it cannot be read as a video {where} ({reason}) - replace it, or take it out") from error
-    if count < max(promised, 1):
+    if not whole:
         raise UserError(f"{path}: it ends after {count} of {promised} frames - replace it, or take it out")
+
+
+def _is_last(frame: Any, stream: Any) -> bool:
+    """Whether a frame is shown until the stream's end. That of a trimmed video, whose edit list leaves frames out that the file
+    still has and counts, is; that of a file that is cut off is not."""
+    if frame.pts is None or stream.duration is None:
+        return False
+    return bool(frame.pts + (frame.duration or 0) >= (stream.start_time or 0) + stream.duration)

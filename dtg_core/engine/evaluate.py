@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dtg_core.boxes import clip, project
 from dtg_core.errors import UserError
 from dtg_core.structures import Detections, ViewBatch
 
@@ -52,28 +53,20 @@ class Found:
         columns = (*detections.boxes.unbind(1), detections.scores, detections.labels, detections.image)
         # sync: the batch's detections; float32, because not every device has float64.
         table = torch.stack([column.float() for column in columns], 1).cpu().double().numpy()
-        rows, batch_image = table.copy(), table[:, 6].astype(np.int64)
-        image_from_view = np.linalg.inv(views.view_from_image.double().numpy())
-        rows[:, :4] = _moved(table[:, :4], image_from_view[batch_image])
-        rows[:, 6] = np.asarray(image, np.int64)[batch_image]
-        size = np.asarray(index.sizes, np.float64)[rows[:, 6].astype(np.int64)]
-        limit = np.where(size > 0, size, np.inf)[:, [1, 0, 1, 0]]  # 0: the data set does not say
-        rows[:, :4] = np.clip(rows[:, :4], 0, limit)
-        self.seen.append(np.asarray(image, np.int64))
-        self.rows.append(rows)
+        view, row = table[:, 6].astype(np.int64), np.asarray(image, np.int64)
+        sizes = np.asarray(index.sizes, np.float64)[row]
+        sizes[sizes == 0] = np.inf  # the data set does not say
+        image_from_view = views.view_from_image.double().inverse()
+        moved = project(torch.from_numpy(table[:, :4]), image_from_view[view], "corners")
+        table[:, :4] = clip(moved, torch.from_numpy(sizes)[view]).numpy()
+        table[:, 6] = row[view]
+        self.seen.append(row)
+        self.rows.append(table)
 
     def merged(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Images [K] and rows [D, 7] in the images' order, whichever process saw them first."""
         rows = np.concatenate([*self.rows, np.zeros((0, 7))])
         return np.sort(np.concatenate([*self.seen, np.zeros(0, np.int64)])), rows[np.argsort(rows[:, 6], kind="stable")]
-
-
-def _moved(boxes: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Boxes [D, 4] moved by matrices [D, 3, 3]: the box around their corners."""
-    x, y = boxes[:, [0, 2, 2, 0]], boxes[:, [1, 1, 3, 3]]
-    corners = matrix @ np.stack((x, y, np.ones_like(x)), 1)
-    flat = corners[:, :2] / corners[:, 2:]
-    return np.concatenate((flat.min(2), flat.max(2)), 1)
 
 
 def coco_metrics(index: CocoIndex, found: Found, backend: Backend = "pycocotools") -> dict[str, Any]:

@@ -327,10 +327,12 @@ def test_values_that_contradict_each_other() -> None:
         "optim.milestones=[2, 2]",
         "views.short_edge=[20, 19]",
         "guidance.stages.rpn.background_tau=0.95",
+        *(f"data.{value}" for value in ("unlabeled=photos", "val=val.json", "images=photos", "unlisted=unlabeled")),
     ):
         config, origins = load_config(Config, None, [override])
         assert message(cross_check, config, origins).startswith(f"command line: {override.partition('=')[0]}")
     assert len(cross_check(load("run.steps=100"), {})) == 3
+    assert cross_check(load("data.labeled=own.json", "data.val=val.json", "data.images=photos"), {}) == []
 
 
 def test_mutated_yaml_never_ends_in_another_error(tmp_path: Path) -> None:

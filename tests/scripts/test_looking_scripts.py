@@ -245,6 +245,26 @@ def test_predict_takes_videos_frame_by_frame(run, photos, tmp_path, capsys):
         assert picture.width / picture.height == 64 / 48  # enlarged, as all small images
 
 
+def test_a_trimmed_video_is_whole(tmp_path):
+    """Its edit list leaves frames out that are still in the file."""
+    av = pytest.importorskip("av")
+    write_video(tmp_path / "clip.mp4", 9)
+    with av.open(str(tmp_path / "clip.mp4")) as video, \
+            av.open(str(tmp_path / "trimmed.mp4"), "w", options={"movflags": "faststart"}) as trimmed:
+        stream = video.streams.video[0]
+        copy = trimmed.add_stream_from_template(stream)
+        for packet in video.demux(stream):
+            if packet.dts is not None:
+                shift = 3 * packet.duration
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                trimmed.mux(packet)
+    assert len(list(read_frames(tmp_path / "trimmed.mp4"))) == 6
+    whole = (tmp_path / "trimmed.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) - 4000])
+    with pytest.raises(UserError, match=r"it ends after [1-5] of 9 frames"):
+        list(read_frames(tmp_path / "cut.mp4"))
+
+
 def test_frames_are_turned_upright(tmp_path, monkeypatch):
     av = pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
@@ -300,6 +320,8 @@ def test_show_views(tmp_path, monkeypatch, capsys):
         assert picture.width > 1500
     with pytest.raises(UserError, match="not a picture"):
         show_views.main(["--output", str(tmp_path)])
+    with pytest.raises(UserError, match=r"data\.images: is of no use without labelled images"):
+        show_views.main(["--images", str(tmp_path), "--output", str(tmp_path / "w.png")])
     own = (tmp_path / "new" / "v.png").read_bytes()
     with pytest.raises(UserError, match="exists - give another --output, or --overwrite"):
         show_views.main(["--output", str(tmp_path / "new" / "v.png")])

@@ -167,6 +167,7 @@ def test_what_acts_before_guidance_is_not_shared(tmp_path: Path) -> None:
         ("data: {source: a.json, percents: [10], folds: [1]}", ["data.images", "data.source needs it"]),
         ("data: {source: a.json, labeled: b.json}", ["data.labeled", "leave one of the two out"]),
         ("data: {unlabeled: a.json}", ["data.unlabeled", "belongs to data.labeled"]),
+        ("data: {val: a.json}", ["gfl-supervised-seed0", "data.val", "is of no use without labelled images"]),
         ("data: {labeled: 'a{fold}.json'}", ["data.labeled", "data.folds are not given"]),
         ("data: {labeled: a.json, folds: [1, 2]}", ["data.labeled", "has no {fold}"]),
         ("data: {labeled: a, percents: [100]}", ["data.percents", "out of range"]),

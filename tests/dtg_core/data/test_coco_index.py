@@ -64,6 +64,18 @@ def test_finds_the_images(tmp_path: Path, images: str) -> None:
     assert load_coco(path, tmp_path / images).path(0).is_file()
 
 
+def test_images_of_one_name_in_several_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, path = tmp_path / "train", write(tmp_path / "val", content(), ".")
+    write(train, content(), ".")
+    assert load_coco(path, train).root == train
+    assert caplog.messages[0].startswith(f"{path}: 2 folders have different images called 'b.png', and {train} is used - ")
+    caplog.clear()
+    (train / "b.png").unlink()
+    (train / "b.png").symlink_to(tmp_path / "val" / "b.png")  # one image: nothing is in doubt
+    load_coco(path, train, rules=DataRules(allow_outside_root=True))
+    assert "different images" not in caplog.text
+
+
 def test_boxes_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     value = content()
     nan = float("nan")
@@ -161,6 +173,13 @@ def test_subset_and_without(tmp_path: Path) -> None:
     assert rest.image_ids == ["b"]
     np.testing.assert_array_equal(rest.boxes, index.boxes[:2])
     assert without(list_folder(tmp_path), part).file_names == ["images/b.png"]  # the same files under another root
+    links = tmp_path / "more" / "links"
+    links.mkdir(parents=True)
+    for name in ("a", "b"):
+        (links / f"{name}_too.png").symlink_to(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "more" / "all").symlink_to(tmp_path / "images")
+    assert without(list_folder(tmp_path / "more"), part).file_names == ["all/b.png", "links/b_too.png"]
+    assert len(without(subset(list_folder(links), [0]), index)) == 0
 
 
 def test_list_folder(tmp_path: Path) -> None:

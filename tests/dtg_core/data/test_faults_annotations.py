@@ -316,12 +316,15 @@ def test_fault_12_size_swapped_by_exif(folder: Path) -> None:
     report = Report()
     index = load_coco(write(folder, clean()), report=report)
     assert index.image(0).size == (64, 48)
+    assert not report.findings
     content = clean()
     changed("images", 0, "width", to=48)(content)
     changed("images", 0, "height", to=64)(content)
     index = load_coco(write(folder, content), report=report)
     assert index.image(0).size == (48, 64)  # boxes were drawn on the stored pixels
-    assert not report.findings
+    (line,) = report.lines()
+    assert "1 image of 12 looked at is not turned by its EXIF orientation, as its size in the JSON is the stored one" in line
+    assert line.endswith("(1.png)")
 
 
 def test_fault_12_a_wrong_size_is_replaced(folder: Path) -> None:
@@ -426,6 +429,21 @@ def test_fault_23_copies_under_other_names(
         assert problem in err
     assert (folder / "check.json").read_bytes() == own
     assert [finding["count"] for finding in written["findings"]] == [1, 1]
+
+
+def test_fault_23_unlabelled_copies(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    labeled, val = part(folder, range(1, 5), "labeled.json"), part(folder, range(9, 13), "val.json")
+    more = folder / "more"
+    more.mkdir()
+    for name, content in (("a", (folder / "2.png").read_bytes()), ("b", (folder / "9.png").read_bytes()), ("c", b"")):
+        (more / f"{name}.png").write_bytes(content)
+    (folder / "10.png").write_bytes(b"\0")  # two unreadable images are no copies
+    rules = ["--set", "data.rules.max_bad_images=0.5"]
+    status, out, _ = check(monkeypatch, capsys, "--annotations", labeled, "--val", val, "--unlabeled", more, *rules)
+    assert status == 0
+    assert f"{more}: 1 IMAGE IS ALSO IN {labeled}, BYTE FOR BYTE (a.png = 2.png)" in out
+    assert f"{more}: 1 IMAGE IS ALSO IN {val}, BYTE FOR BYTE (b.png = 9.png)" in out
+    assert out.count("BYTE FOR BYTE") == 2
 
 
 def test_fault_24_classes_are_matched_by_name(folder: Path) -> None:

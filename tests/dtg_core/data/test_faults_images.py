@@ -27,7 +27,7 @@ from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
 from dtg_core.data import images as images_module  # noqa: E402
 from dtg_core.data.check import check_images, require_images  # noqa: E402
 from dtg_core.data.coco import list_folder, load_coco  # noqa: E402
-from dtg_core.data.images import read_image  # noqa: E402
+from dtg_core.data.images import image_size, read_image  # noqa: E402
 from dtg_core.data.plan import EvalData, StepData, steps_loader  # noqa: E402
 from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
@@ -115,6 +115,19 @@ def test_fault_35_truncated_files_stop_where_asked(tmp_path: Path, workers: int)
     assert len(list(steps_loader(StepData(index, None, VIEWS, 0, 2, 0), 0, 4, workers))) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_faults_37_43_no_image_takes_the_place_of_one_that_needs_a_setting(tmp_path: Path, workers: int) -> None:
+    path = labeled(tmp_path)
+    Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "float.tif").replace(tmp_path / "2.png")
+    for rules, reason in ((DataRules(), "its pixels are floats"), (DataRules(max_pixels=2399, float_range=(0, 1)), "it is too large")):
+        index = load_coco(path, rules=rules)
+        with pytest.raises(UserError, match=rf"/\d\.png: {reason}.* data\.rules\.\w+"):
+            list(steps_loader(StepData(index, None, VIEWS, 0, 2, 0), 0, 4, workers))
+        with pytest.raises(UserError, match=reason):
+            [EvalData(index, VIEWS, 1, 0, 1)[row] for row in range(4)]
+
+
 def test_fault_36_noise_of_decoders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,8 +153,15 @@ def test_fault_37_deep_images(tmp_path: Path) -> None:
         read_image(tmp_path / "float.tif")
     found = np.asarray(read_image(tmp_path / "float.tif", rules=DataRules(float_range=(0, 1))))
     np.testing.assert_array_equal(found[..., 1], np.arange(256).reshape(16, 16))
-    Image.fromarray(np.full((4, 4), 2**31 - 1, np.int32)).save(tmp_path / "wide.tif")
-    assert np.asarray(read_image(tmp_path / "wide.tif"))[0, 0, 0] in (127, 128)
+    wide = ramp.astype(np.int32)
+    Image.fromarray(wide).save(tmp_path / "wide.tif")  # 16 bits in a file of 32
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "wide.tif"))[..., 0], np.arange(256).reshape(16, 16))
+    wide[0, 0] = 70_000  # one pixel does not make the others dark
+    Image.fromarray(wide).save(tmp_path / "wide.tif")
+    with pytest.raises(UserError, match=r"wide\.tif: its pixels are whole numbers beyond 16 bits.*float_range"):
+        read_image(tmp_path / "wide.tif")
+    found = np.asarray(read_image(tmp_path / "wide.tif", rules=DataRules(float_range=(0, 65535))))
+    np.testing.assert_array_equal(found[..., 0].ravel(), [255, *range(1, 256)])
     report, _ = find(tmp_path, float_range=(0, 1))
     assert counts(report)[images_module.DEEP] == 3
 
@@ -194,11 +214,12 @@ def test_fault_43_huge_heads_allocate_nothing(
     (tmp_path / "bomb.png").write_bytes(png_head(width, height))
     with pytest.raises(UserError, match=r"bomb\.png") as caught:
         read_image(tmp_path / "bomb.png")
-    assert f"{width} x {height} px" in str(caught.value) or "exceeds limit" in str(caught.value)
+    assert re.search(rf"it is too large \(({width} x {height}|over \d+) px\).* data\.rules\.max_pixels", str(caught.value))
     assert not recwarn.list
     noise().save(tmp_path / "a.png")
     with pytest.raises(UserError, match="60 x 40 px"):
         read_image(tmp_path / "a.png", rules=DataRules(max_pixels=2399))
+    assert image_size(tmp_path / "bomb.png", DataRules(max_pixels=2**62))[0] == (height, width)  # beyond Pillow's own limit too
 
 
 def test_fault_44_errors_of_a_network_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +268,7 @@ def test_faults_33_44_45_images_vanish_during_training(tmp_path: Path, caplog: p
     assert "another image takes its place" in caplog.text
     for n in range(2):
         (tmp_path / f"{n}.png").unlink()
-    with pytest.raises(UserError, match="10 images in a row"):
+    with pytest.raises(UserError, match=r"10 images in a row cannot be used \(step 0; .*png: (there is no such|.*no known).*\) - check"):
         StepData(index, None, VIEWS, 0, 2, 0)[0]
 
 
@@ -334,19 +355,15 @@ def test_the_check_shows_its_progress(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("empty", "no known image format"), ("page", "no known image format"), ("cut", "truncated"), ("bomb", "30000 x 30000 px|exceeds limit"),
-     ("float", "its pixels are floats")],
-)  # fmt: skip
-def test_faults_34_35_37_43_by_the_command(
+    [("empty", "no known image format"), ("page", "no known image format"), ("cut", "truncated")],
+)
+def test_faults_34_35_by_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, reason: str
 ) -> None:
     """Over the limit of bad images one line and status 2; below it a count and status 0. The file stays as it is."""
     path, image = labeled(tmp_path), tmp_path / "2.png"
     whole = image.read_bytes()
-    if fault == "float":
-        Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "float.tif")
-    content = {"empty": b"", "page": b"<!DOCTYPE html><html>404</html>", "cut": whole[: len(whole) // 2], "bomb": png_head(30_000, 30_000),
-               "float": (tmp_path / "float.tif").read_bytes() if fault == "float" else b""}[fault]  # fmt: skip
+    content = {"empty": b"", "page": b"<!DOCTYPE html><html>404</html>", "cut": whole[: len(whole) // 2]}[fault]
     image.write_bytes(content)
     status, out, err = check(monkeypatch, capsys, "--annotations", path)
     assert status == 2
@@ -355,6 +372,19 @@ def test_faults_34_35_37_43_by_the_command(
     assert (status, err) == (0, "")
     assert "1 image cannot be used (2.png: " in out
     assert image.read_bytes() == content
+
+
+def test_faults_37_43_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What training stops at is not usable, however few there are."""
+    path = labeled(tmp_path)
+    Image.fromarray(np.zeros((40, 60), np.float32)).save(tmp_path / "float.tif")
+    for content, reason in ((png_head(10_000, 10_000), "it is too large"), ((tmp_path / "float.tif").read_bytes(), "its pixels are floats")):
+        (tmp_path / "2.png").write_bytes(content)
+        status, _, err = check(monkeypatch, capsys, "--annotations", path, "--set", "data.rules.max_bad_images=1")
+        assert status == 2
+        assert re.fullmatch(rf"error: {tmp_path}/2\.png: {reason}.* data\.rules\.\w+.*\n", err), err
 
 
 def test_fault_46_nothing_unlabeled_by_the_command(

@@ -152,6 +152,15 @@ def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "2 objects have no name or no box" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "text"), [("yolo", "1 0.5 0.5 0.2 0.4"), ("voc", voc(("dog", 1, 1, 5, 5, 0)))])
+def test_images_that_share_a_file_are_told(folder: Path, capsys: pytest.CaptureFixture[str], kind: str, text: str) -> None:
+    (folder / "labels/a" / ("1.txt" if kind == "yolo" else "1.xml")).write_text(text)
+    Image.new("RGB", (100, 50)).save(folder / "images/a/1.jpg")
+    assert len(run(folder, kind).boxes) == 2
+    told = "2 images share their annotation file with others, as they differ in the suffix only (a/1.jpg, a/1.png)"
+    assert told in capsys.readouterr().err
+
+
 def test_mistakes(folder: Path) -> None:
     (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4\n")
     run(folder, "yolo")

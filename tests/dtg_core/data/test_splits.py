@@ -120,6 +120,19 @@ def test_files_load_and_the_manifest_is_true(tmp_path: Path) -> None:
         assert record == whole[record["id"]]
 
 
+@pytest.mark.parametrize("polygon", [[[1, 2]], [[1, 2, float("nan"), 4, 5, 6]], "x"])
+def test_broken_polygons_are_written_as_json(tmp_path: Path, polygon: Any) -> None:
+    source = coco(tmp_path, 400)
+    content = json.loads(source.read_text())
+    for annotation in content["annotations"][:20]:
+        del annotation["bbox"]
+        annotation["segmentation"] = polygon
+    source.write_text(json.dumps(content))
+    split(source, "--count", 399)
+    made = json.loads((tmp_path / "splits" / "fold1_399images_labeled.json").read_text(), parse_constant=pytest.fail)
+    assert any("bbox" not in annotation for annotation in made["annotations"])
+
+
 def test_stac_and_ubteacher(tmp_path: Path) -> None:
     source = coco(tmp_path, 400)
     content = json.loads(source.read_text())
