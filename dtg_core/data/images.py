@@ -44,8 +44,8 @@ def read_image(
         odd: collects what is odd about the image.
 
     Raises:
-        UserError: the file is missing or no readable image; NeedsSetting where it is float, 32 bits deep or too large for the
-            rules, or cut off and these ask to stop at such.
+        UserError: the file is missing or no readable image; NeedsSetting where it is float or 32 bits deep without a
+            range in the rules, or cut off and these ask to stop at such.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
     with _opened(path, rules) as image:
@@ -90,13 +90,13 @@ def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
             with _retried(path) as image:
                 if image.width * image.height > rules.max_pixels:
                     found = f"{image.width} x {image.height} px"
-                    raise NeedsSetting(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
+                    raise UserError(f"{path}: it is too large ({found}) - shrink it, or raise data.rules.max_pixels")
                 yield image
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such image - restore it, or take it out of the data set") from None
     except Image.DecompressionBombError as error:
-        raise NeedsSetting(f"{path}: it is too large (over {2 * rules.max_pixels} px) - shrink it, or raise "
-                           "data.rules.max_pixels") from error
+        raise UserError(f"{path}: it is too large (over {2 * rules.max_pixels} px) - shrink it, or raise data.rules.max_pixels"
+                        ) from error
     except NO_IMAGE as error:
         reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else f"{error}" or "damaged"
         raise UserError(f"{path}: it cannot be read as an image ({reason}) - replace it, or take it out") from error
