@@ -338,7 +338,7 @@ def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]])
     file = run.folder / "config.yaml"
     if not file.is_file():
         return
-    there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
+    there = acting_settings(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
     if run.evaluated < min(run.steps, there.get("run.steps", run.steps)):
         return
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"

@@ -237,6 +237,8 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(data: TinyData, tmp
         planned(file, *TINY, "run.steps=1", "optim.lr=0.25")
     with pytest.raises(UserError, match=r"other settings \(run.steps: 1 -> 2\)"):  # it would be trained on, and its results lost
         planned(file, *TINY, "run.steps=2")
+    with pytest.raises(UserError, match=r"other settings \(images_of_a_step.labeled: \[1, 1\] -> \[2, 1\]\)"):
+        planned(file, *TINY, "run.steps=1", "data.labeled_per_device=2")
 
 
 # Whole studies ---------------------------------------------------------------------------------------------------------
