@@ -146,9 +146,11 @@ class PlannedRun:
         return any(path.is_dir() for path in (self.folder / "checkpoints").glob("step_*[0-9]"))
 
     def told(self) -> str:
-        """The teacher's AP."""
-        value = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["teacher"]["AP"]
-        return f"AP {value:.2f}" if value is not None else ""
+        """The teacher's AP; empty where there is none."""
+        try:
+            return f"AP {json.loads((self.folder / 'results.json').read_text(encoding='utf-8'))['teacher']['AP']:.2f}"
+        except (OSError, ValueError, KeyError, TypeError):  # not written, or no object in the validation set
+            return ""
 
     def command(self) -> list[str]:
         """Arguments of train.py, to go on from what is there. A run that starts from a phase takes over its log lines."""
@@ -287,6 +289,8 @@ def plan(
             settings = parse(arguments)
         except UserError as error:
             raise UserError(f"{file}: {cell.name}: {error}") from error
+        if settings["data.labeled"] is not None and settings["data.val"] is None:
+            raise UserError(f"{file}: {cell.name}: data.val: is not given, and a study compares AP - give a COCO JSON")
         acting = acting_settings(settings, stages)
         run = PlannedRun(cell.name, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
         key = json.dumps(acting, sort_keys=True)
