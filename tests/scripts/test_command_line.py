@@ -102,6 +102,9 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
             ["guidance.stages.head.paradigm", "supervised", "dense"],
         ),
         (["--detector", "faster_rcnn", "--set", "faster_rcnn.rpn.nms_iou=0"], ["faster_rcnn.rpn.nms_iou", "out of range"]),
+        (["--detector", "faster_rcnn", "--set", "faster_rcnn.ratios=[]"], ["faster_rcnn.ratios", "is empty"]),
+        (["--detector", "gfl", "--set", "gfl.strides=[]"], ["gfl.strides", "is empty"]),
+        (["--detector", "gfl", "--set", "gfl.channels=1"], ["gfl.channels", "out of range"]),
     ],
 )
 def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:

@@ -411,6 +411,7 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
         (["--compare", "a: tau=2"], "out of range"),
         (["--compare", "a: tau=0.3 background_tau=0.4"], "is over tau"),
         (["--compare", "a: paradigm=none"], "no stage is guided"),
+        (["--compare", "a: paradigm=dense classification=false box=false rank=false"], "all losses are off"),
         (["--compare", "a: paradigm=supervised"], "paradigm"),
         (["--set", "guidance.stages.head.tau=high"], "wanted a number"),
         (["--images", "0"], "at least 1"),
