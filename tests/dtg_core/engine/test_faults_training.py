@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import TinyData, command, lines, run, start_many, write_coco
+from runs import TinyData, checkpoint_state, command, lines, run, start_many, write_coco
 
-from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+from dtg_core.engine.checkpoint import newest_checkpoint
 
 
 @pytest.fixture(scope="module")

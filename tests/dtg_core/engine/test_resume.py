@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import DETECTORS, Process, TinyData, command, errors, lines, run, start, start_many, weights, write_coco
+from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
 from dtg_core.engine import checkpoint
-from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+from dtg_core.engine.checkpoint import newest_checkpoint
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "3"))  # 30 for the whole campaign
 TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
