@@ -68,7 +68,7 @@ class Fit:
         self.module, teacher = student_and_teacher(detector, config)
         self.teacher = teacher.to(accelerator.device)
         self.student, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
-        self.stamp = stamp(config, sources, accelerator.num_processes)
+        self.stamp = stamp(config, sources, accelerator.num_processes, accelerator.mixed_precision)
 
         self.window = Window()  # since the last log line
         self.evaluation_due = False  # at the step of the checkpoint that was resumed
@@ -197,8 +197,10 @@ class Fit:
         if self.sources.val is None:
             self._show(done)
             return True
-        batch, data = self.stamp["global_batch"], {**self.stamp["data"], "val": digest(self.sources.val)}
-        results: dict[str, Any] = {"step": done, "images_of_a_step": batch, "data": data}
+        results: dict[str, Any] = {
+            "step": done, "images_of_a_step": self.stamp["global_batch"], "mixed_precision": self.stamp["mixed_precision"],
+            "data": {**self.stamp["data"], "val": digest(self.sources.val)},
+        }  # fmt: skip
         found: dict[str, Found] = {}
         curves: dict[str, Any] = {}
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):

@@ -16,6 +16,7 @@ from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors
 
 from dtg_core.engine import checkpoint
 from dtg_core.engine.checkpoint import newest_checkpoint
+from dtg_core.engine.resume import check_stamp
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "3"))  # 30 for the whole campaign
 TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
@@ -184,6 +185,22 @@ def test_changed_data_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
     assert "labeled data: 5 images with 10 boxes -> 6 images with 12 boxes" in line
     (ended,) = resume(changed, half, tmp_path, flags=("--resume-with-changes",))
     assert ended.status == 0, ended.err
+
+
+def test_another_mixed_precision_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
+    assert json.loads((half / "results.json").read_text())["mixed_precision"] == "no"
+    output = shutil.copytree(half, tmp_path / "run")
+    arguments = [*command(data, "gfl", output, "data.labeled_per_device=2", steps=5), "--resume", "auto"]
+    ended = run(arguments, tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert ended.status == 2
+    (line,) = errors(ended)
+    assert "other settings (--mixed_precision: no -> bf16)" in line
+
+
+def test_a_stamp_without_a_mixed_precision_is_accepted() -> None:
+    new = {"config": {}, "global_batch": {"labeled": 1, "unlabeled": 1}, "data": {"labeled": None, "unlabeled": None},
+           "processes": 1, "torch": "2", "code": "0", "mixed_precision": "bf16"}  # fmt: skip
+    assert check_stamp({key: value for key, value in new.items() if key != "mixed_precision"}, new, False) == []
 
 
 def test_moved_data_resumes(data: TinyData, half: Path, tmp_path: Path) -> None:
