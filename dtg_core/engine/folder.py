@@ -9,6 +9,7 @@
     weights/*.safetensors   teacher and student, self-contained
     checkpoints/            where ``--resume`` continues
     nonfinite/              the step at which a run gave up, for ``--replay``
+    abandoned-N/            a run folder of what a course had come to that was given up for another one from an earlier step
 """
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +32,7 @@ BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
 #: All names that a run and the scripts that look at it give; ``--overwrite`` deletes nothing else.
 WRITTEN = re.compile(
     r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
-    r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?"
+    r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?|abandoned-\d+"
 )
 
 
@@ -110,3 +113,15 @@ class RunFolder:
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.path / name)
+
+    def set_aside(self, names: Iterable[str]) -> Path:
+        """Move files and folders into a new ``abandoned-N``, beside copies of the settings and the log. Raises OSError."""
+        place = next(place for number in count(1) if not (place := self.path / f"abandoned-{number}").exists())
+        place.mkdir()
+        for name in ("config.yaml", "metrics.jsonl"):
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, place / name)
+        for name in names:
+            if (self.path / name).exists():
+                os.rename(self.path / name, place / name)
+        return place

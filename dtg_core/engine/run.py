@@ -15,12 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from dtg_core.config import Config
+from dtg_core.config import RENAMED, Config
 from dtg_core.data.plan import MicroBatches, eval_batches, items_of, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import (
     discard_newer,
     load_checkpoint,
+    load_weights,
     newest_checkpoint,
     save_checkpoint,
     save_weights,
@@ -39,7 +40,8 @@ from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.models.student import student_and_teacher
-from dtg_core.settings_text import flatten, to_yaml
+from dtg_core.settings import plain_yaml
+from dtg_core.settings_text import dotted, flatten, to_yaml
 from dtg_core.structures import StepBatch
 
 T = TypeVar("T")
@@ -278,9 +280,24 @@ class Fit:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if insist or not auto:  # else it is the same course, which comes to the same figures again
+            on_main(self.accelerator, lambda: self._put_away(state["step"]))
         if self.accelerator.is_main_process:
             discard_newer(self.folder.checkpoints, state["step"])
         return state["step"]
+
+    def _put_away(self, step: int) -> None:
+        """Move what the folder holds of after ``step``, so that it is not taken for what this course comes to."""
+        evaluated = self._evaluated_step()
+        made = {"results.json": evaluated, "precision.json": evaluated, "weights": self._weights_step()}
+        later = [name for name, at in made.items() if at is not None and at > step]
+        if not later:
+            return
+        try:
+            place = self.folder.set_aside(later)
+        except OSError as error:
+            raise UserError(f"{self.folder.path}: cannot be written ({error.strerror}) - make room, and resume again") from error
+        self._say(f"{place}: holds results and weights of after step {step} now, which this course may not come to")
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Every process takes part."""
@@ -380,6 +397,14 @@ class Fit:
         try:
             return json.loads((self.folder.path / "results.json").read_text(encoding="utf-8"))["step"]
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _weights_step(self) -> int | None:
+        """The step that the weights were written at, the last one of their settings."""
+        file = self.folder.path / "weights" / "teacher.safetensors"
+        try:
+            return dotted(plain_yaml(load_weights(file)[1]["config"], str(file), RENAMED))["run.steps"]
+        except (UserError, KeyError, TypeError):
             return None
 
     def _greatest(self, number: int) -> int:

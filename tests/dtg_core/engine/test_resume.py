@@ -155,6 +155,24 @@ def test_other_settings_stop_with_a_list_unless_insisted(data: TinyData, half: P
     (ended,) = resume(data, half, tmp_path, *changes, flags=("--resume-with-changes",))
     assert ended.status == 0, ended.err
     assert "resuming with changes: optim.lr: 0.0005 -> 0.5" in ended.err
+    assert not (tmp_path / "run" / "abandoned-1").exists()  # what there was is of the step resumed at
+
+
+def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """From an earlier step: neither figures nor weights of the former settings stand beside the new ones, and none are lost."""
+    output, made = shutil.copytree(half, tmp_path / "run"), weights(half)
+    arguments = command(data, "gfl", output, "data.labeled_per_device=2", "optim.lr=0.001", steps=4)
+    from_step_2 = [*arguments, "--resume", str(output / "checkpoints" / "step_00000002"), "--resume-with-changes", "--stop-at", "3"]
+    assert run(from_step_2, tmp_path / "logs").status == 0
+    assert not any((output / name).exists() for name in ("results.json", "precision.json", "weights"))
+    kept = output / "abandoned-1"
+    for name in ("results.json", "precision.json", "config.yaml", "metrics.jsonl"):
+        assert (kept / name).read_bytes() == (half / name).read_bytes()
+    assert weights(kept) == made
+    (again,) = resume(data, half, tmp_path, "optim.lr=0.001")
+    assert again.status == 0, again.err
+    assert [line["step"] for line in lines(output) if "teacher/AP" in line] == [6]
+    assert not (output / "abandoned-2").exists()
 
 
 def test_another_number_of_processes_with_the_same_global_batch(data: TinyData, half: Path, tmp_path: Path) -> None:
