@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
+from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest, printable
 from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse
 from dtg_core.settings_text import yaml_scalar
@@ -107,11 +108,8 @@ def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") 
 
 def write_json(file: Path, figures: Mapping[str, object]) -> None:
     """Write what ``--json FILE`` asks for, with the folders above it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {file}: cannot be written ({error.strerror}) - give another file") from error
+    with writing(f"--json {file}", "give another file"):
+        write_text(file, json.dumps(figures, indent=1) + "\n")
 
 
 def progress(items: Iterable[T] | None = None, total: int | None = None, unit: str = "image") -> tqdm[T]:

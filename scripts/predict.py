@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable
 
 if TYPE_CHECKING:
@@ -88,12 +89,10 @@ def main(argv: Sequence[str]) -> int:
 
     require_device(arguments.device)
     predictor = load_detector(arguments.weights, arguments.device, arguments.which)
-    try:
+    with writing(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
         pictures = not arguments.no_pictures
         done = predict(predictor, root, names, arguments.output, arguments.score, arguments.batch, pictures)
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
     if done.interrupted:
         print(f"interrupted after {how_far(done, names)}; written to {arguments.output}", file=sys.stderr)
         return 130

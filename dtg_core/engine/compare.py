@@ -9,7 +9,6 @@ counts as a setting.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dtg_core.config import RENAMED, Config
+from dtg_core.drafts import write_text, writing
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
@@ -264,14 +264,10 @@ def draw_curves(comparison: Comparison) -> str:
 
 def save(comparison: Comparison, folder: Path) -> None:
     """Write ``compare.md`` and ``compare.html``. Raises UserError when the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("compare.md", to_markdown(comparison)), ("compare.html", to_html(comparison))):
-            draft = folder / f"{name}.tmp"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}) - give another folder") from error
+    texts = {"compare.md": to_markdown(comparison), "compare.html": to_html(comparison)}
+    with writing(folder, "give another folder"):
+        for name, text in texts.items():
+            write_text(folder / name, text)
 
 
 def _mean_curve(row: Row, column: int, scale: float) -> list[Point]:

@@ -23,6 +23,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError
 
 #: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
@@ -90,12 +91,10 @@ class RunFolder:
         return re.search(r"^schema:", text, re.MULTILINE) is not None
 
     def claim(self) -> None:
-        """Make the folder and hold its lock. Raises UserError when the folder is in use."""
-        try:
+        """Make the folder and hold its lock. Raises UserError when the folder is in use or cannot be written."""
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}) - give another --output") from error
         try:
             # Not flock, which the loader's workers would inherit and hold for some seconds after this process was killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,15 +103,10 @@ class RunFolder:
             owner = self.lock.read().strip() or "unknown"
             raise UserError(f"{self.path}: another run is using it (process {owner}) - wait for it, or give another "
                             "--output") from error
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
-        self.lock.flush()
-
-    def write(self, name: str, text: str) -> None:
-        """Write a small file at once, never half of it. Raises OSError."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        with writing(self.path):
+            self.lock.truncate(0)
+            self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
+            self.lock.flush()
 
     def set_aside(self, names: Iterable[str]) -> Path:
         """Move files and folders into a new ``abandoned-N``, beside copies of the settings and the log. Raises OSError."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dtg_core.config import RENAMED, Config
 from dtg_core.data.plan import MicroBatches, eval_batches, items_of, steps_loader
 from dtg_core.data.sources import Sources
+from dtg_core.drafts import write_text, writing
 from dtg_core.engine.checkpoint import (
     discard_newer,
     load_checkpoint,
@@ -293,10 +294,8 @@ class Fit:
         later = [name for name, at in made.items() if at is not None and at > step]
         if not later:
             return
-        try:
+        with writing(self.folder.path, "make room, and resume again"):
             place = self.folder.set_aside(later)
-        except OSError as error:
-            raise UserError(f"{self.folder.path}: cannot be written ({error.strerror}) - make room, and resume again") from error
         self._say(f"{place}: holds results and weights of after step {step} now, which this course may not come to")
 
     def _state(self) -> dict[str, Any]:
@@ -414,7 +413,7 @@ class Fit:
 
     def _write(self, name: str, text: str) -> None:
         try:
-            self.folder.write(name, text)
+            write_text(self.folder.path / name, text)
         except OSError as error:
             self._say(f"warning: {self.folder.path / name}: not written ({error.strerror}) - training goes on")
 

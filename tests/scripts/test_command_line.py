@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Terminal
+from conftest import Terminal, full_disk
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,6 +331,9 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for row in json.loads((folder / "evaluation-val" / "detections.json").read_text()):
         assert row["image_id"] in ("n0", "n1", "n2")
         assert row["category_id"] in (3, 7)
+    with pytest.raises(UserError, match=r"full: cannot be written \(File too large\) - give another --output"), full_disk(1):
+        evaluate.main([*arguments, "--workers", "0", "--output", str(tmp_path / "full")])
+    assert not list((tmp_path / "full").iterdir())
     with pytest.raises(UserError, match=r"evaluation-val/results\.json: exists - give another --output, or --overwrite"):
         evaluate.main(arguments)
     assert json.loads((folder / "evaluation-val" / "results.json").read_text()) == results

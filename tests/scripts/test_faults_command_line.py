@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import full_disk
 from runs import DETECTORS, TINY, TinyData, command, errors, run, weights, write_coco
 
 from common import check_devices  # isort: skip
@@ -114,6 +115,14 @@ def test_a_config_of_something_else_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds something already - use another --output$"):
         RunFolder(tmp_path).open(False, False)
     assert tree(tmp_path) == before
+
+
+def test_a_folder_without_room_for_its_lock_is_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run: cannot be written \(File too large\) - give another --output"), full_disk():
+        folder.claim()
+    assert folder.lock is not None
+    folder.lock.close()
 
 
 def test_overwriting_deletes_what_a_run_has_written_only(tmp_path: Path) -> None:
