@@ -118,7 +118,7 @@ class Fit:
             if self.report:
                 self.report.close()
         if status > 128:
-            self._say(f"stopped by signal {status - 128}; --resume auto continues")
+            self._say(f"stopped by signal {status - 128}{self._continues()}")
         return status
 
     def _train(self, start: int, signals: StopSignals, stop_at: int | None) -> int:
@@ -151,13 +151,13 @@ class Fit:
                 return self._finish(signals)
             if run.evaluate_every and done % run.evaluate_every == 0:
                 with clock.paused():
-                    self.evaluation_due = not self._evaluate(done, signals)
+                    self._evaluate(done, signals)
             if signals.agreed or done == stop_at or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 self._save(done)
             if signals.agreed:
                 return 128 + signals.agreed
             if done == stop_at:
-                self._say(f"stopped at step {done}; --resume auto continues")
+                self._say(f"stopped at step {done}{self._continues()}")
                 return 0
         return 0
 
@@ -170,8 +170,9 @@ class Fit:
         ])
         loader = items_of(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
         self.student.train()
-        for first in loader:
-            batches = [first, *(next(loader) for _ in range(parts - 1))]
+        for step in range(start, config.run.steps):
+            with self._reading(step):
+                batches = [next(loader) for _ in range(parts)]
             yield [batch.to(accelerator.device, non_blocking=True) for batch in batches]
 
     # Log and evaluation -------------------------------------------------------------------------------------------------
@@ -197,8 +198,10 @@ class Fit:
 
     def _evaluate(self, done: int, signals: StopSignals) -> bool:
         """Evaluate teacher and student, each image in one process. False: broken off by a signal."""
+        self.evaluation_due = True
         if self.sources.val is None:
             self._show(done)
+            self.evaluation_due = False
             return True
         results: dict[str, Any] = {
             "step": done, "images_of_a_step": self.stamp["global_batch"], "mixed_precision": self.stamp["mixed_precision"],
@@ -211,10 +214,11 @@ class Fit:
                 self.sources.val, self.config.views, self.config.run.evaluate_batch, self.accelerator.process_index,
                 self.accelerator.num_processes, self.config.data.workers,
             ))
-            found[which] = find(
-                detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
-                self.config.run.score_threshold, self.accelerator,
-            )  # fmt: skip
+            with self._reading(done):
+                found[which] = find(
+                    detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
+                    self.config.run.score_threshold, self.accelerator,
+                )  # fmt: skip
             signals.agreed = self._greatest(signals.received)
             if signals.agreed:
                 return False
@@ -228,6 +232,7 @@ class Fit:
             for warning in self.watch.evaluation(done, results["teacher"]["AP"]):
                 self._say(warning)
         self._show(done, found["teacher"])
+        self.evaluation_due = False
         return True
 
     def _show(self, evaluated: int | None = None, found: Found | None = None) -> None:
@@ -323,7 +328,7 @@ class Fit:
             self.unsaved_in_a_row += 1
             if self.unsaved_in_a_row == MOST_UNSAVED:
                 raise UserError(f"{self.folder.checkpoints}: not written {MOST_UNSAVED} times in a row ({error.strerror}) - make "
-                                "room, and --resume auto") from error
+                                f"room{self._continues()}") from error
             self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
                       "one stays")
 
@@ -335,13 +340,30 @@ class Fit:
         done = self._evaluate(self.config.run.steps, signals)
         return 0 if done else 128 + signals.agreed
 
+    @contextlib.contextmanager
+    def _reading(self, done: int) -> Iterator[None]:
+        """Where the data fail after ``done`` whole steps, keep what was learnt, and add to the error how it goes on."""
+        try:
+            yield
+        except UserError as error:
+            if done and self.accelerator.num_processes == 1:  # several cannot: the others are in the midst of the next step
+                with contextlib.suppress(OSError):
+                    save_checkpoint(
+                        self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), self._state()
+                    )
+            raise UserError(f"{error}{self._continues()}") from error
+
+    def _continues(self) -> str:
+        """The end of a message where there is a checkpoint to go on from."""
+        return "; --resume auto continues" if any(self.folder.checkpoints.glob("step_*[0-9]")) else ""
+
     def _write_weights(self) -> None:
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
                 save_weights(path, detector, {**self.metadata, "which": which})
             except OSError as error:
-                raise UserError(f"{path}: not written ({error.strerror}) - make room, and --resume auto") from error
+                raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
 
     def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
         """Write the last of too many steps that were not finite, for ``--replay``."""
@@ -374,7 +396,7 @@ class Fit:
         if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
             process = f"process {self.accelerator.process_index} of {self.accelerator.num_processes}"
             return (f"{process}: step {step}: another process has ended or does not answer ({reason.partition('. ')[0]}) - see "
-                    "what it says; --resume auto continues")
+                    f"what it says{self._continues()}")
         return None
 
     def _out_of_memory(self) -> str:
@@ -386,7 +408,7 @@ class Fit:
         step = self.recent[0].step if self.recent else 0
         return (f"step {step}: out of memory on {device} ({peak}views of {shapes or 'an evaluation'}) - lower "
                 "data.unlabeled_per_device and data.labeled_per_device (optim.accumulate keeps the batch), lower "
-                "views.short_edge and views.long_edge, or use --mixed_precision bf16; --resume auto continues")
+                f"views.short_edge and views.long_edge, or use --mixed_precision bf16{self._continues()}")
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))

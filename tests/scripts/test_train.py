@@ -196,6 +196,9 @@ def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> No
     (error,) = [line for line in ended.err.splitlines() if line.startswith("error:")]
     assert "step 4: out of memory on cpu (views of 1x3x" in error
     assert all(key in error for key in ("data.unlabeled_per_device", "views.short_edge", "--mixed_precision"))
+    assert error.endswith("; --resume auto continues")
+    alone = run(command(data, "gfl", tmp_path / "alone"), tmp_path / "logs", prepare=prepare)
+    assert alone.err.splitlines()[-1].endswith("--mixed_precision bf16")  # there is no checkpoint to go on from
     assert "Traceback" not in ended.err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()].count("step_00000004") == 1
     assert run([*told, "--resume", "auto"], tmp_path / "logs").status == 0
