@@ -81,7 +81,7 @@ class Fit:
         labeled = sources.labeled
         self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
         self.report: RunReport | None = None
-        self.shows = True  # pictures and report.html, until they fail
+        self.given_up: set[str] = set()  # of pictures and report.html, what has failed
 
     def run(self, resume: str | None, insist: bool = False, stop_at: int | None = None) -> int:
         """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
@@ -236,19 +236,27 @@ class Fit:
         return True
 
     def _show(self, evaluated: int | None = None, found: Found | None = None) -> None:
-        """Write report.html, after an evaluation with new pictures. Whatever fails there costs the pictures, not the run."""
-        if self.report is None or not self.shows:
+        """Write report.html, after an evaluation with new pictures."""
+        if self.report is None:
             return
         folder = self.folder.path
+        if evaluated is not None:
+            self._draw("pictures", lambda: save_pictures(
+                folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config, found,
+                self.accelerator.device,
+            ))  # fmt: skip
+        self._draw("report.html", lambda: write_report(folder))
+
+    def _draw(self, name: str, action: Callable[[], None]) -> None:
+        """Whatever fails there costs what is drawn, not the run."""
+        if name in self.given_up:
+            return
         try:
-            if evaluated is not None:
-                save_pictures(folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config,
-                              found, self.accelerator.device)
-            write_report(folder)
+            action()
         except Exception as error:
-            self.shows = False
+            self.given_up.add(name)
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"warning: {folder / 'report.html'}: given up ({reason}) - training goes on")
+            self._say(f"warning: {self.folder.path / name}: given up ({reason}) - training goes on")
 
     @torch.no_grad()
     def _score_histogram(self, stage: str) -> str:
