@@ -109,6 +109,15 @@ def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     assert own.read_text() == "mine"
 
 
+def test_every_picture_has_a_place_of_its_own_in_the_output(photos, tmp_path):
+    names = ["a.gif", "a.gif.png", "a.gif.png.png", "a.jpg"]
+    places = [predict.picture_path(tmp_path, name, frozenset(names)).name for name in names]
+    assert places == ["a.gif.png.png.png", "a.gif.png", "a.gif.png.png", "a.jpg"]
+    (tmp_path / "other").mkdir()
+    (photos / "a.png").rename(tmp_path / "other" / "a.png")
+    assert find([f"{photos}/*/../../other/*.png"], tmp_path / "out") == (["other/a.png"], tmp_path)  # not ../other/a.png
+
+
 def test_predict_leaves_other_folders_alone(run, photos, tmp_path):
     """Pictures with boxes among photos would be taken for more of them."""
     out = tmp_path / "out"
