@@ -165,6 +165,7 @@ def test_the_paradigm_reaches_every_stage(tmp_path: Path, paradigm: str, stage: 
     for text, flags in (
         (f"paradigm: {paradigm}\n", []),
         ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}", ["--paradigm", paradigm]),
+        ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}", ["--set", f"paradigm={paradigm}"]),
     ):
         file.write_text(text)
         settings, _, _ = settings_of("--config", str(file), "--detector", "faster_rcnn", *flags)
@@ -181,6 +182,8 @@ def test_stages_may_differ() -> None:
         "--detector", "faster_rcnn", "--paradigm", "dense", "--set", "guidance.stages.rpn.paradigm=sparse"
     )
     assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == ["sparse", "dense"]
+    settings, _, _ = settings_of("--detector", "faster_rcnn", "--set", "guidance.stages.rpn.paradigm=dense", "paradigm=sparse")
+    assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == ["dense", "sparse"]
     settings, _, _ = settings_of("--detector", "gfl", "--set", "guidance.stages.head.paradigm=none")
     assert is_supervised(settings)
 
