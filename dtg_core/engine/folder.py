@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, whole or not."""
+        return any(self.checkpoints.glob("step_*[0-9]"))
+
+    @property
     def nonfinite(self) -> Path:
         return self.path / "nonfinite"
 

@@ -363,7 +363,7 @@ class Fit:
 
     def _continues(self) -> str:
         """The end of a message where there is a checkpoint to go on from."""
-        return "; --resume auto continues" if any(self.folder.checkpoints.glob("step_*[0-9]")) else ""
+        return "; --resume auto continues" if self.folder.has_checkpoint else ""
 
     def _write_weights(self) -> None:
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):

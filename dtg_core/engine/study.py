@@ -27,6 +27,7 @@ from typing import Any, Literal
 from dtg_core.config import RENAMED
 from dtg_core.engine.checkpoint import checkpoint_name
 from dtg_core.engine.compare import BATCH, effective
+from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError
 from dtg_core.settings import check_ranges, load_config, plain_yaml, refuse
@@ -143,7 +144,7 @@ class PlannedRun:
     @property
     def started(self) -> bool:
         """It has a checkpoint of its own."""
-        return any(path.is_dir() for path in (self.folder / "checkpoints").glob("step_*[0-9]"))
+        return RunFolder(self.folder).has_checkpoint
 
     def told(self) -> str:
         """The teacher's AP; empty where there is none."""

@@ -278,6 +278,14 @@ def test_init_starts_teacher_and_student(data: TinyData, tmp_path: Path, name: s
         process = run(start(data, name, tmp_path / "second", "--init", str(source), "--overwrite"), tmp_path / "logs")
         assert process.status == 0, process.err
         assert not moved(weights(tmp_path / "second"), first)
+    again = run(start(data, name, tmp_path / "first", "--init", str(tmp_path / "first" / "weights"), "--overwrite"), tmp_path / "logs")
+    assert again.status == 2
+    assert again.err.endswith("first, which --overwrite empties - give another --output\n")
+    assert weights(tmp_path / "first") == first
+    (tmp_path / "first").rename(tmp_path / "gone")  # the checkpoint has all weights
+    more = run(start(data, name, tmp_path / "second", "--init", str(source), "--steps", "2", "--resume", "auto"), tmp_path / "logs")
+    assert more.status == 0, more.err
+    assert not moved(weights(tmp_path / "second"), first)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
