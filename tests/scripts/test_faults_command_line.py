@@ -48,6 +48,20 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
     assert tree(data.labeled.parent) == before
 
 
+@pytest.mark.parametrize(("loss", "scaled", "told"), [(1.0, True, False), (1.0, False, True), (float("nan"), True, True)])
+def test_dry_run_tells_broken_losses_from_a_scaler_at_its_start(data: TinyData, tmp_path: Path, loss: float, scaled: bool, told: bool) -> None:
+    def prepare() -> None:
+        def skipped(*arguments: Any) -> dict[str, float]:
+            arguments[-1].scaler = object() if scaled else None
+            return {"labeled/head/cls": loss, "guidance/head/clusters": 0.0, "skipped": 1.0}
+
+        dry_run_module.train_step = skipped  # type: ignore[assignment]
+
+    process = run([*command(data, "gfl", tmp_path / "run"), "--dry-run"], tmp_path / "logs", prepare=prepare)
+    assert process.status == 0, process.err
+    assert ("losses were not finite" in process.out) == told
+
+
 def test_fault_58_folders_that_cannot_be_written(data: TinyData, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
