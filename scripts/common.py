@@ -216,8 +216,8 @@ def _stage_paradigm(paradigm: str) -> Paradigm:
 
 
 def _fill_paradigms(settings: RunSettings, origins: dict[str, str]) -> RunSettings:
-    """Give the run's paradigm to the stages that nothing nearer decides, noting its origin. One of the command line is nearer than
-    the stages of a file, which may be a run's own config.yaml."""
+    """Give the run's paradigm to the stages that nothing nearer decides, noting its origin. One of the command line is nearer
+    than the stages of a file, which may be a run's own config.yaml."""
     told = origins["paradigm"] == COMMAND_LINE
     stages = dict(settings.guidance.stages)
     for stage, rule in stages.items():

@@ -116,8 +116,8 @@ def build_pyramid(
         extra: how levels coarser than 32 are made: strided convolutions (GFL) or one max-pool (Faster R-CNN).
 
     Raises:
-        UserError: unknown model, strides that do not double, start over 32 or that it does not have, weights that cannot be had or
-            do not fit.
+        UserError: unknown model, strides that do not double, start over 32 or that it does not have, weights that cannot be had
+            or do not fit.
     """
     doubled = [strides[0] * 2**level for level in range(len(strides))]
     if list(strides) != doubled:
