@@ -187,7 +187,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-#: The interval of each number; a round bracket leaves its end out. A pattern's * stands for any stage.
+#: The interval of each number; a round bracket leaves its end out, a + asks for one number at least. A pattern's * stands for any
+#: stage.
 RANGES = {
     "schema": f"[{SCHEMA}, {SCHEMA}]",
     "guidance.alpha": "[0, inf)",

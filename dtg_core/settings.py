@@ -96,7 +96,7 @@ def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, s
     Args:
         config: a configuration dataclass.
         ranges: {key pattern: interval}, e.g. ``{"guidance.stages.*.tau": "(0, 1)"}``; a round bracket leaves its end out.
-            Every number of a tuple has to lie in it, None passes.
+            Every number of a tuple has to lie in it, and with a + behind the interval there has to be one; None passes.
         origins: of the keys, for the message.
 
     Raises:
@@ -106,10 +106,13 @@ def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, s
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             refuse(key, f"is not a finite number (found {value})", origins)
-    for pattern, interval in ranges.items():
+    for pattern, told in ranges.items():
+        interval = told.removesuffix("+")
         low, high = (float(end) for end in interval[1:-1].split(","))
         for key in fnmatch.filter(flat, pattern):
             values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+            if not values and interval != told:
+                refuse(key, "is empty - give at least one number", origins)
             for value in values:
                 if value is None:
                     continue

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
+from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest, printable
-from dtg_core.settings import DEFAULT, check_ranges, load_config, refuse
+from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, refuse
 from dtg_core.settings_text import yaml_scalar
 
 if TYPE_CHECKING:
@@ -107,11 +108,8 @@ def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") 
 
 def write_json(file: Path, figures: Mapping[str, object]) -> None:
     """Write what ``--json FILE`` asks for, with the folders above it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json {file}: cannot be written ({error.strerror}) - give another file") from error
+    with writing(f"--json {file}", "give another file"):
+        write_text(file, json.dumps(figures, indent=1) + "\n")
 
 
 def progress(items: Iterable[T] | None = None, total: int | None = None, unit: str = "image") -> tqdm[T]:
@@ -171,7 +169,7 @@ def train_parser() -> Parser:
 _FLAG_KEYS = {
     "detector": "detector", "backbone": "backbone.name", "steps": "run.steps", "seed": "run.seed", "labeled": "data.labeled",
     "unlabeled": "data.unlabeled", "val": "data.val", "images": "data.images", "output": "run.output",
-    "init": "run.init", "reset_head": "run.reset_head",
+    "init": "run.init", "reset_head": "run.reset_head", "paradigm": "paradigm",
 }
 
 
@@ -186,15 +184,12 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
     """
     from run_settings import DETECTOR_RANGES, RunSettings
 
-    from dtg_core.config import RANGES, RENAMED, cross_check, paper_stages
+    from dtg_core.config import RANGES, RENAMED, cross_check
 
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
     overrides = [f"{key}={yaml_scalar(getattr(arguments, flag))}" for flag, key in _FLAG_KEYS.items()
                  if getattr(arguments, flag) is not None]
-    if arguments.paradigm:
-        overrides.append(f"paradigm={arguments.paradigm}")
-        overrides += [f"guidance.stages.{stage}.paradigm={_stage_paradigm(arguments.paradigm)}" for stage in paper_stages()]
     file = _shortest(arguments.config or QUICKSTART)
     notes: list[str] = []
     settings, origins = load_config(RunSettings, file, [*overrides, *arguments.set], RENAMED, notes)
@@ -221,11 +216,13 @@ def _stage_paradigm(paradigm: str) -> Paradigm:
 
 
 def _fill_paradigms(settings: RunSettings, origins: dict[str, str]) -> RunSettings:
-    """Give the run's paradigm to the stages that neither the file nor the command line decides, noting its origin."""
+    """Give the run's paradigm to the stages that nothing nearer decides, noting its origin. One of the command line is nearer
+    than the stages of a file, which may be a run's own config.yaml."""
+    told = origins["paradigm"] == COMMAND_LINE
     stages = dict(settings.guidance.stages)
     for stage, rule in stages.items():
         key = f"guidance.stages.{stage}.paradigm"
-        if origins[key] == DEFAULT:
+        if origins[key] == DEFAULT or (told and origins[key] != COMMAND_LINE):
             stages[stage] = replace(rule, paradigm=_stage_paradigm(settings.paradigm))
             origins[key] = origins["paradigm"]
     return replace(settings, guidance=replace(settings.guidance, stages=stages))

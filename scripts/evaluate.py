@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new, require_own_files
 
+from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,10 +64,8 @@ def main(argv: Sequence[str]) -> int:
     loaded = load_detector(weights, arguments.device)
 
     index = _data_set(loaded, arguments.annotations, arguments.images, arguments.weights)
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}) - give another --output") from error
 
     run = loaded.settings.run
     workers = loaded.settings.data.workers if arguments.workers is None else arguments.workers
@@ -75,8 +75,10 @@ def main(argv: Sequence[str]) -> int:
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
     results = {"weights": weights.name, "images": len(index), **metrics}
-    for name, text in zip(FILES, (json.dumps(results, indent=1), json.dumps(coco_results(index, found)))):
-        (output / name).write_text(text + "\n", encoding="utf-8")
+    texts = json.dumps(results, indent=1), json.dumps(coco_results(index, found))
+    with writing(output), ExitStack() as drafts:  # both files or none
+        for name, text in zip(FILES, texts):
+            drafts.enter_context(draft_of(output / name)).write_text(text + "\n", encoding="utf-8")
     print(f"written to {output}")
     return 0
 

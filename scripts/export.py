@@ -15,6 +15,7 @@ from pathlib import Path
 from common import Parser, main_guard, one_of
 from predict import find_images
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError
 
 FORMATS = {"onnx": ("onnx",), "torch_export": ("torch_export",), "both": ("torch_export", "onnx")}
@@ -62,11 +63,9 @@ def main(argv: Sequence[str]) -> int:
     pictures = [read_image(root / name, rules=settings.data.rules) for name in names[:IMAGES]]
     pictures = pictures or [draw_scene(0, "val", number).image for number in range(IMAGES)]
     formats = FORMATS[arguments.format]
-    try:
+    with writing(arguments.output):
         for line in export(predictor, pictures, arguments.output, weights.stem, formats, size, score, arguments.opset):
             print(line)
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
     return 0
 
 

@@ -8,13 +8,13 @@ Images without a file of labels become images without objects. File names in the
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import Parser, add_overwrite, main_guard, one_of, require_new
 
+from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
 
 
@@ -49,22 +49,15 @@ def main(argv: Sequence[str]) -> int:
         content = import_yolo(arguments.images, arguments.labels, arguments.names, report)
     else:
         content = import_voc(arguments.images, arguments.labels, report, arguments.zero_based)
-    draft = arguments.output.with_name(f"{arguments.output.name}.tmp")
+    with writing(arguments.output), draft_of(arguments.output) as draft:
+        def told(line: str) -> str:
+            return line.replace(str(draft), str(arguments.output))
 
-    def told(line: str) -> str:
-        return line.replace(str(draft), str(arguments.output))
-
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(content), encoding="utf-8")
-        index = load_coco(draft, arguments.images, report=report)
-        os.replace(draft, arguments.output)
-    except UserError as error:
-        raise UserError(told(str(error))) from error
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
-    finally:
-        draft.unlink(missing_ok=True)
+        try:
+            index = load_coco(draft, arguments.images, report=report)
+        except UserError as error:
+            raise UserError(told(str(error))) from error
     for line in report.lines():
         print(f"warning: {told(line)}", file=sys.stderr)
     print(f"{arguments.output}: {counted(len(index), 'image')}, {counted(len(index.boxes), 'box', 'boxes')} of "

@@ -12,11 +12,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import Parser, add_overwrite, main_guard, one_of, require_new
 
+from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -73,16 +75,7 @@ def main(argv: Sequence[str]) -> int:
                 positions = fill_classes(positions, groups, counts, names, arguments.min_per_class, fold)
             _look_at_size(arguments, f"fold{fold}_{name}", len(positions), wanted, groups)
             drawn.append((f"fold{fold}_{name}", fold, positions))
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
-    made = []
-    for name, fold, positions in drawn:
-        sums = _write(arguments.output, name, content, np.sort(positions))
-        boxes = dict(zip(names, counts[positions].sum(0).tolist()))
-        made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
-        print(f"{name}: {len(positions)} labelled and {counted(len(images) - len(positions), 'other image')}")
+    made: list[dict[str, Any]] = []
     manifest = {
         "source": arguments.annotations.name,
         "sha256": sha256(arguments.annotations),
@@ -92,7 +85,19 @@ def main(argv: Sequence[str]) -> int:
         "group_by": arguments.group_by,
         "splits": made,
     }
-    (arguments.output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    with writing(arguments.output), ExitStack() as drafts:  # all files or none: a few would block the next try
+        for name, fold, positions in drawn:
+            sums = {}
+            for part, value in zip(PARTS, _parts(content, np.sort(positions))):
+                draft = drafts.enter_context(draft_of(arguments.output / f"{name}_{part}.json"))
+                draft.write_text(json.dumps(value), encoding="utf-8")
+                sums[f"{name}_{part}.json"] = sha256(draft)
+            boxes = dict(zip(names, counts[positions].sum(0).tolist()))
+            made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
+        draft = drafts.enter_context(draft_of(arguments.output / "manifest.json"))
+        draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for one in made:
+        print(f"{one['name']}: {one['images']} labelled and {counted(len(images) - one['images'], 'other image')}")
     return 0
 
 
@@ -167,8 +172,8 @@ def _draw(
     return draw(arguments.protocol, len(images), wanted, fold)
 
 
-def _write(folder: Path, name: str, content: dict[str, Any], positions: np.ndarray) -> dict[str, str]:
-    """Write both files of a fold; gives their checksums."""
+def _parts(content: dict[str, Any], positions: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of both files of a fold, in the order of ``PARTS``."""
     chosen = set(positions.tolist())
     images = content["images"]
     labeled = [image for row, image in enumerate(images) if row in chosen]
@@ -176,13 +181,7 @@ def _write(folder: Path, name: str, content: dict[str, Any], positions: np.ndarr
     annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in ids]
     rest = [{key: image[key] for key in ("id", "file_name", "width", "height") if key in image}
             for row, image in enumerate(images) if row not in chosen]  # fmt: skip
-    sums = {}
-    whole = {"images": labeled, "annotations": annotations, "categories": content["categories"]}
-    for part, value in zip(PARTS, (whole, {"images": rest})):
-        path = folder / f"{name}_{part}.json"
-        path.write_text(json.dumps(value), encoding="utf-8")
-        sums[path.name] = sha256(path)
-    return sums
+    return {"images": labeled, "annotations": annotations, "categories": content["categories"]}, {"images": rest}
 
 
 def sha256(path: Path) -> str:

@@ -151,8 +151,12 @@ def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Con
     result = overridden(settings, full)
     check_ranges(result, RANGES)
     cross_check(result, {})
-    if all(result.guidance.stages[stage].paradigm == "none" for stage in stages):
+    rules = [result.guidance.stages[stage] for stage in stages]
+    guided = [rule for rule in rules if rule.paradigm != "none"]
+    if not guided:
         raise UserError(f"--compare {' '.join(keys)}: no stage is guided - use paradigm=dense or paradigm=sparse")
+    if not any(rule.paradigm == "sparse" or rule.classification or rule.box or rule.rank for rule in guided):
+        raise UserError(f"--compare {' '.join(keys)}: all losses are off - leave classification, box or rank on")
     return result
 
 

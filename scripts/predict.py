@@ -20,7 +20,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable
 
 if TYPE_CHECKING:
@@ -88,12 +89,10 @@ def main(argv: Sequence[str]) -> int:
 
     require_device(arguments.device)
     predictor = load_detector(arguments.weights, arguments.device, arguments.which)
-    try:
+    with writing(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
         pictures = not arguments.no_pictures
         done = predict(predictor, root, names, arguments.output, arguments.score, arguments.batch, pictures)
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
     if done.interrupted:
         print(f"interrupted after {how_far(done, names)}; written to {arguments.output}", file=sys.stderr)
         return 130
@@ -147,7 +146,7 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
     for path in empty:
         kinds = passed_over(report, path, suffixes)
         print(printable(f"warning: {path}: no image there{f', only {kinds} files' if kinds else ''}"), file=sys.stderr)
-    common = os.path.commonpath(roots)
+    common = os.path.commonpath([*roots, *map(os.path.dirname, files)])  # a pattern may lead out of its root by ..
     return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common)
 
 
@@ -179,7 +178,7 @@ def predict(
     from dtg_core.engine.pictures import draw_found
     from dtg_core.engine.signals import StopSignals
 
-    done = Done()
+    done, every = Done(), frozenset(names)
     lists = [output / name for name in LISTS]
     drafts = [draft(path) for path in lists]  # renamed when they are whole
     with (
@@ -200,7 +199,7 @@ def predict(
                             rows.writerow(row)
                             done.boxes += 1
                         if pictures:
-                            path = picture_path(output, name)
+                            path = picture_path(output, name, every)
                             path.parent.mkdir(parents=True, exist_ok=True)
                             draw_found(image, found, predictor.class_names).save(path)
                     if stop.received:
@@ -272,16 +271,17 @@ def lower_score(predictor: Predictor, pictures: Sequence[Image.Image], score: fl
     return f"no box over {score:g}{best} - try a lower --score"
 
 
-def outputs(output: Path, names: Iterable[str]) -> Iterator[Path]:
+def outputs(output: Path, names: Collection[str]) -> Iterator[Path]:
     """The files that are written for ``names``; of a video, whose frames are not known yet, those that are there."""
     from dtg_core.data.video import VIDEO_SUFFIXES
 
     yield from (output / name for name in LISTS)
+    every = frozenset(names)
     for name in names:
         if Path(name).suffix.lower() in VIDEO_SUFFIXES:
             yield from sorted((output / "pictures" / name).glob("*.jpg"))
         else:
-            yield picture_path(output, name)
+            yield picture_path(output, name, every)
 
 
 def draft(path: Path) -> Path:
@@ -289,9 +289,13 @@ def draft(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp")
 
 
-def picture_path(output: Path, name: str) -> Path:
-    path = output / "pictures" / name
-    return path if path.suffix.lower() in SAVED_AS_THEY_ARE else path.with_name(f"{path.name}.png")
+def picture_path(output: Path, name: str, names: Container[str]) -> Path:
+    """Where the picture of an image goes; ``names`` are those of all files, none of which shares it."""
+    if Path(name).suffix.lower() not in SAVED_AS_THEY_ARE:
+        name += ".png"
+        while name in names:
+            name += ".png"
+    return output / "pictures" / name
 
 
 def text(name: str) -> str:

@@ -22,9 +22,9 @@ class RunSettings(Config):
 
 #: Intervals of the detectors' numbers, in the notation of ``dtg_core.config.RANGES``.
 DETECTOR_RANGES = {
-    "*.channels": "[1, inf)",
+    "*.channels": "[2, inf)",
     "gfl.tower_depth": "[0, inf)",
-    "*.strides": "[1, inf)",
+    "*.strides": "[1, inf)+",
     "*.anchor_scale": "(0, inf)",
     "gfl.reg_max": "[1, inf)",
     "gfl.prior": "(0, 1)",
@@ -34,7 +34,7 @@ DETECTOR_RANGES = {
     "*.pre_nms": "[1, inf)",
     "*.nms_iou": "(0, 1]",
     "*.detections_per_image": "[1, inf)",
-    "faster_rcnn.ratios": "(0, inf)",
+    "faster_rcnn.ratios": "(0, inf)+",
     "faster_rcnn.*iou": "[0, 1]",
     "faster_rcnn.*.samples": "[1, inf)",
     "faster_rcnn.*.positive_share": "(0, 1]",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,11 +75,9 @@ def main(argv: Sequence[str]) -> int:
     for name in stages:
         explained = explain(*models, pair, name, settings.guidance.stages[name], hull)
         path = arguments.output / f"{name}.png"
-        try:
+        with writing(path):
             arguments.output.mkdir(parents=True, exist_ok=True)
             guidance_sheet(explained, pair, teacher.class_names, range(arguments.count)).save(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}) - give another --output") from error
         print(f"written to {path}")
     if truth is None:
         return 0

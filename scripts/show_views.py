@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import Parser, add_overwrite, load_settings, main_guard, require_new, train_parser
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError
 
 
@@ -47,11 +48,9 @@ def main(argv: Sequence[str]) -> int:
     index = open_sources(settings.data, True).labeled
     rows = [row for row in range(len(index)) if len(index.objects(row)[0])][: arguments.count]
     picture = views_sheet(index, rows, settings.views, settings.run.seed)
-    try:
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.save(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}) - give another --output") from error
     print(f"written to {output}")
     return 0
 

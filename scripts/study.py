@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import DETECTORS, STAGES, Parser, load_settings, main_guard, train_parser
 
+from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest
 from dtg_core.settings_text import dotted, flatten
 
@@ -96,7 +97,8 @@ def _run(study: Study, file: Path, planned: Plan, folder: Path, parallel: int, t
     lock = RunFolder(folder)  # held until this process ends
     lock.claim()
     if not (folder / MARK).exists():
-        lock.write(MARK, file.read_text(encoding="utf-8"))
+        with writing(folder):
+            write_text(folder / MARK, file.read_text(encoding="utf-8"))
     if study.data.source:
         _split(study, folder / "splits")
     todo = _jobs(planned, folder / "logs", train)

@@ -64,11 +64,13 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.models.backbone import require_available, require_known
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
+    # A checkpoint replaces all first weights, which may be gone by then.
+    resumed = arguments.resume is not None and (arguments.resume != "auto" or on_main(accelerator, lambda: folder.has_checkpoint))
     if not arguments.replay:  # before the data is read, which may take a while
-        require = require_available if settings.run.init is None else require_known
+        require = require_known if resumed or settings.run.init is not None else require_available
         on_main(accelerator, lambda: require(settings.backbone))
         on_main(accelerator, lambda: require_writable(folder.path))
-        on_main(accelerator, lambda: _require_free(folder, arguments))
+        on_main(accelerator, lambda: _require_free(folder, settings, arguments))
         on_main(accelerator, lambda: _try_detector(settings))
     report = Report()
     with accelerator.main_process_first():  # the first process makes the embedded data set
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.replay:
         return _replay(arguments, settings, sources, accelerator)
     torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
-    detector, remarks = _detector(settings, sources)
+    detector, remarks = _detector(settings, sources, resumed)
     if accelerator.is_main_process:
         remarks += [f"{labeled}: {line}" for line in missed_classes(cast("Detector", detector), sources.labeled, settings.views)]
         for remark in remarks:
@@ -109,9 +111,12 @@ def _config_of(step: Path) -> Path:
     return config
 
 
-def _require_free(folder: RunFolder, arguments: argparse.Namespace) -> None:
+def _require_free(folder: RunFolder, settings: RunSettings, arguments: argparse.Namespace) -> None:
     """As RunFolder.require_free; a dry run, which writes nothing, only warns."""
+    init = settings.run.init
     try:
+        if arguments.overwrite and init is not None and Path(init).resolve().is_relative_to(folder.path.resolve()):
+            raise UserError(f"--init {init}: lies in {folder.path}, which --overwrite empties - give another --output")
         folder.require_free(arguments.resume is not None, arguments.overwrite)
     except UserError as error:
         if not arguments.dry_run:
@@ -164,15 +169,15 @@ def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bo
     return settings
 
 
-def _detector(settings: RunSettings, sources: Sources) -> tuple[nn.Module, list[str]]:
-    """The detector with its first weights, and warnings; where a run is resumed, its checkpoint replaces them."""
+def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[nn.Module, list[str]]:
+    """The detector with its first weights, and warnings; bare where a run is resumed, whose checkpoint has them."""
     from dtg_core.engine.initial import start_from
     from dtg_core.engine.predict import find_weights
 
     classes, make = sources.labeled.class_names, DETECTORS[settings.detector]
-    if settings.run.init is None:
-        return make(settings, len(classes)), []
     bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
+    if resumed or settings.run.init is None:
+        return make(bare if resumed else settings, len(classes)), []
     detector = make(bare, len(classes))
     path = find_weights(Path(settings.run.init))
     return detector, start_from(path, detector, partial(make, bare), classes, settings.run.reset_head)

@@ -1,9 +1,12 @@
 """Shared fixtures: paths, and batches of plain views."""
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,17 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs tools or weights beside the checkout")
     return folder
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 0) -> Iterator[None]:
+    """No file can grow beyond ``room`` bytes, not even pytest's own: what is printed meanwhile has to be captured by capsys."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Terminal(io.StringIO):

@@ -201,6 +201,12 @@ def start_many(
     ]
 
 
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """What a run has put into a checkpoint beside tensors, and its step."""
+    stored = json.loads((path / "state.json").read_text())
+    return {**stored["state"], "step": stored["step"]}
+
+
 def lines(output: Path, times: bool = False) -> list[dict[str, Any]]:
     """metrics.jsonl, without what a clock has measured."""
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -236,7 +236,7 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
         reason = " ".join(text.strip().rpartition("\n")[2].split()) or type(error).__name__
         raise UserError(
             f"data.workers={loader.num_workers}: a worker that makes batches has died ({reason}) - use fewer workers; where "
-            "memory or /dev/shm is small, 0; train.py --resume auto continues"
+            "memory or /dev/shm is small, 0"
         ) from error
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from dtg_core.drafts import writing
+
 log = logging.getLogger(__name__)
 
 VERSION = 2  # part of the cache folder's name: raise it when a scene changes
@@ -102,6 +104,9 @@ def make_shapes(root: Path | None, labeled: int, unlabeled: int, val: int, seed:
         unlabeled: number of images without labels.
         val: number of images to evaluate on.
         seed: of the scenes.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     root = _cache() if root is None else Path(root)
     folder = root / f"shapes-v{VERSION}-{labeled}-{unlabeled}-{val}-seed{seed}"
@@ -109,12 +114,13 @@ def make_shapes(root: Path | None, labeled: int, unlabeled: int, val: int, seed:
         log.info("drawing the shapes data set once into %s", folder)
         # Written beside its place and renamed, so that a stopped process leaves no half of it and two do not mix.
         draft = root / f".{folder.name}-{uuid.uuid4().hex}"
-        try:
-            for split, count in zip(SPLITS, (labeled, unlabeled, val)):
-                _write_split(draft, split, count, seed)
-            _rename(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with writing(root, "set DTG_CACHE to a folder with room"):
+            try:
+                for split, count in zip(SPLITS, (labeled, unlabeled, val)):
+                    _write_split(draft, split, count, seed)
+                _rename(draft, folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     images = folder / "images"
     return ShapesPaths(
         folder / "labeled.json", images / "unlabeled", folder / "val.json", images, folder / "unlabeled_truth.json"

@@ -158,12 +158,6 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = _say) -> Path 
     return None
 
 
-def checkpoint_state(path: Path) -> dict[str, Any]:
-    """The ``state`` of a whole checkpoint and its step, without its tensors being used. Raises UserError."""
-    stored = _verified(path)[1]
-    return {**stored["state"], "step": stored["step"]}
-
-
 def discard_newer(folder: Path, step: int) -> None:
     """Delete checkpoints after ``step``: they belong to a course that a resume from ``step`` gives up."""
     for number, path in _checkpoints(folder):

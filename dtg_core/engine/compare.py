@@ -3,12 +3,12 @@
 Runs whose settings differ in the seed or the fold only are one row: a mean and the standard deviation over them. A *fold* is
 another draw of the same data: ``data.shapes_seed``, or files whose names differ in the number of a fold only. Settings that
 cannot have had an effect, as the sparse threshold of a dense stage, are left out before runs are compared, and images per
-process and micro-batches give way to the images of a step, which are what training depends on.
+process and micro-batches give way to the images of a step, which are what training depends on. The launcher's mixed precision
+counts as a setting.
 """
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dtg_core.config import RENAMED, Config
+from dtg_core.drafts import write_text, writing
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
@@ -32,6 +33,8 @@ SILENT = {
 }  # fmt: skip
 #: The images of a step, over all processes: what the last three come to.
 BATCH = "images_of_a_step"
+#: The launcher's, which is no setting of the config either.
+PRECISION = "mixed_precision"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
@@ -140,7 +143,7 @@ def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]
-        settings = effective(told | _batch(told, found), stages)
+        settings = effective(told | _batch(told, found) | {PRECISION: found.get(PRECISION, "no")}, stages)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'results.json'}: not the results of a run - give a folder that train.py wrote") from error
     if step != settings.get("run.steps"):
@@ -261,14 +264,10 @@ def draw_curves(comparison: Comparison) -> str:
 
 def save(comparison: Comparison, folder: Path) -> None:
     """Write ``compare.md`` and ``compare.html``. Raises UserError when the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("compare.md", to_markdown(comparison)), ("compare.html", to_html(comparison))):
-            draft = folder / f"{name}.tmp"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}) - give another folder") from error
+    texts = {"compare.md": to_markdown(comparison), "compare.html": to_html(comparison)}
+    with writing(folder, "give another folder"):
+        for name, text in texts.items():
+            write_text(folder / name, text)
 
 
 def _mean_curve(row: Row, column: int, scale: float) -> list[Point]:

@@ -1,6 +1,7 @@
 """What a run will cost, from two of its steps that are thrown away. Nothing is written."""
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from dtg_core.engine.loop import make_optimizer, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
+from dtg_core.guidance.paradigms import Figures
 from dtg_core.models.student import student_and_teacher
 
 CHECKPOINTS = 3  # kept at once while a new one is written
@@ -48,13 +50,13 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
     full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
     student.train()
     reading = training = 0.0
-    skipped = 0
+    broken = False
     for step in (full, full + 1):  # the first one also warms up; its times are overwritten
         began = time.perf_counter()
         batch = data[step]
         reading = time.perf_counter() - began
         figures = train_step(student, teacher, optimizer, [batch.to(accelerator.device)], config, accelerator)
-        skipped += int(figures["skipped"])  # sync: a step is over when its figures are there
+        broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
         training = time.perf_counter() - began - reading
     step_seconds = max(training, reading / config.data.workers) if config.data.workers else training + reading
     step_seconds += (config.optim.accumulate - 1) * step_seconds
@@ -73,13 +75,20 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         f"batch: {images[0]} labelled and {0 if sources.unlabeled is None else images[1]} unlabelled images, over "
         f"{processes} {'process' if processes == 1 else 'processes'}",
         f"step: {training:.2f} s training, {reading:.2f} s reading with one process",
-        *(["losses were not finite - lower optim.lr, or check the data"] if skipped else []),
+        *(["losses were not finite - lower optim.lr, or check the data"] if broken else []),
         f"run: about {timedelta(seconds=round(step_seconds * config.run.steps))} for {config.run.steps} steps, evaluation "
         "not counted",
         f"memory: {peak_memory(accelerator.device) / 1e9:.1f} GB of the {'GPU' if on_gpu else 'process'} at most",
         f"disk: {size / 1e6:.0f} MB a checkpoint, {free / 1e9:.1f} GB free",
         "dry run: nothing was written",
     ]
+
+
+def _broken(figures: Figures, scaled: bool) -> bool:
+    """Whether a step went wrong. Under a fp16 scaler the losses tell, for its first gradients overflow until it has found its
+    scale."""
+    losses = [float(value) for name, value in figures.items() if name.startswith(("labeled/", "unlabeled/"))]
+    return bool(figures["skipped"]) and not (scaled and all(map(math.isfinite, losses)))
 
 
 def require_writable(folder: Path) -> None:

@@ -63,7 +63,7 @@ class DetectorGraph(nn.Module):
         return found.boxes, found.scores, found.labels
 
 
-def fitted(picture: Image.Image, height: int, width: int) -> Prepared:
+def on_canvas(picture: Image.Image, height: int, width: int) -> Prepared:
     """An RGB picture as the graph's inputs: resized to fit, at the top left of a black canvas."""
     factor = min(height / picture.height, width / picture.width)
     inner = max(1, round(picture.height * factor)), max(1, round(picture.width * factor))
@@ -124,7 +124,7 @@ def export(
     if "onnx" in formats:
         _require_onnx()
     graph = DetectorGraph(predictor.detector, score_threshold).eval().requires_grad_(False)
-    inputs = [fitted(picture, *size) for picture in pictures]
+    inputs = [on_canvas(picture, *size) for picture in pictures]
     with torch.no_grad():
         # Before the graph is traced also because tables that detectors keep for a canvas have to hold numbers by then.
         expected = [graph(*prepared) for prepared in inputs]

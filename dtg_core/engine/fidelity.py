@@ -23,6 +23,7 @@ from torchvision.ops import box_iou
 
 from dtg_core.boxes import Hull, to_float64
 from dtg_core.config import StageRule
+from dtg_core.engine.loop import add_up
 from dtg_core.guidance import teach
 from dtg_core.losses import weigh
 from dtg_core.models.backbone import Pyramid
@@ -115,8 +116,8 @@ def measure(
             found[name].add_gradients(own, true)
             for stage, (samples, _, assignment) in learnt.items():
                 counts = count_labels(student.stages[stage], samples, assignment, truth, pair.student)
-                _add(found[name].labels.setdefault(stage, {}), counts)
-            _add(found[name].figures, {key: float(value) for key, value in figures.items()})
+                add_up(found[name].labels.setdefault(stage, {}), counts)
+            add_up(found[name].figures, {key: float(value) for key, value in figures.items()})
             found[name].batches += 1
     return found
 
@@ -184,8 +185,3 @@ def count_labels(
         "found": float((label[true.image, true.sample] == true.label).sum()),
         "missed": float(assignment.background[true.image, true.sample].sum()),
     }
-
-
-def _add(sums: dict[str, float], figures: Mapping[str, float]) -> None:
-    for name, value in figures.items():
-        sums[name] = sums.get(name, 0.0) + value

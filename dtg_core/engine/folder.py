@@ -9,6 +9,7 @@
     weights/*.safetensors   teacher and student, self-contained
     checkpoints/            where ``--resume`` continues
     nonfinite/              the step at which a run gave up, for ``--replay``
+    abandoned-N/            a run folder of what a course had come to that was given up for another one from an earlier step
 """
 from __future__ import annotations
 
@@ -16,10 +17,13 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO
 
+from dtg_core.drafts import writing
 from dtg_core.errors import UserError
 
 #: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
@@ -29,7 +33,7 @@ BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
 #: All names that a run and the scripts that look at it give; ``--overwrite`` deletes nothing else.
 WRITTEN = re.compile(
     r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
-    r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?"
+    r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?|abandoned-\d+"
 )
 
 
@@ -43,6 +47,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, whole or not."""
+        return any(self.checkpoints.glob("step_*[0-9]"))
 
     @property
     def nonfinite(self) -> Path:
@@ -87,12 +96,10 @@ class RunFolder:
         return re.search(r"^schema:", text, re.MULTILINE) is not None
 
     def claim(self) -> None:
-        """Make the folder and hold its lock. Raises UserError when the folder is in use."""
-        try:
+        """Make the folder and hold its lock. Raises UserError when the folder is in use or cannot be written."""
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}) - give another --output") from error
         try:
             # Not flock, which the loader's workers would inherit and hold for some seconds after this process was killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,12 +108,19 @@ class RunFolder:
             owner = self.lock.read().strip() or "unknown"
             raise UserError(f"{self.path}: another run is using it (process {owner}) - wait for it, or give another "
                             "--output") from error
-        self.lock.truncate(0)
-        self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
-        self.lock.flush()
+        with writing(self.path):
+            self.lock.truncate(0)
+            self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
+            self.lock.flush()
 
-    def write(self, name: str, text: str) -> None:
-        """Write a small file at once, never half of it. Raises OSError."""
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+    def set_aside(self, names: Iterable[str]) -> Path:
+        """Move files and folders into a new ``abandoned-N``, beside copies of the settings and the log. Raises OSError."""
+        place = next(place for number in count(1) if not (place := self.path / f"abandoned-{number}").exists())
+        place.mkdir()
+        for name in ("config.yaml", "metrics.jsonl"):
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, place / name)
+        for name in names:
+            if (self.path / name).exists():
+                os.rename(self.path / name, place / name)
+        return place

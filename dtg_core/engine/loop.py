@@ -70,8 +70,8 @@ def train_step(
             # Gradients are averaged over processes, and the divisors are sums over processes.
             losses = {name: loss * accelerator.num_processes for name, loss in losses.items()}
             accelerator.backward(weigh(losses, rules, weight))
-        _add(figures, {name: loss.detach() for name, loss in losses.items()})
-        _add(figures, {name: value / len(lessons) for name, value in lesson.figures.items()})
+        add_up(figures, {name: loss.detach() for name, loss in losses.items()})
+        add_up(figures, {name: value / len(lessons) for name, value in lesson.figures.items()})
 
     norm = accelerator.clip_grad_norm_(student.parameters(), config.optim.clip_norm or float("inf"))
     assert totals is not None  # there is at least one micro-batch
@@ -131,7 +131,7 @@ def _count_ahead(
     before = [buffer.clone() for buffer in buffers]
     counts: dict[str, Any] = {}
     for lesson in lessons:
-        _add(counts, _counts(_forward(module, lesson, config.run.seed, accelerator)))
+        add_up(counts, _counts(_forward(module, lesson, config.run.seed, accelerator)))
     for buffer, old in zip(buffers, before):
         buffer.copy_(old)  # batch statistics are counted in the pass that trains
     return Totals.over_processes(counts, accelerator, signals)
@@ -199,7 +199,8 @@ def heal_statistics(detector: nn.Module, teacher: nn.Module) -> None:
             own.copy_(torch.where(own.isfinite(), own, averaged))
 
 
-def _add(sums: dict[str, Any], figures: Mapping[str, Tensor | float]) -> None:
+def add_up(sums: dict[str, Any], figures: Mapping[str, Tensor | float]) -> None:
+    """Add each figure to the sum of its name."""
     for name, value in figures.items():
         sums[name] = sums.get(name, 0.0) + value
 
@@ -215,7 +216,7 @@ class Window:
         """Take the figures of a step; of one that was skipped only that it was."""
         if figures.get("skipped"):
             figures = {"skipped": figures["skipped"]}
-        _add(self.sums, figures)
+        add_up(self.sums, figures)
         for name in figures:
             self.counts[name] = self.counts.get(name, 0) + 1
 

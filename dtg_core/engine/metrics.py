@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dtg_core.drafts import write_text
 from dtg_core.errors import nearest
 from dtg_core.settings_text import yaml_scalar
 
@@ -34,14 +35,11 @@ class MetricsWriter:
         self.path = path
         self._torn = self._warned = False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             kept = []
             if resume_step is not None and path.exists():
                 kept = [line for line in read_metrics(path) if line.get("step", 0) <= resume_step]
                 kept = [line for line in kept if line.get("step") != resume_step or drop not in line]
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, "".join(map(_line, kept)))
         except OSError as error:
             self._give_up(error)
 

@@ -19,6 +19,7 @@ from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import View, labeled_view, strong_view, weak_view
 from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Explained, agreement
 from dtg_core.engine.predict import Found
+from dtg_core.errors import UserError
 from dtg_core.structures import AnchorGrid, PairBatch, ViewBatch
 
 Color = tuple[int, int, int]
@@ -111,10 +112,14 @@ def draw_found(image: Image.Image, found: Found, class_names: Sequence[str]) -> 
 def predictions_sheet(
     index: CocoIndex, rows: Sequence[int], found: Sequence[Found], class_names: Sequence[str], columns: int = 4
 ) -> Image.Image:
-    """Images of a data set, each with what was ``found`` in it in colors over its own labels in white."""
+    """Images of a data set, each with what was ``found`` in it in colors over its own labels in white; unreadable ones are left
+    out."""
     tiles = []
     for row, boxes in zip(rows, found):
-        image = index.image(row)
+        try:
+            image = index.image(row)
+        except UserError:
+            continue
         canvas = Canvas.of(image, TILE / max(image.size))
         for box in index.objects(row)[0]:
             canvas.box(box, PAPER, 3)
@@ -139,7 +144,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], header: Sequence[str] = (), sid
     """Tiles of at most ``side`` px width in rows and columns, with a line of text over each column."""
     head = 24 if header else 0
     heights = [max(tile.height for tile in row) for row in rows]
-    columns = max(len(row) for row in rows)
+    columns = max((len(row) for row in rows), default=0)
     widths = [max(row[column].width for row in rows if column < len(row)) for column in range(columns)]
     page = Image.new("RGB", (sum(widths) + GAP * (columns + 1), sum(heights) + GAP * (len(rows) + 1) + head), PAPER)
     pen, x = ImageDraw.Draw(page), GAP

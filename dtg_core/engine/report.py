@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from dtg_core.config import RENAMED, Config
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
+from dtg_core.drafts import draft_of, write_text
 from dtg_core.engine import evaluate
 from dtg_core.engine.explain import explain
 from dtg_core.engine.metrics import read_metrics
@@ -65,7 +65,6 @@ def save_pictures(
     Raises:
         OSError: cannot be written. UserError: an image cannot be read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if sources.val is not None and found is not None:
         rows = sample_rows(sources.val, PREDICTED)
         names = sources.val.class_names
@@ -104,9 +103,8 @@ def found_in(found: evaluate.Found, row: int, index: CocoIndex) -> Found:
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    sheet.save(draft, "JPEG", quality=88)
-    os.replace(draft, path)
+    with draft_of(path) as draft:
+        sheet.save(draft, "JPEG", quality=88)
 
 
 # The page --------------------------------------------------------------------------------------------------------------
@@ -133,9 +131,7 @@ def write_report(folder: Path) -> None:
         *_pictures(folder / "pictures", step),
         section("Settings", folded("config.yaml", config)),
     ]  # fmt: skip
-    draft = folder / "report.html.tmp"
-    draft.write_text(page(folder.resolve().name, body), encoding="utf-8")
-    os.replace(draft, folder / "report.html")
+    write_text(folder / "report.html", page(folder.resolve().name, body))
 
 
 def _json(file: Path) -> dict[str, Any]:

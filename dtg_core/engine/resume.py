@@ -28,13 +28,14 @@ FREE = (
 )  # fmt: skip
 
 
-def stamp(config: Config, sources: Sources, processes: int) -> dict[str, Any]:
-    """JSON values that say what a checkpoint was made with."""
+def stamp(config: Config, sources: Sources, processes: int, mixed_precision: str) -> dict[str, Any]:
+    """JSON values that say what a checkpoint was made with; ``mixed_precision`` is the launcher's, as "no" or "bf16"."""
     labeled, unlabeled = global_batch(config, processes)
     made = {
         "torch": torch.__version__,
         "code": code_digest(),
         "processes": processes,
+        "mixed_precision": mixed_precision,
         "global_batch": {"labeled": labeled, "unlabeled": unlabeled},
         "data": {"labeled": digest(sources.labeled), "unlabeled": digest(sources.unlabeled)},
         "config": flatten(config),
@@ -54,6 +55,9 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
                for key in sorted(old["config"].keys() | new["config"].keys())
                if old["config"].get(key) != new["config"].get(key)
                and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)]  # fmt: skip
+    precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not tell
+    if precisions[0] != precisions[1]:
+        changes.append(f"--mixed_precision: {precisions[0]} -> {precisions[1]}")
     changes += [f"{stream} images of a step: {old['global_batch'][stream]} -> {new['global_batch'][stream]}, where processes x "
                 f"data.{stream}_per_device x optim.accumulate has to stay {old['global_batch'][stream]}"
                 for stream in ("labeled", "unlabeled") if old["global_batch"][stream] != new["global_batch"][stream]]

@@ -15,12 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from dtg_core.config import Config
+from dtg_core.config import RENAMED, Config
 from dtg_core.data.plan import MicroBatches, eval_batches, items_of, steps_loader
 from dtg_core.data.sources import Sources
+from dtg_core.drafts import write_text, writing
 from dtg_core.engine.checkpoint import (
     discard_newer,
     load_checkpoint,
+    load_weights,
     newest_checkpoint,
     save_checkpoint,
     save_weights,
@@ -39,7 +41,8 @@ from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.models.student import student_and_teacher
-from dtg_core.settings_text import flatten, to_yaml
+from dtg_core.settings import plain_yaml
+from dtg_core.settings_text import dotted, flatten, to_yaml
 from dtg_core.structures import StepBatch
 
 T = TypeVar("T")
@@ -68,7 +71,7 @@ class Fit:
         self.module, teacher = student_and_teacher(detector, config)
         self.teacher = teacher.to(accelerator.device)
         self.student, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
-        self.stamp = stamp(config, sources, accelerator.num_processes)
+        self.stamp = stamp(config, sources, accelerator.num_processes, accelerator.mixed_precision)
 
         self.window = Window()  # since the last log line
         self.evaluation_due = False  # at the step of the checkpoint that was resumed
@@ -78,7 +81,7 @@ class Fit:
         labeled = sources.labeled
         self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
         self.report: RunReport | None = None
-        self.shows = True  # pictures and report.html, until they fail
+        self.given_up: set[str] = set()  # of pictures and report.html, what has failed
 
     def run(self, resume: str | None, insist: bool = False, stop_at: int | None = None) -> int:
         """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
@@ -115,7 +118,7 @@ class Fit:
             if self.report:
                 self.report.close()
         if status > 128:
-            self._say(f"stopped by signal {status - 128}; --resume auto continues")
+            self._say(f"stopped by signal {status - 128}{self._continues()}")
         return status
 
     def _train(self, start: int, signals: StopSignals, stop_at: int | None) -> int:
@@ -148,13 +151,13 @@ class Fit:
                 return self._finish(signals)
             if run.evaluate_every and done % run.evaluate_every == 0:
                 with clock.paused():
-                    self.evaluation_due = not self._evaluate(done, signals)
+                    self._evaluate(done, signals)
             if signals.agreed or done == stop_at or (run.checkpoint_every and done % run.checkpoint_every == 0):
                 self._save(done)
             if signals.agreed:
                 return 128 + signals.agreed
             if done == stop_at:
-                self._say(f"stopped at step {done}; --resume auto continues")
+                self._say(f"stopped at step {done}{self._continues()}")
                 return 0
         return 0
 
@@ -167,8 +170,9 @@ class Fit:
         ])
         loader = items_of(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
         self.student.train()
-        for first in loader:
-            batches = [first, *(next(loader) for _ in range(parts - 1))]
+        for step in range(start, config.run.steps):
+            with self._reading(step):
+                batches = [next(loader) for _ in range(parts)]
             yield [batch.to(accelerator.device, non_blocking=True) for batch in batches]
 
     # Log and evaluation -------------------------------------------------------------------------------------------------
@@ -194,11 +198,15 @@ class Fit:
 
     def _evaluate(self, done: int, signals: StopSignals) -> bool:
         """Evaluate teacher and student, each image in one process. False: broken off by a signal."""
+        self.evaluation_due = True
         if self.sources.val is None:
             self._show(done)
+            self.evaluation_due = False
             return True
-        batch, data = self.stamp["global_batch"], {**self.stamp["data"], "val": digest(self.sources.val)}
-        results: dict[str, Any] = {"step": done, "images_of_a_step": batch, "data": data}
+        results: dict[str, Any] = {
+            "step": done, "images_of_a_step": self.stamp["global_batch"], "mixed_precision": self.stamp["mixed_precision"],
+            "data": {**self.stamp["data"], "val": digest(self.sources.val)},
+        }  # fmt: skip
         found: dict[str, Found] = {}
         curves: dict[str, Any] = {}
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
@@ -206,10 +214,11 @@ class Fit:
                 self.sources.val, self.config.views, self.config.run.evaluate_batch, self.accelerator.process_index,
                 self.accelerator.num_processes, self.config.data.workers,
             ))
-            found[which] = find(
-                detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
-                self.config.run.score_threshold, self.accelerator,
-            )  # fmt: skip
+            with self._reading(done):
+                found[which] = find(
+                    detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
+                    self.config.run.score_threshold, self.accelerator,
+                )  # fmt: skip
             signals.agreed = self._greatest(signals.received)
             if signals.agreed:
                 return False
@@ -223,22 +232,31 @@ class Fit:
             for warning in self.watch.evaluation(done, results["teacher"]["AP"]):
                 self._say(warning)
         self._show(done, found["teacher"])
+        self.evaluation_due = False
         return True
 
     def _show(self, evaluated: int | None = None, found: Found | None = None) -> None:
-        """Write report.html, after an evaluation with new pictures. Whatever fails there costs the pictures, not the run."""
-        if self.report is None or not self.shows:
+        """Write report.html, after an evaluation with new pictures."""
+        if self.report is None:
             return
         folder = self.folder.path
+        if evaluated is not None:
+            self._draw("pictures", lambda: save_pictures(
+                folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config, found,
+                self.accelerator.device,
+            ))  # fmt: skip
+        self._draw("report.html", lambda: write_report(folder))
+
+    def _draw(self, name: str, action: Callable[[], None]) -> None:
+        """Whatever fails there costs what is drawn, not the run."""
+        if name in self.given_up:
+            return
         try:
-            if evaluated is not None:
-                save_pictures(folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config,
-                              found, self.accelerator.device)
-            write_report(folder)
+            action()
         except Exception as error:
-            self.shows = False
+            self.given_up.add(name)
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"warning: {folder / 'report.html'}: given up ({reason}) - training goes on")
+            self._say(f"warning: {self.folder.path / name}: given up ({reason}) - training goes on")
 
     @torch.no_grad()
     def _score_histogram(self, stage: str) -> str:
@@ -276,9 +294,22 @@ class Fit:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if insist or not auto:  # else it is the same course, which comes to the same figures again
+            on_main(self.accelerator, lambda: self._put_away(state["step"]))
         if self.accelerator.is_main_process:
             discard_newer(self.folder.checkpoints, state["step"])
         return state["step"]
+
+    def _put_away(self, step: int) -> None:
+        """Move what the folder holds of after ``step``, so that it is not taken for what this course comes to."""
+        evaluated = self._evaluated_step()
+        made = {"results.json": evaluated, "precision.json": evaluated, "weights": self._weights_step()}
+        later = [name for name, at in made.items() if at is not None and at > step]
+        if not later:
+            return
+        with writing(self.folder.path, "make room, and resume again"):
+            place = self.folder.set_aside(later)
+        self._say(f"{place}: holds results and weights of after step {step} now, which this course may not come to")
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors. Every process takes part."""
@@ -305,7 +336,7 @@ class Fit:
             self.unsaved_in_a_row += 1
             if self.unsaved_in_a_row == MOST_UNSAVED:
                 raise UserError(f"{self.folder.checkpoints}: not written {MOST_UNSAVED} times in a row ({error.strerror}) - make "
-                                "room, and --resume auto") from error
+                                f"room{self._continues()}") from error
             self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
                       "one stays")
 
@@ -317,13 +348,30 @@ class Fit:
         done = self._evaluate(self.config.run.steps, signals)
         return 0 if done else 128 + signals.agreed
 
+    @contextlib.contextmanager
+    def _reading(self, done: int) -> Iterator[None]:
+        """Where the data fail after ``done`` whole steps, keep what was learnt, and add to the error how it goes on."""
+        try:
+            yield
+        except UserError as error:
+            if done and self.accelerator.num_processes == 1:  # several cannot: the others are in the midst of the next step
+                with contextlib.suppress(OSError):
+                    save_checkpoint(
+                        self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), self._state()
+                    )
+            raise UserError(f"{error}{self._continues()}") from error
+
+    def _continues(self) -> str:
+        """The end of a message where there is a checkpoint to go on from."""
+        return "; --resume auto continues" if self.folder.has_checkpoint else ""
+
     def _write_weights(self) -> None:
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
                 save_weights(path, detector, {**self.metadata, "which": which})
             except OSError as error:
-                raise UserError(f"{path}: not written ({error.strerror}) - make room, and --resume auto") from error
+                raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
 
     def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
         """Write the last of too many steps that were not finite, for ``--replay``."""
@@ -356,7 +404,7 @@ class Fit:
         if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
             process = f"process {self.accelerator.process_index} of {self.accelerator.num_processes}"
             return (f"{process}: step {step}: another process has ended or does not answer ({reason.partition('. ')[0]}) - see "
-                    "what it says; --resume auto continues")
+                    f"what it says{self._continues()}")
         return None
 
     def _out_of_memory(self) -> str:
@@ -368,7 +416,7 @@ class Fit:
         step = self.recent[0].step if self.recent else 0
         return (f"step {step}: out of memory on {device} ({peak}views of {shapes or 'an evaluation'}) - lower "
                 "data.unlabeled_per_device and data.labeled_per_device (optim.accumulate keeps the batch), lower "
-                "views.short_edge and views.long_edge, or use --mixed_precision bf16; --resume auto continues")
+                f"views.short_edge and views.long_edge, or use --mixed_precision bf16{self._continues()}")
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
@@ -380,6 +428,14 @@ class Fit:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def _weights_step(self) -> int | None:
+        """The step that the weights were written at, the last one of their settings."""
+        file = self.folder.path / "weights" / "teacher.safetensors"
+        try:
+            return dotted(plain_yaml(load_weights(file)[1]["config"], str(file), RENAMED))["run.steps"]
+        except (UserError, KeyError, TypeError):
+            return None
+
     def _greatest(self, number: int) -> int:
         """The greatest of the processes' numbers."""
         mine = torch.tensor([number], device=self.accelerator.device)
@@ -387,7 +443,7 @@ class Fit:
 
     def _write(self, name: str, text: str) -> None:
         try:
-            self.folder.write(name, text)
+            write_text(self.folder.path / name, text)
         except OSError as error:
             self._say(f"warning: {self.folder.path / name}: not written ({error.strerror}) - training goes on")
 

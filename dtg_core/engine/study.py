@@ -27,6 +27,7 @@ from typing import Any, Literal
 from dtg_core.config import RENAMED
 from dtg_core.engine.checkpoint import checkpoint_name
 from dtg_core.engine.compare import BATCH, effective
+from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError
 from dtg_core.settings import check_ranges, load_config, plain_yaml, refuse
@@ -143,12 +144,14 @@ class PlannedRun:
     @property
     def started(self) -> bool:
         """It has a checkpoint of its own."""
-        return any(path.is_dir() for path in (self.folder / "checkpoints").glob("step_*[0-9]"))
+        return RunFolder(self.folder).has_checkpoint
 
     def told(self) -> str:
-        """The teacher's AP."""
-        value = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["teacher"]["AP"]
-        return f"AP {value:.2f}" if value is not None else ""
+        """The teacher's AP; empty where there is none."""
+        try:
+            return f"AP {json.loads((self.folder / 'results.json').read_text(encoding='utf-8'))['teacher']['AP']:.2f}"
+        except (OSError, ValueError, KeyError, TypeError):  # not written, or no object in the validation set
+            return ""
 
     def command(self) -> list[str]:
         """Arguments of train.py, to go on from what is there. A run that starts from a phase takes over its log lines."""
@@ -287,6 +290,8 @@ def plan(
             settings = parse(arguments)
         except UserError as error:
             raise UserError(f"{file}: {cell.name}: {error}") from error
+        if settings["data.labeled"] is not None and settings["data.val"] is None:
+            raise UserError(f"{file}: {cell.name}: data.val: is not given, and a study compares AP - give a COCO JSON")
         acting = acting_settings(settings, stages)
         run = PlannedRun(cell.name, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
         key = json.dumps(acting, sort_keys=True)
@@ -338,7 +343,7 @@ def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]])
     file = run.folder / "config.yaml"
     if not file.is_file():
         return
-    there = effective(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
+    there = acting_settings(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
     if run.evaluated < min(run.steps, there.get("run.steps", run.steps)):
         return
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"

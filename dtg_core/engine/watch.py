@@ -48,11 +48,11 @@ class Watch:
             stage, _, kind = rest.partition("/")
             if branch != "guidance":
                 continue
-            if kind in ("candidates", "pseudo_boxes"):
+            dense = self.guidance.stages[stage].paradigm == "dense"  # whose pseudo boxes are told for comparison only
+            if kind == ("candidates" if dense else "pseudo_boxes"):
                 warnings += self._nothing_found(stage, kind, value, done, lines)
-            if kind in ("clusters", "pseudo_boxes") and value > 0:
-                warnings += self._collapse(stage, value)
-            if kind == ("clusters" if self.guidance.stages[stage].paradigm == "dense" else "pseudo_boxes"):
+            if kind == ("clusters" if dense else "pseudo_boxes"):
+                warnings += self._collapse(stage, value) if value > 0 else []
                 warnings += self._shrinks(stage, value, lines)
         ratio = means.get("loss_ratio", 0.0) * means.get("unlabeled_weight", 0.0)
         if ratio > MAJOR:

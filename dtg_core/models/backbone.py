@@ -112,16 +112,20 @@ def build_pyramid(
     Args:
         config: which model, its weights, and what of it is frozen.
         channels: of every level.
-        strides: of the levels, finest first, each twice the one before.
+        strides: of the levels, finest first, at most 32, each twice the one before.
         extra: how levels coarser than 32 are made: strided convolutions (GFL) or one max-pool (Faster R-CNN).
 
     Raises:
-        UserError: unknown model, strides that do not double or that it does not have, weights that cannot be had or do not fit.
+        UserError: unknown model, strides that do not double, start over 32 or that it does not have, weights that cannot be had
+            or do not fit.
     """
     doubled = [strides[0] * 2**level for level in range(len(strides))]
     if list(strides) != doubled:
         raise UserError(f"strides of the pyramid: each has to be twice the one before (found {list(strides)}) - use {doubled}")
     wanted = tuple(stride for stride in strides if stride <= COARSEST)
+    if not wanted:
+        raise UserError(f"strides of the pyramid: the first is over {COARSEST}, which no backbone has a map of (found "
+                        f"{list(strides)}) - start with {COARSEST} or less")
     body = _create(config, wanted)
     replace_depthwise(body)
     own_strides: list[int] = cast(Any, body).feature_info.reduction()

@@ -37,7 +37,8 @@ class _Depthwise(torch.autograd.Function):
             planes = pixels.reshape(1, images * channels, height, width)
             kernels = grad.reshape(images * channels, 1, *grad.shape[2:])
             each = F.conv2d(planes, kernels, None, 1, ctx.padding, 1, images * channels)
-            of_weight = each.view(images, channels, *weight.shape[2:]).sum(0).unsqueeze(1)
+            summed = each.view(images, channels, *weight.shape[2:]).sum(0).unsqueeze(1)
+            of_weight = torch.empty_like(weight).copy_(summed)  # in the weight's layout, which several processes ask for
         return of_pixels, of_weight, None
 
 

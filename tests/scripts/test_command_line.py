@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Terminal
+from conftest import Terminal, full_disk
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +102,9 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
             ["guidance.stages.head.paradigm", "supervised", "dense"],
         ),
         (["--detector", "faster_rcnn", "--set", "faster_rcnn.rpn.nms_iou=0"], ["faster_rcnn.rpn.nms_iou", "out of range"]),
+        (["--detector", "faster_rcnn", "--set", "faster_rcnn.ratios=[]"], ["faster_rcnn.ratios", "is empty"]),
+        (["--detector", "gfl", "--set", "gfl.strides=[]"], ["gfl.strides", "is empty"]),
+        (["--detector", "gfl", "--set", "gfl.channels=1"], ["gfl.channels", "out of range"]),
     ],
 )
 def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
@@ -162,6 +165,7 @@ def test_the_paradigm_reaches_every_stage(tmp_path: Path, paradigm: str, stage: 
     for text, flags in (
         (f"paradigm: {paradigm}\n", []),
         ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}", ["--paradigm", paradigm]),
+        ("paradigm: dense\nguidance: {stages: {rpn: {paradigm: dense}}}", ["--set", f"paradigm={paradigm}"]),
     ):
         file.write_text(text)
         settings, _, _ = settings_of("--config", str(file), "--detector", "faster_rcnn", *flags)
@@ -178,6 +182,8 @@ def test_stages_may_differ() -> None:
         "--detector", "faster_rcnn", "--paradigm", "dense", "--set", "guidance.stages.rpn.paradigm=sparse"
     )
     assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == ["sparse", "dense"]
+    settings, _, _ = settings_of("--detector", "faster_rcnn", "--set", "guidance.stages.rpn.paradigm=dense", "paradigm=sparse")
+    assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == ["dense", "sparse"]
     settings, _, _ = settings_of("--detector", "gfl", "--set", "guidance.stages.head.paradigm=none")
     assert is_supervised(settings)
 
@@ -329,6 +335,9 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for row in json.loads((folder / "evaluation-val" / "detections.json").read_text()):
         assert row["image_id"] in ("n0", "n1", "n2")
         assert row["category_id"] in (3, 7)
+    with pytest.raises(UserError, match=r"full: cannot be written \(File too large\) - give another --output"), full_disk(1):
+        evaluate.main([*arguments, "--workers", "0", "--output", str(tmp_path / "full")])
+    assert not list((tmp_path / "full").iterdir())
     with pytest.raises(UserError, match=r"evaluation-val/results\.json: exists - give another --output, or --overwrite"):
         evaluate.main(arguments)
     assert json.loads((folder / "evaluation-val" / "results.json").read_text()) == results

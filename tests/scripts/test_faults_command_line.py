@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import full_disk
 from runs import DETECTORS, TINY, TinyData, command, errors, run, weights, write_coco
 
 from common import check_devices  # isort: skip
@@ -45,6 +46,20 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
     assert "not finite" not in process.out
     assert not output.parent.exists()
     assert tree(data.labeled.parent) == before
+
+
+@pytest.mark.parametrize(("loss", "scaled", "told"), [(1.0, True, False), (1.0, False, True), (float("nan"), True, True)])
+def test_dry_run_tells_broken_losses_from_a_scaler_at_its_start(data: TinyData, tmp_path: Path, loss: float, scaled: bool, told: bool) -> None:
+    def prepare() -> None:
+        def skipped(*arguments: Any) -> dict[str, float]:
+            arguments[-1].scaler = object() if scaled else None
+            return {"labeled/head/cls": loss, "guidance/head/clusters": 0.0, "skipped": 1.0}
+
+        dry_run_module.train_step = skipped  # type: ignore[assignment]
+
+    process = run([*command(data, "gfl", tmp_path / "run"), "--dry-run"], tmp_path / "logs", prepare=prepare)
+    assert process.status == 0, process.err
+    assert ("losses were not finite" in process.out) == told
 
 
 def test_fault_58_folders_that_cannot_be_written(data: TinyData, tmp_path: Path) -> None:
@@ -114,6 +129,14 @@ def test_a_config_of_something_else_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds something already - use another --output$"):
         RunFolder(tmp_path).open(False, False)
     assert tree(tmp_path) == before
+
+
+def test_a_folder_without_room_for_its_lock_is_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run: cannot be written \(File too large\) - give another --output"), full_disk():
+        folder.claim()
+    assert folder.lock is not None
+    folder.lock.close()
 
 
 def test_overwriting_deletes_what_a_run_has_written_only(tmp_path: Path) -> None:
@@ -269,6 +292,14 @@ def test_init_starts_teacher_and_student(data: TinyData, tmp_path: Path, name: s
         process = run(start(data, name, tmp_path / "second", "--init", str(source), "--overwrite"), tmp_path / "logs")
         assert process.status == 0, process.err
         assert not moved(weights(tmp_path / "second"), first)
+    again = run(start(data, name, tmp_path / "first", "--init", str(tmp_path / "first" / "weights"), "--overwrite"), tmp_path / "logs")
+    assert again.status == 2
+    assert again.err.endswith("first, which --overwrite empties - give another --output\n")
+    assert weights(tmp_path / "first") == first
+    (tmp_path / "first").rename(tmp_path / "gone")  # the checkpoint has all weights
+    more = run(start(data, name, tmp_path / "second", "--init", str(source), "--steps", "2", "--resume", "auto"), tmp_path / "logs")
+    assert more.status == 0, more.err
+    assert not moved(weights(tmp_path / "second"), first)
 
 
 @pytest.mark.parametrize("name", DETECTORS)

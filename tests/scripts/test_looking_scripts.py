@@ -109,6 +109,15 @@ def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     assert own.read_text() == "mine"
 
 
+def test_every_picture_has_a_place_of_its_own_in_the_output(photos, tmp_path):
+    names = ["a.gif", "a.gif.png", "a.gif.png.png", "a.jpg"]
+    places = [predict.picture_path(tmp_path, name, frozenset(names)).name for name in names]
+    assert places == ["a.gif.png.png.png", "a.gif.png", "a.gif.png.png", "a.jpg"]
+    (tmp_path / "other").mkdir()
+    (photos / "a.png").rename(tmp_path / "other" / "a.png")
+    assert find([f"{photos}/*/../../other/*.png"], tmp_path / "out") == (["other/a.png"], tmp_path)  # not ../other/a.png
+
+
 def test_predict_leaves_other_folders_alone(run, photos, tmp_path):
     """Pictures with boxes among photos would be taken for more of them."""
     out = tmp_path / "out"
@@ -433,6 +442,7 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
         (["--compare", "a: tau=2"], "out of range"),
         (["--compare", "a: tau=0.3 background_tau=0.4"], "is over tau"),
         (["--compare", "a: paradigm=none"], "no stage is guided"),
+        (["--compare", "a: paradigm=dense classification=false box=false rank=false"], "all losses are off"),
         (["--compare", "a: paradigm=supervised"], "paradigm"),
         (["--set", "guidance.stages.head.tau=high"], "wanted a number"),
         (["--images", "0"], "at least 1"),

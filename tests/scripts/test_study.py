@@ -171,6 +171,7 @@ def test_what_acts_before_guidance_is_not_shared(tmp_path: Path) -> None:
         ("data: {labeled: 'a{fold}.json'}", ["data.labeled", "data.folds are not given"]),
         ("data: {labeled: a.json, folds: [1, 2]}", ["data.labeled", "has no {fold}"]),
         ("data: {labeled: a, percents: [100]}", ["data.percents", "out of range"]),
+        ("data: {labeled: a.json, unlabeled: b}", ["gfl-supervised-seed0", "data.val", "a study compares AP"]),
         ("seeds: [0\n", ["study.yaml:", "not plain YAML"]),
     ],
 )
@@ -234,10 +235,14 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(data: TinyData, tmp
     (work,) = planned(file, *TINY, "run.steps=1").runs
     assert fork(work.command(), tmp_path / "logs").status == 0
     assert planned(file, *TINY, "run.steps=1", "run.log_every=7").runs[0].finished
+    assert work.told().startswith("AP ")
+    assert planned(file, folder="elsewhere").runs[0].told() == ""
     with pytest.raises(UserError, match=r"other settings \(optim.lr: 0.0005 -> 0.25\).*another --output"):
         planned(file, *TINY, "run.steps=1", "optim.lr=0.25")
     with pytest.raises(UserError, match=r"other settings \(run.steps: 1 -> 2\)"):  # it would be trained on, and its results lost
         planned(file, *TINY, "run.steps=2")
+    with pytest.raises(UserError, match=r"other settings \(images_of_a_step.labeled: \[1, 1\] -> \[2, 1\]\)"):
+        planned(file, *TINY, "run.steps=1", "data.labeled_per_device=2")
 
 
 # Whole studies ---------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
     }  # fmt: skip
     results = json.loads((output / "results.json").read_text())
     assert results["step"] == 6
-    assert set(results) == {"teacher", "student", "step", "images_of_a_step", "data"}
+    assert set(results) == {"teacher", "student", "step", "images_of_a_step", "mixed_precision", "data"}
     assert {"AP", "AP50", "AP75", "classes"} <= set(results["teacher"])
     found = lines(output, times=True)
     assert [line["step"] for line in found] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -196,6 +196,9 @@ def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> No
     (error,) = [line for line in ended.err.splitlines() if line.startswith("error:")]
     assert "step 4: out of memory on cpu (views of 1x3x" in error
     assert all(key in error for key in ("data.unlabeled_per_device", "views.short_edge", "--mixed_precision"))
+    assert error.endswith("; --resume auto continues")
+    alone = run(command(data, "gfl", tmp_path / "alone"), tmp_path / "logs", prepare=prepare)
+    assert alone.err.splitlines()[-1].endswith("--mixed_precision bf16")  # there is no checkpoint to go on from
     assert "Traceback" not in ended.err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()].count("step_00000004") == 1
     assert run([*told, "--resume", "auto"], tmp_path / "logs").status == 0

@@ -11,6 +11,7 @@ from PIL import Image
 from dtg_core.data import shapes
 from dtg_core.data.coco import list_folder, load_coco
 from dtg_core.data.shapes import CLASS_NAMES, draw_scene, make_shapes
+from dtg_core.errors import UserError
 
 
 def test_on_disk(tmp_path: Path) -> None:
@@ -73,6 +74,13 @@ def test_a_faster_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     paths = make_shapes(tmp_path, 1, 1, 1)
     assert (paths.labeled.parent / "from the other").is_file()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"file/cache: cannot be written \(Not a directory\) - set DTG_CACHE to a folder with room"):
+        make_shapes(None, 1, 1, 1)
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

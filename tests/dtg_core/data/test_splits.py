@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import full_disk
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -210,6 +211,13 @@ def test_splits_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyP
     make_splits.main(arguments)
     make_splits.main([*arguments, "--overwrite"])
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_of_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = coco(tmp_path, 40)
+    with pytest.raises(UserError, match=r"splits: cannot be written \(File too large\) - give another --output"), full_disk(2000):
+        split(source, "--percent", 10, "--folds", "1-2")  # the first file fits
+    assert not list((tmp_path / "splits").iterdir())
 
 
 def test_groups_that_leave_no_other_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,14 @@ def test_images_of_a_step_part_runs_and_processes_do_not(tmp_path):
     assert compare(runs, STAGES).differing == {"images_of_a_step.labeled": ["2", "1"]}
 
 
+def test_mixed_precision_parts_runs(tmp_path):
+    runs = [write_run(tmp_path / "old", 20, seed=1), write_run(tmp_path / "a", 20, made={"mixed_precision": "no"}),
+            write_run(tmp_path / "b", 21, made={"mixed_precision": "bf16"})]  # fmt: skip
+    comparison = compare(runs, STAGES)
+    assert [row.name for row in comparison.rows] == ['gfl, dense, mixed_precision="no"', "gfl, dense, mixed_precision=bf16"]
+    assert [len(row.runs) for row in comparison.rows] == [2, 1]
+
+
 def test_data_are_judged_by_what_was_read(tmp_path):
     first = write_run(tmp_path / "first", 20, labeled="a.json", made=read_from(labeled="1", val="1"))
     same = write_run(tmp_path / "same", 21, seed=1, labeled="a.json", made=read_from(labeled="1", val="1"))

@@ -18,7 +18,7 @@ from PIL import Image
 from dtg_core import load_detector
 from dtg_core.boxes import grouped_nms
 from dtg_core.engine import export as exporting
-from dtg_core.engine.export import Difference, difference, fitted
+from dtg_core.engine.export import Difference, difference, on_canvas
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -109,7 +109,7 @@ def test_the_graph_finds_what_predict_finds(exported):
     picture = noise(64, 96)
     (found,) = predictor.predict([picture])
     with torch.no_grad():
-        boxes, scores, labels = exporting.DetectorGraph(predictor.detector, 0.005)(*fitted(picture, 64, 96))
+        boxes, scores, labels = exporting.DetectorGraph(predictor.detector, 0.005)(*on_canvas(picture, 64, 96))
     assert len(boxes) == len(found.boxes) > 0
     np.testing.assert_allclose(boxes, found.boxes, atol=1e-4)
     np.testing.assert_allclose(scores, found.scores, atol=1e-6)
@@ -130,7 +130,7 @@ def test_nothing_found(name, tmp_path):
 
     session = onnxruntime.InferenceSession(tmp_path / "out" / "x.onnx", providers=["CPUExecutionProvider"])
     for picture, empty in zip(pictures, (True, False)):
-        image, size = fitted(picture, 64, 64)
+        image, size = on_canvas(picture, 64, 64)
         found = session.run(None, {"image": image.numpy(), "size": size.numpy()})
         assert (len(found[0]) == 0) == empty
 
@@ -186,12 +186,12 @@ def test_onnx_nms_of_nothing(onnx_nms):
     assert onnx_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()) == []
 
 
-def test_fitted():
-    image, size = fitted(Image.new("RGB", (40, 20), (9, 8, 7)), 64, 96)
+def test_on_canvas():
+    image, size = on_canvas(Image.new("RGB", (40, 20), (9, 8, 7)), 64, 96)
     assert (tuple(image.shape), image.dtype, size.tolist()) == ((3, 64, 96), torch.uint8, [48, 96])
     assert image[:, 47, 95].tolist() == [9, 8, 7]
     assert image[:, 48:].max() == 0
-    assert fitted(Image.new("RGB", (1000, 1)), 64, 96)[1].tolist() == [1, 96]
+    assert on_canvas(Image.new("RGB", (1000, 1)), 64, 96)[1].tolist() == [1, 96]
 
 
 def test_difference_with_a_pencil():

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import TinyData, command, lines, run, start_many, write_coco
+from runs import TinyData, checkpoint_state, command, lines, run, start_many, weights, write_coco
 
-from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+from dtg_core.engine.checkpoint import newest_checkpoint
+from dtg_core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_fault_63_no_room_for_weights(data: TinyData, tmp_path: Path) -> None:
         ends = [process.wait(60) for process in start_many(command(data, "gfl", output, steps=2), tmp_path / "logs", processes, prepare)]
         assert [end.status for end in ends] == [2] * processes, ends[-1].err
         told = [line for end in ends for line in end.err.splitlines() if line.startswith("error:")]
-        assert told == [f"error: {output / 'weights' / 'teacher.safetensors'}: not written (No space left on device) - make room, and --resume auto"]
+        assert told == [f"error: {output / 'weights' / 'teacher.safetensors'}: not written (No space left on device) - make room; --resume auto continues"]
         assert not any("Traceback" in end.err for end in ends)
 
 
@@ -122,6 +123,40 @@ def test_fault_72_one_process_ends_early(data: TinyData, tmp_path: Path) -> None
     assert first.startswith("error: process 0 of 2: step 3: another process has ended or does not answer (")
     assert second == "error: images: the disk is gone - mount it"
     assert not any("Traceback" in end.err for end in ends)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_fail_cost_no_step(data: TinyData, tmp_path: Path, workers: int) -> None:
+    """Without any checkpoint on the way the finished steps are kept, and the run goes on as if nothing had happened."""
+    def told() -> None:
+        raise UserError("images: the disk is gone - mount it")
+
+    settings = [f"data.workers={workers}", "run.evaluate_every=3", "run.log_every=2"]
+    arguments = command(data, "gfl", tmp_path / "run", *settings)
+    first = run(arguments, tmp_path / "logs", prepare=at_batch(0, told))
+    assert (first.status, first.err.splitlines()[-1]) == (2, "error: images: the disk is gone - mount it")
+    at_5 = run([*arguments, "--resume", "auto"], tmp_path / "logs", prepare=at_batch(5, told))
+    assert (at_5.status, at_5.err.splitlines()[-1]) == (2, "error: images: the disk is gone - mount it; --resume auto continues")
+    assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
+    assert run(command(data, "gfl", tmp_path / "unbroken", *settings), tmp_path / "logs").status == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "unbroken")
+    assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
+
+
+def test_an_evaluation_that_fails_costs_no_step(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import dtg_core.engine.run as module
+
+        def broken(*_: object) -> None:
+            raise UserError("val.png: cannot be read - mend it")
+
+        module.find = broken  # type: ignore[assignment]
+
+    arguments = command(data, "gfl", tmp_path / "run", "run.evaluate_every=3", steps=5)
+    ended = run(arguments, tmp_path / "logs", prepare=prepare)
+    assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: val.png: cannot be read - mend it; --resume auto continues")
+    assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
+    assert [line["step"] for line in lines(tmp_path / "run") if "teacher/AP" in line] == [3, 5]
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])

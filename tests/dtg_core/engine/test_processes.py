@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import DETECTORS, ROOT, TinyData, command, errors, lines, run, start_many, weights
+from runs import DETECTORS, ROOT, TinyData, checkpoint_state, command, errors, lines, run, start_many, weights
 from safetensors.torch import load_file
 
 from dtg_core.data.plan import NO_BOXES, NO_LABELS, StepData
-from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+from dtg_core.engine.checkpoint import newest_checkpoint
 from dtg_core.structures import PairBatch, ViewBatch
 
 SGD = ["optim.name=sgd", "optim.lr=0.002", "run.evaluate_batch=2"]

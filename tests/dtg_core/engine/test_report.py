@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dtg_core.data.coco import load_coco
 from dtg_core.engine import report
 from dtg_core.engine import run as run_module
 from dtg_core.engine.evaluate import Found
+from dtg_core.engine.pictures import GAP, TILE, predictions_sheet
 from dtg_core.engine.report import found_in, sample_rows, write_report
 from dtg_core.errors import UserError
 
@@ -87,11 +89,11 @@ def fill_the_disk() -> None:
 def test_a_failure_is_one_warning_and_changes_nothing(data, finished, tmp_path):
     process = runs.run(runs.command(data, "gfl", tmp_path / "run", *EVALUATED), tmp_path / "logs", prepare=fill_the_disk)
     assert process.status == 0
-    told = [line for line in process.err.splitlines() if "report.html" in line]
+    told = [line for line in process.err.splitlines() if "given up" in line]
     assert len(told) == 1  # of two evaluations
     assert told[0].startswith("warning: ")
-    assert told[0].endswith("report.html: given up ([Errno 28] No space left on device) - training goes on")
-    assert not (tmp_path / "run" / "report.html").exists()
+    assert told[0].endswith("pictures: given up ([Errno 28] No space left on device) - training goes on")
+    assert stands_alone((tmp_path / "run" / "report.html").read_text())  # curves and figures without pictures
     assert runs.lines(tmp_path / "run") == runs.lines(finished)  # drawing has no part in the training
     assert (tmp_path / "run" / "results.json").read_text() == (finished / "results.json").read_text()
 
@@ -113,6 +115,16 @@ def test_a_report_takes_what_there_is(finished, tmp_path):
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError):
         write_report(tmp_path)
+
+
+def test_unreadable_images_are_left_out_of_the_sheet(data, tmp_path):
+    folder = shutil.copytree(data.val.parent, tmp_path / "val")
+    index = load_coco(folder / data.val.name)
+    nothing = found_in(Found([np.arange(3)], [np.zeros((0, 7))]), 0, index)
+    (folder / "images" / "1.png").write_bytes(b"broken")
+    three, none = (predictions_sheet(index, rows, [nothing] * len(rows), index.class_names) for rows in ([0, 1, 2], [1]))
+    assert three.size == (2 * TILE + 3 * GAP, TILE + 2 * GAP)
+    assert none.size == (GAP, GAP)
 
 
 def test_predictions_are_those_of_the_image(data):

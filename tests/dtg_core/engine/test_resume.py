@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import DETECTORS, Process, TinyData, command, errors, lines, run, start, start_many, weights, write_coco
+from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
 from dtg_core.engine import checkpoint
-from dtg_core.engine.checkpoint import checkpoint_state, newest_checkpoint
+from dtg_core.engine.checkpoint import newest_checkpoint
+from dtg_core.engine.resume import check_stamp
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "3"))  # 30 for the whole campaign
 TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
@@ -154,6 +155,24 @@ def test_other_settings_stop_with_a_list_unless_insisted(data: TinyData, half: P
     (ended,) = resume(data, half, tmp_path, *changes, flags=("--resume-with-changes",))
     assert ended.status == 0, ended.err
     assert "resuming with changes: optim.lr: 0.0005 -> 0.5" in ended.err
+    assert not (tmp_path / "run" / "abandoned-1").exists()  # what there was is of the step resumed at
+
+
+def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """From an earlier step: neither figures nor weights of the former settings stand beside the new ones, and none are lost."""
+    output, made = shutil.copytree(half, tmp_path / "run"), weights(half)
+    arguments = command(data, "gfl", output, "data.labeled_per_device=2", "optim.lr=0.001", steps=4)
+    from_step_2 = [*arguments, "--resume", str(output / "checkpoints" / "step_00000002"), "--resume-with-changes", "--stop-at", "3"]
+    assert run(from_step_2, tmp_path / "logs").status == 0
+    assert not any((output / name).exists() for name in ("results.json", "precision.json", "weights"))
+    kept = output / "abandoned-1"
+    for name in ("results.json", "precision.json", "config.yaml", "metrics.jsonl"):
+        assert (kept / name).read_bytes() == (half / name).read_bytes()
+    assert weights(kept) == made
+    (again,) = resume(data, half, tmp_path, "optim.lr=0.001")
+    assert again.status == 0, again.err
+    assert [line["step"] for line in lines(output) if "teacher/AP" in line] == [6]
+    assert not (output / "abandoned-2").exists()
 
 
 def test_another_number_of_processes_with_the_same_global_batch(data: TinyData, half: Path, tmp_path: Path) -> None:
@@ -184,6 +203,22 @@ def test_changed_data_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
     assert "labeled data: 5 images with 10 boxes -> 6 images with 12 boxes" in line
     (ended,) = resume(changed, half, tmp_path, flags=("--resume-with-changes",))
     assert ended.status == 0, ended.err
+
+
+def test_another_mixed_precision_stops(data: TinyData, half: Path, tmp_path: Path) -> None:
+    assert json.loads((half / "results.json").read_text())["mixed_precision"] == "no"
+    output = shutil.copytree(half, tmp_path / "run")
+    arguments = [*command(data, "gfl", output, "data.labeled_per_device=2", steps=5), "--resume", "auto"]
+    ended = run(arguments, tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert ended.status == 2
+    (line,) = errors(ended)
+    assert "other settings (--mixed_precision: no -> bf16)" in line
+
+
+def test_a_stamp_without_a_mixed_precision_is_accepted() -> None:
+    new = {"config": {}, "global_batch": {"labeled": 1, "unlabeled": 1}, "data": {"labeled": None, "unlabeled": None},
+           "processes": 1, "torch": "2", "code": "0", "mixed_precision": "bf16"}  # fmt: skip
+    assert check_stamp({key: value for key, value in new.items() if key != "mixed_precision"}, new, False) == []
 
 
 def test_moved_data_resumes(data: TinyData, half: Path, tmp_path: Path) -> None:

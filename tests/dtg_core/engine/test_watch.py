@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from runs import TinyData, command, run
@@ -16,8 +17,9 @@ from dtg_core.engine.watch import PATIENCE, Watch
 FINE = {"guidance/head/candidates": 20.0, "guidance/head/clusters": 3.0, "loss_ratio": 0.5, "unlabeled_weight": 4.0}
 
 
-def watch(start_step: int = 100) -> Watch:
-    return Watch(GuidanceConfig(start_step=start_step), 2.0, lambda stage: f"scores of {stage}")
+def watch(start_step: int = 100, paradigm: Literal["dense", "sparse"] = "dense") -> Watch:
+    stages = {name: replace(rule, paradigm=paradigm) for name, rule in GuidanceConfig().stages.items()}
+    return Watch(GuidanceConfig(start_step=start_step, stages=stages), 2.0, lambda stage: f"scores of {stage}")
 
 
 def test_a_good_course_is_silent() -> None:
@@ -26,9 +28,9 @@ def test_a_good_course_is_silent() -> None:
     assert not one.evaluation(100, 20.0) + one.evaluation(200, 17.0) + one.evaluation(300, 40.0)
 
 
-@pytest.mark.parametrize("kind", ["candidates", "pseudo_boxes"])
-def test_nothing_found_for_long_is_told_once(kind: str) -> None:
-    one, key = watch(), {"candidates": "tau", "pseudo_boxes": "pseudo_score"}[kind]
+@pytest.mark.parametrize(("paradigm", "kind", "key"), [("dense", "candidates", "tau"), ("sparse", "pseudo_boxes", "pseudo_score")])
+def test_nothing_found_for_long_is_told_once(paradigm: Literal["dense", "sparse"], kind: str, key: str) -> None:
+    one = watch(paradigm=paradigm)
     told = {done: one.line(done, 50, {f"guidance/rcnn/{kind}": 0.0}) for done in range(50, 5 * PATIENCE, 50)}
     assert [done for done, texts in told.items() if texts] == [PATIENCE]
     (text,) = told[PATIENCE]
@@ -42,6 +44,16 @@ def test_finding_something_starts_the_count_again() -> None:
     for done in range(50, 10 * PATIENCE, 50):
         found = 1.0 if done % PATIENCE == PATIENCE - 50 else 0.0
         assert not one.line(done, 50, {"guidance/head/candidates": found})
+
+
+@pytest.mark.parametrize("pseudo", [0.001, 99.0])
+def test_a_dense_stage_is_not_judged_by_pseudo_boxes(pseudo: float) -> None:
+    one, none, told = watch(), {"guidance/head/candidates": 0.0, "guidance/head/clusters": 0.0}, []
+    for done in range(50, 3 * PATIENCE, 50):
+        assert not one.line(done, 50, {**FINE, "guidance/head/pseudo_boxes": pseudo})
+    for done in range(3 * PATIENCE, 6 * PATIENCE, 50):
+        told += one.line(done, 50, {**none, "guidance/head/pseudo_boxes": pseudo})
+    assert sum("has found nothing" in text for text in told) == 1
 
 
 @pytest.mark.parametrize(("found", "way"), [(61.0, "raise its tau"), (0.03, "lower its tau")])

@@ -35,6 +35,11 @@ def test_strides_that_do_not_double_are_refused(strides):
     assert f"use {[strides[0] * 2**level for level in range(len(strides))]}" in str(error.value)
 
 
+def test_a_pyramid_starts_at_a_map_of_the_backbone():
+    with pytest.raises(UserError, match=r"strides of the pyramid: the first is over 32, .*\[64, 128\]"):
+        pyramid((64, 128))
+
+
 def test_padding_is_exactly_zero_and_pixels_are_normalised():
     from dataclasses import replace
 

@@ -18,6 +18,7 @@ def test_values_and_gradients_are_those_of_the_convolution(kernel, padding, bias
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(6, 6, kernel, padding=padding, groups=6, bias=bias))
     pixels = torch.randn(3, 6, 9, 12).to(memory_format=layout).requires_grad_()
+    body = body.to(memory_format=layout)
     quick = copy.deepcopy(body)
     replace_depthwise(quick)
     assert isinstance(quick[0], DepthwiseConv2d)
@@ -29,6 +30,7 @@ def test_values_and_gradients_are_those_of_the_convolution(kernel, padding, bias
     gradients = torch.autograd.grad((found * weight).sum(), [pixels, *quick.parameters()])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
+    assert [gradient.stride() for gradient in gradients[1:]] == [parameter.stride() for parameter in quick.parameters()]
 
 
 def test_frozen_kernels_and_inputs_get_no_gradient() -> None:

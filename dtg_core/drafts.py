@@ -1,0 +1,43 @@
+"""Files that are whole or not there, and one line for a disk that refuses them."""
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtg_core.errors import UserError
+
+
+@contextlib.contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A file ``<name>.tmp`` to be written instead of ``path``, whose name it takes when the block ends well; else it is deleted.
+
+    Folders above are made. In an ``ExitStack`` several files get their names when all of them are written. Raises OSError.
+    """
+    draft = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once, never half of it. Raises OSError."""
+    with draft_of(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing(place: Path | str, remedy: str = "give another --output") -> Iterator[None]:
+    """Turn an OSError of the block into the UserError ``PLACE: cannot be written (REASON) - REMEDY``."""
+    try:
+        yield
+    except BrokenPipeError:  # of the terminal, not of the disk
+        raise
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written ({error.strerror or error}) - {remedy}") from error
