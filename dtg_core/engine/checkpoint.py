@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -28,13 +27,13 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtg_core.engine.folder import CHECKPOINT
 from dtg_core.errors import UserError
 from dtg_core.models.weights import read_tensors
 
 STUDENT, TEACHER, OPTIMIZER = "student.safetensors", "teacher.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 _FILES = (STUDENT, TEACHER, OPTIMIZER, STATE)
-_NAME = re.compile(r"step_(\d{8,})")
 _METADATA = "dtg_ssod"  # key of our JSON among a weights file's metadata
 _MOST_TENSORS = 100_000  # of a weights file; a hostile one may name millions of empty ones
 
@@ -169,7 +168,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each checkpoint, the newest first."""
     if not folder.is_dir():
         return []
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    found = ((CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
@@ -219,7 +218,7 @@ def _verified(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         if hashlib.sha256(contents[name]).hexdigest() != entries[name]["sha256"]:
             raise damaged(name, "its SHA-256 does not match")
     stored = json.loads(contents[STATE])
-    match = _NAME.fullmatch(path.name)
+    match = CHECKPOINT.fullmatch(path.name)
     if match and int(match[1]) != stored["step"]:
         raise damaged(STATE, f"it is of step {stored['step']}")
     return contents, stored

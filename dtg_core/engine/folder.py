@@ -30,6 +30,8 @@ from dtg_core.errors import UserError
 BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
 
 
+#: The name of a checkpoint's folder, by the number of steps before it.
+CHECKPOINT = re.compile(r"step_(\d{8,})")
 #: All names that a run and the scripts that look at it give; ``--overwrite`` deletes nothing else.
 WRITTEN = re.compile(
     r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
@@ -51,7 +53,7 @@ class RunFolder:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is one, whole or not."""
-        return any(self.checkpoints.glob("step_*[0-9]"))
+        return any(CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.glob("step_*"))
 
     @property
     def nonfinite(self) -> Path:

@@ -131,6 +131,13 @@ def test_a_config_of_something_else_is_no_run(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(("name", "is_one"), [("step_00000002", True), ("step_00000002_copy1", False), ("step_00000002.tmp", False)])
+def test_a_copy_of_a_checkpoint_is_none(tmp_path: Path, name: str, is_one: bool) -> None:
+    """Else a run would wait for it with bare weights and start with them."""
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert RunFolder(tmp_path).has_checkpoint == is_one
+
+
 def test_a_folder_without_room_for_its_lock_is_told(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match=r"run: cannot be written \(File too large\) - give another --output"), full_disk():
