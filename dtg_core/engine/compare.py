@@ -339,10 +339,16 @@ def _evaluated_on(run: Run) -> tuple[str, list[str]]:
     return images, list(run.results["teacher"].get("classes", {}))
 
 
+def _drawing(run: Run) -> Any:
+    """Which drawing of the embedded data a run was evaluated on; None for files."""
+    return run.settings.get(EMBEDDED_FOLD) if run.settings.get("data.val") is None else None
+
+
 def _refuse_other_images(run: Run, first: Run) -> None:
-    """Unless both were evaluated on the same images, boxes and classes, wherever their file lies."""
+    """Unless both were evaluated on the same images, boxes and classes, wherever their file lies. Folds of the embedded data have
+    images of their own, as many in each."""
     own, firsts = _evaluated_on(run), _evaluated_on(first)
-    digests = _digest(run, "val"), _digest(first, "val")
+    digests = (_digest(run, "val"), _digest(first, "val")) if _drawing(run) == _drawing(first) else (None, None)
     if own[1] == firsts[1] and (digests[0] == digests[1] if None not in digests else own == firsts):
         return
     same = " - a file of the same name, but with other images or boxes" if own == firsts else ""
@@ -412,8 +418,9 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def _difference(row: Row, first: Row, figure: str) -> str:
-    """Of the teachers' means; with its spread where both rows have the same seeds and folds, run by run."""
-    if row is first:
+    """Of the teachers' means; with its spread where both rows have the same seeds and folds, run by run. None where they were
+    evaluated on other drawings of the embedded data."""
+    if row is first or {_drawing(run) for run in row.runs} != {_drawing(run) for run in first.runs}:
         return ""
     ours, theirs = ([value or 0.0 for value in one.values("teacher", figure)] for one in (row, first))
     paired = sorted(run.draw for run in row.runs) == sorted(run.draw for run in first.runs) and len(ours) > 1

@@ -192,6 +192,18 @@ def test_data_are_judged_by_what_was_read(tmp_path):
         compare([first, elsewhere], STAGES)
 
 
+def test_folds_of_the_embedded_data_have_their_own_validation_images(tmp_path):
+    dense, sparse = ([write_run(tmp_path / f"{paradigm}{fold}", ap + 10 * fold, paradigm=paradigm, fold=fold, made=read_from(val=str(fold)))
+                      for fold in range(2)] for paradigm, ap in (("dense", 22), ("sparse", 20)))  # fmt: skip
+    comparison = compare([*sparse, *dense], STAGES)
+    assert [len(row.runs) for row in comparison.rows] == [2, 2]
+    assert "+2.00 ± 0.00" in to_markdown(comparison)
+    assert "-8.00" not in to_markdown(compare([sparse[1], dense[0]], STAGES))  # of other images, so no difference is told
+    redrawn = write_run(tmp_path / "redrawn", 20, paradigm="supervised", made=read_from(val="another version"))
+    with pytest.raises(UserError, match="other images or classes"):
+        compare([sparse[0], redrawn], STAGES)
+
+
 def test_pages(tmp_path):
     runs = [write_run(tmp_path / f"<b>{seed}", 20 + seed, seed=seed) for seed in range(2)]
     comparison = compare(runs, STAGES)
