@@ -28,8 +28,6 @@ from dtg_core.errors import UserError
 
 #: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
 BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
-
-
 #: The name of a checkpoint's folder, by the number of steps before it.
 CHECKPOINT = re.compile(r"step_(\d{8,})")
 #: All names that a run and the scripts that look at it give; ``--overwrite`` deletes nothing else.
