@@ -45,6 +45,7 @@ class StageRule:
     rank_weight: float = 3.0  # beta
     temperature: float = 1.0  # T
     # Not in the paper, for weak teachers whose scores are noise
+    member_iou: float = 0.0  # least IoU of a member's student sample with the box that it learns; under it the sample is ignored
     consensus_rank: float | None = None  # rank by a box' mean IoU with its cluster over this, instead of by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
@@ -199,6 +200,7 @@ RANGES = {
     "guidance.stages.*.max_candidates": "[1, inf)",
     "guidance.stages.*.min_iou": "[0, 1)",
     "guidance.stages.*.background_tau": "(0, 1)",
+    "guidance.stages.*.member_iou": "[0, 1)",
     "guidance.stages.*.background_samples": "[0, inf)",
     "guidance.stages.*.rank_weight": "[0, inf)",
     "guidance.stages.*.temperature": "[1e-6, inf)",

@@ -92,6 +92,8 @@ class Explained:
             return "no teacher sample lands there"
         if score <= self.rule.tau:
             return f"teacher's score is under {self.rule.tau:g}"
+        if self.rule.member_iou > 0:
+            return f"its cluster left the view, or it overlaps the box by less than {self.rule.member_iou:g}"
         return "its cluster left the view"
 
 

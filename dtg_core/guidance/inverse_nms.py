@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import Hull, clip, project, shortest_side
+from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side
 from dtg_core.guidance.correspondence import MIN_SIDE
-from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch
+from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch, Samples
 
 
 def inverse_nms(
-    candidates: Candidates, clusters: Clusters, row: Tensor, num_samples: int, pair: PairBatch, hull: Hull = "ellipse"
+    candidates: Candidates, clusters: Clusters, row: Tensor, samples: Samples, pair: PairBatch, hull: Hull = "ellipse",
+    member_iou: float = 0,
 ) -> Assignment:
     """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
 
@@ -24,19 +25,22 @@ def inverse_nms(
     Args:
         candidates, clusters: of the teacher, in its view.
         row: [N, A] int64, student sample of each teacher sample, -1: none.
-        num_samples: how many samples an image has in the student's view.
+        samples: of the student.
         pair: both views.
+        member_iou: least IoU of a member's student sample with its target; under it the sample is ignored (not in the paper).
 
     Returns:
         Assignment of the student's samples; its ``dense`` part holds the clusters for Eqs. 2 to 6.
     """
-    image, keep = candidates.image, clusters.keep
+    image, keep, num_samples = candidates.image, clusters.keep, samples.num_samples
     target = project(candidates.box[keep], pair.student_from_teacher[image[keep]], hull)
     target = clip(target, pair.student.sizes[image[keep]])  # [J, 4]
     in_view = shortest_side(target) >= MIN_SIDE
 
     partner = row[image, candidates.sample]
     alive = (partner >= 0) & in_view[clusters.cluster]
+    if member_iou > 0:
+        alive &= paired_iou(samples.take(image, partner.clamp(min=0)), target[clusters.cluster]) >= member_iou
     winner = alive & _is_best(image * num_samples + partner, alive, candidates.logit, row.shape[0] * num_samples)
     chosen = winner.nonzero().squeeze(1)  # sync: the number of assigned samples.
 

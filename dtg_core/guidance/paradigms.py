@@ -102,7 +102,7 @@ def dense_labels(
     groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
     moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
-    return DenseLabels(candidates, clusters, moved, row, inverse_nms(candidates, clusters, row, moved.num_samples, pair, hull))
+    return DenseLabels(candidates, clusters, moved, row, inverse_nms(candidates, clusters, row, moved, pair, hull, rule.member_iou))
 
 
 @torch.no_grad()

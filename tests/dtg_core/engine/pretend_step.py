@@ -78,7 +78,7 @@ def moved(batch):
     return replace(batch, **changed)
 
 
-CONSENSUS = {"quality": "consensus", "consensus_rank": 0.1, "cluster_trust": True, "soft_background": True}
+CONSENSUS = {"quality": "consensus", "consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "member_iou": 0.1}
 OPTIONS: dict[str, Any] = CONSENSUS if "consensus" in sys.argv else {}
 
 

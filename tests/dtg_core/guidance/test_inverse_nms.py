@@ -9,7 +9,7 @@ from oracles import cluster_losses, greedy_nms
 from dtg_core.config import StageRule
 from dtg_core.guidance import cluster_nms, inverse_nms
 from dtg_core.losses import dense_terms, weigh
-from dtg_core.structures import Assignment, Candidates, Predictions, Unreduced
+from dtg_core.structures import Assignment, Candidates, Predictions, Proposals, Unreduced
 
 
 def make_candidates(
@@ -32,7 +32,8 @@ def clustered(candidates: Candidates, threshold: float = 0.5):
 
 def assign(candidates: Candidates, row: torch.Tensor, samples: int, matrix: torch.Tensor | None = None) -> Assignment:
     pair = make_pair(row.shape[0], 100, 100, matrix)
-    return inverse_nms(candidates, clustered(candidates), row, samples, pair)
+    boxes = torch.zeros(row.shape[0], samples, 4)
+    return inverse_nms(candidates, clustered(candidates), row, Proposals(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool)), pair)
 
 
 THREE = [(0, 1, 2, 2.0, [10.0, 10, 30, 30]), (0, 2, 2, 1.0, [10.0, 10, 30, 28]), (0, 4, 5, 0.5, [60.0, 60, 90, 90])]
@@ -80,6 +81,21 @@ def test_images_do_not_mix():
     result = assign(make_candidates(rows, 2, 2), torch.arange(2).repeat(2, 1), 2)
     assert result.dense.live_clusters == 2
     assert result.image.tolist() == [0, 1]
+
+
+def test_members_whose_sample_is_far_from_the_target_are_ignored():
+    """The IoU of the student's samples with the kept box is 1, 0.6 and 0.4; the last neither learns the object nor background."""
+    rows = [(0, sample, 2, 2.0 - sample, [10.0, 10, 30, 30]) for sample in range(3)]
+    candidates = make_candidates(rows, 1, 4)
+    boxes = torch.tensor([[[10.0, 10, 30, 30], [10, 10, 30, 22], [10, 10, 30, 18], [10, 10, 30, 30]]])
+    samples, pair = Proposals(boxes, torch.ones(1, 4, dtype=torch.bool)), make_pair(1, 100, 100)
+    for least, kept in ((0.0, [0, 1, 2]), (0.39, [0, 1, 2]), (0.41, [0, 1]), (0.61, [0])):
+        result = inverse_nms(candidates, clustered(candidates), torch.arange(4)[None], samples, pair, member_iou=least)
+        assert result.sample.tolist() == kept
+        assert result.background.tolist() == [[False, False, False, True]]
+        assert result.dense.weight.tolist() == pytest.approx([1 / len(kept)] * len(kept))
+    none = inverse_nms(make_candidates([], 1, 4), clustered(make_candidates([], 1, 4)), torch.arange(4)[None], samples, pair, member_iou=0.5)
+    assert len(none.sample) == 0
 
 
 def test_no_candidates():
