@@ -93,7 +93,7 @@ class Explained:
         if score <= self.rule.tau:
             return f"teacher's score is under {self.rule.tau:g}"
         if self.rule.member_iou > 0:
-            return f"its cluster left the view, or it overlaps the box by less than {self.rule.member_iou:g}"
+            return f"its cluster left the view, or the sample overlaps its box by less than {self.rule.member_iou:g}"
         return "its cluster left the view"
 
 

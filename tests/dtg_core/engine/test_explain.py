@@ -9,6 +9,7 @@ import torch
 from conftest import make_pair, tiny_detector
 from PIL import Image
 
+from dtg_core.boxes import paired_iou
 from dtg_core.config import StageRule, ViewsConfig
 from dtg_core.data.coco import load_coco
 from dtg_core.data.shapes import make_shapes
@@ -65,6 +66,24 @@ def test_differences_name_every_positive_once(name, stage):
             assert (difference.kind == DENSE_ONLY) == (inside == (True, False))
             assert (difference.kind == SPARSE_ONLY) == (inside == (False, True))
             assert bool(difference.reason) == (difference.kind != BOTH)
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_members_far_from_their_box_are_told(name, stage):
+    """Of both kinds of samples: with ``member_iou`` the dense positives are those of before that overlap their box so far."""
+    teacher, student, pair, rule, before = case(name, stage)
+    overlap = paired_iou(before.samples.take(before.dense.image, before.dense.sample), before.dense.box)
+    least = float(overlap.median())
+    after = explain(teacher, student, pair, stage, replace(rule, member_iou=least), "ellipse")
+    near = overlap >= least
+    assert 0 < near.sum() < len(near)
+    assert torch.equal(after.dense.image, before.dense.image[near])
+    assert torch.equal(after.dense.sample, before.dense.sample[near])
+    far = before.dense.image[~near], before.dense.sample[~near]
+    assert not after.dense.background[far].any()
+    reasons = {(image, found.sample): found.reason for image in range(2) for found in after.differences(image)}
+    shared = [place for place in zip(*(column.tolist() for column in far)) if place in reasons]
+    assert all("overlaps its box by less than" in reasons[place] for place in shared)
 
 
 def test_best_teacher_score_of_a_student_sample():
