@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import roi_align
 
 from dtg_core.boxes import area, rank_in_group
 from dtg_core.focal import sigmoid_focal
@@ -16,6 +15,7 @@ from faster_rcnn_dtg.config import RCNNConfig
 from faster_rcnn_dtg.deltas import decode, encode
 from faster_rcnn_dtg.losses import log_odds, log_score, softmax_focal
 from faster_rcnn_dtg.matching import assignment, balanced, match
+from faster_rcnn_dtg.roi_align import roi_align
 
 PRIOR = 0.01  # score of every class at the start of training
 PADDING_LOGIT = -20.0  # padding is surely background
@@ -93,7 +93,7 @@ class RCNN(nn.Module):
         counts = (level == each).sum(1).cpu().tolist()
         parts = rois.split(counts)
         pooled = [
-            roi_align(features.float(), part, self.config.pool_size, 1 / stride, self.config.sampling_ratio, aligned=True)
+            roi_align(features.float(), part, self.config.pool_size, 1 / stride, self.config.sampling_ratio)
             for features, part, stride in zip(pyramid, parts, self.strides)
         ]
         return torch.cat(pooled), rows[: sum(counts[:-1])]
