@@ -27,6 +27,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dtg_core.drafts import draft_of
 from dtg_core.engine.folder import CHECKPOINT
 from dtg_core.errors import UserError
 from dtg_core.models.weights import read_tensors
@@ -319,15 +320,9 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, Any]) -> 
     Raises OSError when the disk refuses; the older file is then untouched.
     """
     data = safetensors.save(_plain(module.state_dict()), {_METADATA: json.dumps(dict(metadata))})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        _write(temporary, data)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with draft_of(path) as draft:
+        _write(draft, data)
+    _sync_folder(path.parent)
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
