@@ -127,7 +127,7 @@ def main(config: Config) -> list[dict[str, float]]:
     detector = RetinaNet(build_pyramid(config.backbone, 64, STRIDES, "conv"), len(sources.labeled.class_names))
     teacher = make_teacher(detector).to(accelerator.device)
     module = StudentModule(detector, config.guidance.stages).train()
-    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
+    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
 
     history = []
     for batch in steps_loader(data, 0, config.run.steps, config.data.workers):

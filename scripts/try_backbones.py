@@ -62,7 +62,7 @@ def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tu
     student, teacher = student_and_teacher(DETECTORS[detector](settings, len(sources.labeled.class_names)), settings)
     accelerator = Accelerator()
     teacher.to(accelerator.device)
-    module, optimizer = accelerator.prepare(student, make_optimizer(student, settings.optim))
+    module, optimizer = accelerator.prepare(student, make_optimizer(student, settings.optim, accelerator))
     data = StepData(sources.labeled, sources.unlabeled, settings.views, 0, settings.data.labeled_per_device,
                     settings.data.unlabeled_per_device)  # fmt: skip
     losses, times = [], []

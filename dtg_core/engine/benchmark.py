@@ -93,7 +93,7 @@ def benchmark(
         chosen = {name: replace(rule, paradigm=kind) for name, rule in rules.items()}
         settings = replace(config, guidance=replace(guidance, stages=chosen))
         student = StudentModule(detector, chosen).train()
-        return Bench(settings, accelerator, student, teacher, loop.make_optimizer(student, config.optim), batch)
+        return Bench(settings, accelerator, student, teacher, loop.make_optimizer(student, config.optim, accelerator), batch)
 
     main = bench(paradigm)
     figures = main.step()

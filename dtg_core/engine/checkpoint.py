@@ -307,7 +307,8 @@ def _unpack_optimizer(
         numbers = list(range(start, start + len(group["params"])))
         start += len(numbers)
         plain = {key: tuple(value) if isinstance(current.get(key), tuple) else value for key, value in group.items()}
-        groups.append({**plain, "params": numbers})
+        kernels = {key: current[key] for key in ("foreach", "fused") if key in current}  # this device's, not the former one's
+        groups.append({**plain, **kernels, "params": numbers})
     return {"state": state, "param_groups": groups}
 
 

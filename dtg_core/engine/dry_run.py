@@ -41,7 +41,7 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
     keep_freed_memory()
     module, teacher = student_and_teacher(detector, config)
     teacher.to(accelerator.device)
-    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
+    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
     data = StepData(
         sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
         config.data.unlabeled_per_device, accelerator.process_index, accelerator.num_processes,

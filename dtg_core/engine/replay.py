@@ -59,7 +59,7 @@ def replay(
     step, parts = told["step"], told["parts"]
     module, teacher = student_and_teacher(detector, config)
     teacher.to(accelerator.device)
-    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim))
+    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
     load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
 
     batches = [step_data(config, sources, part, len(parts))[step] for part in range(len(parts))]

@@ -70,7 +70,8 @@ class Fit:
         keep_freed_memory()
         self.module, teacher = student_and_teacher(detector, config)
         self.teacher = teacher.to(accelerator.device)
-        self.student, self.optimizer = accelerator.prepare(self.module, make_optimizer(self.module, config.optim))
+        optimizer = make_optimizer(self.module, config.optim, accelerator)
+        self.student, self.optimizer = accelerator.prepare(self.module, optimizer)
         self.stamp = stamp(config, sources, accelerator.num_processes, accelerator.mixed_precision)
 
         self.window = Window()  # since the last log line

@@ -100,10 +100,10 @@ def count(name: str, images: int) -> PretendDevice:
     student, teacher, config, plain = make_parts(name, images)
     twin, twin_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     with device_work() as work:  # what the benchmark counts on the CPU
-        train_step(twin, twin_teacher, make_optimizer(twin, config.optim), [plain], config, OneProcess())
+        train_step(twin, twin_teacher, make_optimizer(twin, config.optim, OneProcess()), [plain], config, OneProcess())
     module_to_device(student)
     module_to_device(teacher)
-    optimizer = make_optimizer(student, config.optim)
+    optimizer = make_optimizer(student, config.optim, OneProcess())
     batch = moved(plain)
     train_step(student, teacher, optimizer, [batch], config, OneProcess())  # fills the caches of anchors
     with PretendDevice() as device:
@@ -126,7 +126,7 @@ def without_float64(name: str) -> None:
     views, expected = plain.labeled, make_teacher(student.detector).detect(student.detector.run(plain.labeled), plain.labeled, 0.1)
     module_to_device(student)
     module_to_device(teacher)
-    optimizer, batch = make_optimizer(student, config.optim), moved(plain)
+    optimizer, batch = make_optimizer(student, config.optim, OneProcess()), moved(plain)
     with LacksFloat64(), torch.no_grad():
         found = student.detector.detect(student.detector.run(batch.labeled), moved(views), 0.1)
     assert len(expected.boxes) > 0

@@ -40,6 +40,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     "sgd without momentum": lambda groups: torch.optim.SGD(groups, lr=0.1),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.99), amsgrad=True),
+    "fused sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True),
+    "fused adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
 }
 
 
@@ -99,6 +101,17 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     assert equal(other.state_dict(), student.state_dict())
     assert equal(other_optimizer.state_dict(), optimizer.state_dict())
     assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_kernels_are_those_of_the_optimizer_that_goes_on(tmp_path: Path) -> None:
+    student, teacher, _ = parts()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    several = torch.optim.AdamW(trained, lr=0.01, foreach=True, fused=False)
+    train(student, several, 0, 2)
+    path = save_checkpoint(tmp_path, 2, student, teacher, several, {})
+    fused = torch.optim.AdamW(trained, lr=5.0, foreach=False, fused=True)
+    load_checkpoint(path, student, teacher, fused)
+    assert {key: fused.param_groups[0][key] for key in ("lr", "foreach", "fused")} == {"lr": 0.01, "foreach": False, "fused": True}
 
 
 def test_before_the_first_step_and_with_shared_memory(tmp_path: Path) -> None:

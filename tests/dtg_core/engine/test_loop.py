@@ -56,7 +56,7 @@ class Parts:
         self.detector, self.settings, self.accelerator = detector, settings, accelerator
         module = StudentModule(detector, settings.guidance.stages).train()
         self.teacher = make_teacher(detector)
-        self.student, self.optimizer = accelerator.prepare(module, make_optimizer(module, settings.optim))
+        self.student, self.optimizer = accelerator.prepare(module, make_optimizer(module, settings.optim, accelerator))
 
     def step(self, batches: Sequence[StepBatch], signals: StopSignals | None = None) -> dict[str, float]:
         figures = train_step(
@@ -371,3 +371,28 @@ def test_batches_are_pinned_with_all_their_parts(monkeypatch: pytest.MonkeyPatch
     views = (batch.labeled, batch.unlabeled.teacher, batch.unlabeled.student)  # type: ignore[union-attr]
     for tensor in [view.pixels for view in views] + [view.targets.boxes for view in views]:
         assert any(tensor is other for other in pinned)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_loss_scaler_gets_other_kernels_and_all_make_the_same_step(name: str) -> None:
+    settings = OptimConfig(name=name, lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1)).double()
+    one = layers.to(memory_format=torch.channels_last)
+    other = copy.deepcopy(one)
+    accelerator = Accelerator(cpu=True)
+    fused = make_optimizer(one, settings, accelerator)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    several = make_optimizer(other, settings, accelerator)
+    assert (fused.defaults["fused"], fused.defaults["foreach"]) == (True, False)
+    assert (several.defaults["fused"], several.defaults["foreach"]) == (False, True)
+    start = [parameter.detach().clone() for parameter in one.parameters()]
+    for seed in range(3):
+        pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for module, optimizer in ((one, fused), (other, several)):
+            module(pixels.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    for mine, theirs, before in zip(one.parameters(), other.parameters(), start, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+        assert (mine != before).all()
