@@ -1,4 +1,4 @@
-"""RoIAlign (He et al. 2017): torchvision's, but for gradients on the CPU, where its kernel takes five times as long.
+"""RoIAlign (He et al. 2017): torchvision's, but for gradients on the CPU, where its kernel is slow.
 
 A bin is a weighted sum of pixels, four for each of its sampling points, which is what an embedding bag computes.
 """

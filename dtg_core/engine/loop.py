@@ -29,8 +29,8 @@ from dtg_core.structures import LossTerm, StepBatch, Supervision
 def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
     """SGD with momentum (Sec. 4.2) or AdamW over the parameters that are not frozen.
 
-    A CPU updates each parameter in one pass (fused), several times as fast as the multi-tensor kernels of other devices. Not so
-    with a loss scaler: a fused kernel skips a step by itself, and Accelerate would not learn of it.
+    A CPU updates each parameter in one pass (fused), other devices use multi-tensor kernels. So does a CPU with a loss scaler: a
+    fused kernel skips a step by itself, and Accelerate would not learn of it.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fused = accelerator.device.type == "cpu" and accelerator.scaler is None
