@@ -15,6 +15,8 @@ from torchvision.ops import nms
 Hull = Literal["ellipse", "corners"]
 
 BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes for each
+NMS_BLOCK = 40_000  # boxes of a call of NMS; a GPU's table of overlaps takes 200 MB then, and grows with their square
+NMS_BY_IMAGE = frozenset({"cpu"})  # types of devices for which ``image_nms`` makes a call for each image
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; more than any view is large
 
 
@@ -113,12 +115,31 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     return nms(spread_groups(boxes, groups), scores.double(), iou_threshold)
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+def image_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """``grouped_nms`` of K boxes of each of N images that have no group in common; [J] indices into the flat [N * K].
+
+    NMS compares each box with every kept one of its call, so a CPU has a call for each image. Another device, for which the
+    host waits after each call, takes as many images at once as its table of overlaps allows.
+
+    Args:
+        boxes: [N, K, 4]. scores, groups: [N, K].
+    """
+    if lacks_float64(boxes.device):
+        return image_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou_threshold).to(boxes.device)
+    images, count = scores.shape
+    at_once = count if boxes.device.type in NMS_BY_IMAGE else NMS_BLOCK
+    return torch.cat([
+        grouped_nms(boxes[rows].flatten(0, 1), scores[rows].flatten(), groups[rows].flatten(), iou_threshold) + rows.start * count
+        for rows in row_blocks(images, count, at_once)
+    ])  # fmt: skip
+
+
+def row_blocks(rows: int, columns: int, limit: int | None = None) -> Iterator[slice]:
     """Slices of the rows of a [rows, columns] matrix that is too large to be made as a whole; an empty one for no rows.
 
-    They depend on the sizes alone, which the host knows.
+    They depend on the sizes alone, which the host knows. ``limit``: elements of a block (``BLOCK``), unless a row has more.
     """
-    step = max(BLOCK // max(columns, 1), 1)
+    step = max((limit or BLOCK) // max(columns, 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step))
 
 

@@ -41,6 +41,6 @@ def sample_mask(mask: Tensor, limit: Tensor | int, seeds: Tensor, most: int, ide
     most = min(most, mask.shape[1])
     keys = random_keys(seeds, identity) + 1
     best, index = (keys * mask).topk(most, dim=1)
-    limit = torch.as_tensor(limit, device=mask.device).reshape(-1, 1)
+    limit = limit.unsqueeze(1) if isinstance(limit, Tensor) else limit  # a number of the host's stays there: a copy would wait
     chosen = (best > 0) & (torch.arange(most, device=mask.device) < limit)
     return torch.zeros_like(mask).scatter(1, index, chosen)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 
-from dtg_core.boxes import clip, grouped_nms, rank_in_group, shortest_side
+from dtg_core.boxes import clip, image_nms, rank_in_group, shortest_side
 from dtg_core.focal import sigmoid_focal
 from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RPNConfig
@@ -113,7 +113,7 @@ def propose(grid: AnchorGrid, predictions: Predictions, sizes: Tensor, config: R
     large = shortest_side(boxes) > config.min_side
     scores = logits.gather(1, sample).masked_fill(~large, -torch.inf)  # so that small boxes suppress nothing
     groups = image * len(grid.shapes) + grid.level[sample]
-    keep = grouped_nms(boxes.flatten(0, 1), scores.flatten(), groups.flatten(), config.nms_iou)
+    keep = image_nms(boxes, scores, groups, config.nms_iou)
 
     image = image.flatten()[keep]
     order = image.argsort(stable=True)  # image by image, best first

@@ -14,11 +14,14 @@ from dtg_core.structures import AnchorGrid, Targets
 MARGIN = 0.01
 
 
-def nearest_anchors(centers: Tensor, boxes: Tensor, level_sizes: tuple[int, ...], topk: int) -> Tensor:
+def nearest_anchors(
+    centers: Tensor, boxes: Tensor, image: Tensor, usable: Tensor, level_sizes: tuple[int, ...], topk: int
+) -> Tensor:
     """[G, K] int64 the ``topk`` anchors of each level (or all, if it has fewer) whose centre is nearest to the box's.
 
     Args:
-        centers: [A, 2] of the anchors. boxes: [G, 4].
+        centers: [A, 2] of the anchors. boxes: [G, 4]. image: [G] of the boxes.
+        usable: [N, A] bool, anchors that come before all others, however far they are.
         level_sizes: number of anchors of each level; their sum is A.
         topk: anchors to take per level.
     """
@@ -26,7 +29,7 @@ def nearest_anchors(centers: Tensor, boxes: Tensor, level_sizes: tuple[int, ...]
     blocks = []  # of objects, because all distances at once are large
     for rows in row_blocks(boxes.shape[0], centers.shape[0]):
         offsets = middles[rows] - centers
-        distances = torch.hypot(offsets[..., 0], offsets[..., 1])
+        distances = torch.hypot(offsets[..., 0], offsets[..., 1]).masked_fill_(~usable[image[rows]], torch.inf)
         chosen, start = [], 0
         for size, level in zip(level_sizes, distances.split(level_sizes, 1)):
             chosen.append(level.topk(min(topk, size), dim=1, largest=False).indices + start)
@@ -35,31 +38,36 @@ def nearest_anchors(centers: Tensor, boxes: Tensor, level_sizes: tuple[int, ...]
     return torch.cat(blocks)
 
 
-def assign_atss(grid: AnchorGrid, targets: Targets, num_images: int, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+def assign_atss(grid: AnchorGrid, targets: Targets, usable: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors that train toward an object.
 
     A candidate is positive when its IoU with the object reaches the mean plus the (unbiased) standard deviation over the
     object's candidates, and its centre lies inside of the object. An anchor that several objects of an image claim goes
     to the one with the largest IoU, of equal ones to the first.
 
+    Args:
+        grid: A anchors. targets: objects of N images. topk: candidates of an object on each level.
+        usable: [N, A] bool. The others are no candidates, so that an object's anchors do not depend on the canvas.
+
     Returns:
         image, sample, object: [P] int64 each; object is a row of ``targets``.
     """
     boxes, num_objects = targets.boxes, targets.boxes.shape[0]
     centers = (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2
-    candidates = nearest_anchors(centers, boxes, grid.level_sizes, topk)
+    candidates = nearest_anchors(centers, boxes, targets.image, usable, grid.level_sizes, topk)
+    known = usable[targets.image.unsqueeze(1), candidates]
     iou = paired_iou(grid.anchors[candidates], boxes.unsqueeze(1))
     inside = torch.cat((centers[candidates] - boxes[:, None, :2], boxes[:, None, 2:] - centers[candidates]), -1).amin(-1)
-    mean = iou.mean(1, keepdim=True)
-    # Not Tensor.std, which warns of an empty batch.
-    deviation = ((iou - mean).square().sum(1, keepdim=True) / max(iou.shape[1] - 1, 1)).sqrt()
-    positive = (iou >= mean + deviation) & (inside > MARGIN)
+    count = known.sum(1, keepdim=True)
+    mean = (iou * known).sum(1, keepdim=True) / count.clamp(min=1)
+    deviation = (((iou - mean).square() * known).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    positive = known & (iou >= mean + deviation) & (inside > MARGIN)
 
     # Each (image, anchor) keeps the best of the objects that claim it: first the best IoU, then the first object. int32, because
     # not every device takes minima of int64.
     cell = targets.image.unsqueeze(1) * grid.num_samples + candidates
     objects = torch.arange(num_objects, dtype=torch.int32, device=boxes.device).unsqueeze(1).expand_as(cell)
-    num_cells = num_images * grid.num_samples
+    num_cells = len(usable) * grid.num_samples
     claim = iou.masked_fill(~positive, -1)
     best = claim.new_full((num_cells,), -1).scatter_reduce(0, cell.flatten(), claim.flatten(), "amax")
     positive = positive & (iou == best[cell])

@@ -56,8 +56,8 @@ class GFLStage:
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """ATSS. What is not assigned is background, unless its centre lies in the padding; nothing is drawn."""
         assert isinstance(samples, AnchorGrid)
-        image, sample, row = assign_atss(samples, targets, sizes.shape[0], self.config.atss_topk)
         usable = samples.usable(sizes)
+        image, sample, row = assign_atss(samples, targets, usable, self.config.atss_topk)
         background = usable.index_put((image, sample), usable.new_zeros(()))
         return Assignment(image, sample, targets.labels[row], targets.boxes[row], background)
 

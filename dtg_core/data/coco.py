@@ -144,7 +144,7 @@ def _with_objects(
     tiny = usable & ~thin & ~outside & ~(sides >= 1).all(1)
     good = usable & ~thin & ~outside & ~tiny
     cut = good & (np.abs(clipped - boxes) > 1).any(1)  # up to a pixel is a matter of rounding
-    order, copies, contested = _without_copies(np.nonzero(good)[0], rows, labels, clipped)
+    order, copies, contested = _without_copies(np.nonzero(good)[0], rows, labels, crowd, clipped)
 
     counted = (
         (rows < 0, "annotations of images that it does not list are left out"),
@@ -243,11 +243,14 @@ def _corners(boxes: np.ndarray, sizes: np.ndarray, sure: np.ndarray, rules: Data
 
 
 def _without_copies(
-    numbers: np.ndarray, rows: np.ndarray, labels: np.ndarray, boxes: np.ndarray
+    numbers: np.ndarray, rows: np.ndarray, labels: np.ndarray, crowd: np.ndarray, boxes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``numbers`` of annotations without copies; the copies; and the second ones of equal boxes with different classes."""
-    key = np.column_stack((labels[numbers], boxes[numbers], rows[numbers]))
-    order = np.lexsort(key.T)  # by image, box, class; stable
+    """``numbers`` of annotations without copies; the copies; and the second ones of equal boxes with different classes.
+
+    A crowd and an object are no copies of each other.
+    """
+    key = np.column_stack((labels[numbers], crowd[numbers], boxes[numbers], rows[numbers]))
+    order = np.lexsort(key.T)  # by image, box, crowd, class; stable
     same = key[order][1:] == key[order][:-1]
     same_box = np.concatenate((np.zeros(1, bool), same[:, 1:].all(1)))[: len(order)]
     same_class = np.concatenate((np.zeros(1, bool), same[:, 0]))[: len(order)]

@@ -302,14 +302,8 @@ def _unpack_optimizer(
             # the parameter's memory layout: another order of elements may round differently in vectorised kernels
             value = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False).copy_(value)
         state.setdefault(index[name], {})[key] = value
-    groups, start = [], 0
-    for current, group in zip(optimizer.param_groups, settings["groups"]):
-        numbers = list(range(start, start + len(group["params"])))
-        start += len(numbers)
-        plain = {key: tuple(value) if isinstance(current.get(key), tuple) else value for key, value in group.items()}
-        kernels = {key: current[key] for key in ("foreach", "fused") if key in current}  # this device's, not the former one's
-        groups.append({**plain, **kernels, "params": numbers})
-    return {"state": state, "param_groups": groups}
+    # The settings are this run's, and so are the kernels: a change that was asked for acts, and the device may be another.
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 # Weights files ---------------------------------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ def train_step(
 
     Returns:
         Losses and figures of the guidance by name, still on the device. "skipped" is 1 when the loss or its gradient was not
-        finite, and nothing has been changed, or when what the update left was not, and the teacher has not been changed. Where
-        the weights themselves have overflowed, so that no later step can mend them, there is an "overflowed" too.
+        finite, and nothing but the statistics of trained batch norms has been changed, or when what the update left was not, and
+        the teacher has not been changed. Where the weights themselves have overflowed, so that no later step can mend them, there
+        is an "overflowed" too.
     """
     step, rules = batches[0].step, config.guidance.stages
     for group in optimizer.param_groups:

@@ -47,10 +47,14 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     """Notes to show when a checkpoint with the stamp ``old`` is continued by a run with the stamp ``new``.
 
     Raises:
-        UserError: settings or data differ, unless ``insist``.
+        UserError: settings or data differ, unless ``insist``; another kind of optimizer.
     """
     if "config" not in old:
         raise UserError("--resume: the checkpoint is of another version of this program - start anew")
+    former, name = old["config"].get("optim.name"), new["config"].get("optim.name")
+    if former != name:
+        raise UserError(f"--resume: the checkpoint has the state of optim.name={former}, with which {name} cannot go on - undo it, "
+                        "or start anew from its weights with --init")
     changes = [f"{key}: {_short(old['config'].get(key))} -> {_short(new['config'].get(key))}"
                for key in sorted(old["config"].keys() | new["config"].keys())
                if old["config"].get(key) != new["config"].get(key)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from dtg_core.boxes import clip, lacks_float64, spread_groups
+from dtg_core.boxes import clip, lacks_float64, row_blocks, spread_groups
 from dtg_core.config import StageRule
 from dtg_core.protocol import Stage
 from dtg_core.structures import Candidates, Clusters, Predictions, Samples
@@ -69,12 +69,15 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     position = torch.arange(len(order), device=order.device)
     # sync: NMS gives as many indices as boxes survive; falling ranks stand for the sorted scores.
     kept = nms(boxes, -position.double(), iou_threshold)
-    overlap = box_iou(boxes, boxes[kept])  # [M, J]
-    better = (groups.unsqueeze(1) == groups[kept]) & (kept <= position.unsqueeze(1))
-    overlap = torch.where(better, overlap.nan_to_num(), -1.0)
-    first = (overlap > iou_threshold).max(1)  # the first True of each row
-    # Where rounding differs between the kernels no suppressor may be found: take the nearest.
-    cluster = torch.where(first.values, first.indices, overlap.argmax(1))
+    parts = []
+    for rows in row_blocks(len(boxes), len(kept)):
+        overlap = box_iou(boxes[rows], boxes[kept])  # [B, J]
+        better = (groups[rows].unsqueeze(1) == groups[kept]) & (kept <= position[rows].unsqueeze(1))
+        overlap = torch.where(better, overlap.nan_to_num(), -1.0)
+        first = (overlap > iou_threshold).max(1)  # the first True of each row
+        # Where rounding differs between the kernels no suppressor may be found: take the nearest.
+        parts.append(torch.where(first.values, first.indices, overlap.argmax(1)))
+    cluster = torch.cat(parts)
     cluster[kept] = torch.arange(len(kept), device=order.device)  # the IoU of an empty box with itself is not a number
     return Clusters(torch.empty_like(cluster).scatter_(0, order, cluster), order[kept])
 

@@ -74,9 +74,10 @@ def best_scores(scores: Tensor, row: Tensor, num_samples: int) -> Tensor:
 def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:
     """[M] bool: the row has the highest logit of all living rows with its place (equal: the lower index)."""
     order = torch.argsort(logit, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ranks = torch.arange(len(order), dtype=torch.int32, device=order.device)  # not every device takes minima of int64
+    rank = torch.empty_like(ranks).scatter_(0, order, ranks)
     place = torch.where(alive, place, num_places)  # one place more collects the others
-    first = torch.full((num_places + 1,), len(order), device=order.device).scatter_reduce(0, place, rank, "amin")
+    first = ranks.new_full((num_places + 1,), len(order)).scatter_reduce(0, place, rank, "amin")
     return first[place] == rank
 
 

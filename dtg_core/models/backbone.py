@@ -139,6 +139,7 @@ def build_pyramid(
     # Of several maps with one stride the last is the deepest.
     picked = (0,) if plain else tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
     maps = _probe(body, picked, own_strides, config)
+    _freeze_unused(body, [maps[index] for index in picked])
     _freeze(body, maps, own_strides, config.freeze_to_stride)
     if config.batch_norm == "frozen":
         # In evaluation mode (see ``Pyramid.train``) these are one kernel each, faster than timm's frozen modules.
@@ -326,6 +327,18 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], config: BackboneConfig) -
     body.load_state_dict(found)
 
 
+def _freeze_unused(body: nn.Module, maps: list[Tensor]) -> None:
+    """Freeze each parameter that none of the ``maps`` depends on (HRNet has some). No gradient would ever reach it, for which
+    the other processes of a distributed run would wait."""
+    parameters = list(body.parameters())
+    whole = torch.stack([x.sum() for x in maps]).sum()
+    for parameter, gradient in zip(
+        parameters, torch.autograd.grad(whole, parameters, allow_unused=True, retain_graph=True), strict=True
+    ):
+        if gradient is None:
+            parameter.requires_grad_(False)
+
+
 def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int) -> None:
     """Freeze each parameter that the feature map of ``stride`` depends on, which autograd tells for any architecture.
 
@@ -338,4 +351,5 @@ def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int
     parameters = list(body.parameters())
     last = len(strides) - 1 - strides[::-1].index(stride)
     for parameter, gradient in zip(parameters, torch.autograd.grad(maps[last].sum(), parameters, allow_unused=True)):
-        parameter.requires_grad_(gradient is None)
+        if gradient is not None:
+            parameter.requires_grad_(False)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from oracles import greedy_nms
 from torch import Tensor
+from torchvision.ops import nms
 
-from dtg_core.boxes import clip, grouped_nms, lacks_float64, paired_iou, project, rank_in_group, row_blocks, shortest_side
+from dtg_core.boxes import clip, grouped_nms, image_nms, lacks_float64, paired_iou, project, rank_in_group, row_blocks, shortest_side
 from dtg_core.guidance import cluster_nms
 
 
@@ -76,6 +77,30 @@ def test_grouped_nms_equals_the_loop(seed):
 
 def test_grouped_nms_of_nothing():
     assert grouped_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize(("by_image", "block", "calls"), [({"cpu"}, 10**6, 5), (set(), 10**6, 1), (set(), 80, 3), (set(), 1, 5)])
+def test_image_nms_is_one_nms_over_all_images(monkeypatch, by_image, block, calls):
+    monkeypatch.setattr("dtg_core.boxes.NMS_BY_IMAGE", by_image)
+    monkeypatch.setattr("dtg_core.boxes.NMS_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(5, 40, 2, generator=generator) * 80
+    boxes = torch.cat((corner, corner + torch.rand(5, 40, 2, generator=generator) * 60), 2)
+    scores = torch.rand(5, 40, generator=generator).round(decimals=1)  # some are equal
+    groups = torch.arange(5).unsqueeze(1) * 3 + torch.randint(0, 3, (5, 40), generator=generator)
+    called = []
+    with monkeypatch.context() as patch:
+        patch.setattr("dtg_core.boxes.nms", lambda *args: called.append(args) or nms(*args))
+        kept = image_nms(boxes, scores, groups, 0.4)
+    assert len(called) == calls
+    expected = grouped_nms(boxes.flatten(0, 1), scores.flatten(), groups.flatten(), 0.4)
+    image = expected // 40
+    assert torch.equal(kept[(kept // 40).argsort(stable=True)], expected[image.argsort(stable=True)])
+
+
+def test_image_nms_of_nothing():
+    assert image_nms(torch.zeros(0, 7, 4), torch.zeros(0, 7), torch.zeros(0, 7).long(), 0.5).shape == (0,)
+    assert image_nms(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0).long(), 0.5).shape == (0,)
 
 
 def test_without_float64_nms_is_done_on_the_cpu(monkeypatch):

@@ -47,6 +47,11 @@ def looped_atss(grid: AnchorGrid, targets: Targets, topk: int) -> dict[tuple[int
     return {key: row for key, (_, row) in best.items()}
 
 
+def everywhere(images: int, canvas: tuple[int, int]) -> torch.Tensor:
+    """[N, A] usable anchors of views that fill their canvas: those beyond its border, of coarse levels, are usable too."""
+    return torch.ones(images, grid_of(canvas).num_samples, dtype=torch.bool)
+
+
 def as_dict(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> dict[tuple[int, int], int]:
     image, sample, row = (part.tolist() for part in found)
     assert len(set(zip(image, sample))) == len(image), "an anchor was assigned twice"
@@ -60,7 +65,7 @@ def test_assignment_is_mmdetections(case: str) -> None:
     starts = [0, boxes[0].shape[0]]
     image = torch.repeat_interleave(torch.arange(2), torch.tensor([len(b) for b in boxes]))
     targets = Targets(torch.cat(boxes), torch.zeros_like(image), image)
-    found = as_dict(assign_atss(grid_of((128, 160)), targets, 2, 9))
+    found = as_dict(assign_atss(grid_of((128, 160)), targets, everywhere(2, (128, 160)), 9))
     expected = {
         (index, anchor): starts[index] + row
         for index in range(2)
@@ -82,21 +87,37 @@ def test_assignment_is_the_looped_algorithm(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     canvas = (96, 160)  # the coarsest levels have fewer than 9 anchors
     targets = random_targets([6, 0, 3, 9], canvas, 3, generator)
-    grid = grid_of(canvas)
-    found = as_dict(assign_atss(grid, targets, 4, 9))
+    grid, usable = grid_of(canvas), everywhere(4, canvas)
+    found = as_dict(assign_atss(grid, targets, usable, 9))
     assert found == looped_atss(grid, targets, 9)
     assert len(found) > 20
 
 
 def test_objects_are_assigned_in_blocks_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = random_targets([16, 0, 13, 9], (256, 256), 3, torch.Generator().manual_seed(0))
-    grid = grid_of((256, 256))
-    expected = assign_atss(grid, targets, 4, 9)
+    grid, usable = grid_of((256, 256)), everywhere(4, (256, 256))
+    expected = assign_atss(grid, targets, usable, 9)
     monkeypatch.setattr("dtg_core.boxes.BLOCK", 5 * grid.num_samples)  # of 5 objects
     with LargestTensor() as largest:
-        found = assign_atss(grid, targets, 4, 9)
+        found = assign_atss(grid, targets, usable, 9)
     assert largest.elements <= 5 * grid.num_samples * 2  # offsets have 2 numbers
     assert all(torch.equal(part, wanted) for part, wanted in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_canvas_has_no_say(seed: int) -> None:
+    """An object at the border of a small view gets the same anchors, by their boxes, on a canvas that a larger view needs."""
+    view, large = (96, 104), (256, 320)
+    targets = random_targets([12], view, 3, torch.Generator().manual_seed(seed))
+    targets.boxes[:6, 2] = view[1]  # up to the border
+    found = []
+    for canvas in (view, large):
+        grid = grid_of(canvas)
+        usable = grid.usable(torch.tensor([[float(side) for side in view]]))
+        _, sample, row = assign_atss(grid, targets, usable, 9)
+        found.append({(*grid.anchors[anchor].tolist(), number) for anchor, number in zip(sample.tolist(), row.tolist())})
+    assert found[0] == found[1]
+    assert len(found[0]) > 10
 
 
 def test_crowded_anchors_go_to_the_largest_iou() -> None:
@@ -104,7 +125,7 @@ def test_crowded_anchors_go_to_the_largest_iou() -> None:
     boxes = torch.tensor([[31.0, 31, 99, 99], [33.0, 33, 97, 97]])
     grid = grid_of((128, 128))
     targets = Targets(boxes, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
-    image, sample, row = assign_atss(grid, targets, 1, 9)
+    image, sample, row = assign_atss(grid, targets, everywhere(1, (128, 128)), 9)
     center = 8 * 16 + 8  # the anchor of level 0 around (64, 64)
     assert grid.anchors[center].tolist() == [32, 32, 96, 96]
     assert row[sample == center].tolist() == [1]
@@ -114,7 +135,7 @@ def test_crowded_anchors_go_to_the_largest_iou() -> None:
 def test_twins_do_not_share_an_anchor() -> None:
     boxes = torch.tensor([[30.0, 30, 95, 90]]).repeat(2, 1)
     targets = Targets(boxes, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64))
-    _, _, row = assign_atss(grid_of((128, 128)), targets, 1, 9)
+    _, _, row = assign_atss(grid_of((128, 128)), targets, everywhere(1, (128, 128)), 9)
     assert row.numel() > 0
     assert torch.equal(row, torch.zeros_like(row)), "of equal objects the first one wins"
 
@@ -122,7 +143,7 @@ def test_twins_do_not_share_an_anchor() -> None:
 def test_the_same_object_in_two_images_is_assigned_in_both() -> None:
     boxes = torch.tensor([[30.0, 30, 95, 90]]).repeat(2, 1)
     targets = Targets(boxes, torch.tensor([0, 0]), torch.tensor([0, 2]))
-    image, sample, _ = assign_atss(grid_of((128, 128)), targets, 3, 9)
+    image, sample, _ = assign_atss(grid_of((128, 128)), targets, everywhere(3, (128, 128)), 9)
     assert sorted(image.unique().tolist()) == [0, 2]
     assert torch.equal(sample[image == 0], sample[image == 2])
 
@@ -130,12 +151,13 @@ def test_the_same_object_in_two_images_is_assigned_in_both() -> None:
 def test_a_level_smaller_than_topk_gives_all_its_anchors() -> None:
     grid = grid_of((128, 160))
     centers = (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2
-    candidates = nearest_anchors(centers, torch.tensor([[20.0, 20, 60, 70]]), grid.level_sizes, 9)
+    box, first = torch.tensor([[20.0, 20, 60, 70]]), torch.zeros(1, dtype=torch.int64)
+    candidates = nearest_anchors(centers, box, first, everywhere(1, (128, 160)), grid.level_sizes, 9)
     assert candidates.shape == (1, 9 + 9 + 9 + 6 + 2)
     assert set(candidates[0, -8:].tolist()) == set(range(420, 428))
 
 
 def test_no_objects() -> None:
-    for part in assign_atss(grid_of((128, 160)), no_targets(), 2, 9):
+    for part in assign_atss(grid_of((128, 160)), no_targets(), everywhere(2, (128, 160)), 9):
         assert part.shape == (0,)
         assert part.dtype == torch.int64

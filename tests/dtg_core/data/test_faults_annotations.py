@@ -257,6 +257,16 @@ def test_warns(folder: Path, fault: int, name: str, change: Change, kind: str, c
         assert (boxes_here[:, 2:] - boxes_here[:, :2] >= 1).all()
 
 
+@pytest.mark.parametrize("crowd", [0, 23])
+def test_fault_19_a_crowd_is_no_copy_of_an_object(folder: Path, crowd: int) -> None:
+    content, report = clean(), Report()
+    content["annotations"][23] = {**content["annotations"][0], "id": 24}
+    content["annotations"][crowd]["iscrowd"] = 1
+    index = load_coco(write(folder, content), report=report)
+    assert not report.findings
+    assert (len(index.boxes), index.crowd.sum()) == (24, 1)
+
+
 def test_clean_file_has_no_findings(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,6 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
 
     other, other_teacher, other_optimizer = parts(7, name)
-    other_optimizer.param_groups[0]["lr"] = 5.0
     state = load_checkpoint(path, other, other_teacher, other_optimizer)
     assert state == {"best": 0.1 + 0.2, "names": ["a", None], "step": 3}
     assert equal(other_teacher.state_dict(), teacher.state_dict())
@@ -103,15 +102,18 @@ def test_resume_is_exact(tmp_path: Path, name: str) -> None:
     assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_kernels_are_those_of_the_optimizer_that_goes_on(tmp_path: Path) -> None:
+def test_the_settings_are_those_of_the_optimizer_that_goes_on(tmp_path: Path) -> None:
+    """Its kernels, as those of its device, and what the run has been told to change."""
     student, teacher, _ = parts()
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    several = torch.optim.AdamW(trained, lr=0.01, foreach=True, fused=False)
-    train(student, several, 0, 2)
-    path = save_checkpoint(tmp_path, 2, student, teacher, several, {})
-    fused = torch.optim.AdamW(trained, lr=5.0, foreach=False, fused=True)
-    load_checkpoint(path, student, teacher, fused)
-    assert {key: fused.param_groups[0][key] for key in ("lr", "foreach", "fused")} == {"lr": 0.01, "foreach": False, "fused": True}
+    former = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1, foreach=True, fused=False)
+    train(student, former, 0, 2)
+    path = save_checkpoint(tmp_path, 2, student, teacher, former, {})
+    settings = {"lr": 5.0, "weight_decay": 0.3, "betas": (0.5, 0.7), "foreach": False, "fused": True}
+    own = torch.optim.AdamW(trained, **settings)  # type: ignore[arg-type]
+    load_checkpoint(path, student, teacher, own)
+    assert {key: own.param_groups[0][key] for key in settings} == settings
+    assert equal(own.state_dict()["state"], former.state_dict()["state"])
 
 
 def test_before_the_first_step_and_with_shared_memory(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_free_settings_may_change(data: TinyData, half: Path, tmp_path: Path) ->
 
 
 def test_other_settings_stop_with_a_list_unless_insisted(data: TinyData, half: Path, tmp_path: Path) -> None:
-    changes = ["optim.lr=0.5", "guidance.stages.head.tau=0.25", "optim.milestones=[5]"]
+    changes = ["optim.lr=0.5", "optim.weight_decay=0.25", "guidance.stages.head.tau=0.25", "optim.milestones=[5]"]
     (ended,) = resume(data, half, tmp_path, *changes)
     assert ended.status == 2
     assert len(errors(ended)) == 1
@@ -155,7 +155,17 @@ def test_other_settings_stop_with_a_list_unless_insisted(data: TinyData, half: P
     (ended,) = resume(data, half, tmp_path, *changes, flags=("--resume-with-changes",))
     assert ended.status == 0, ended.err
     assert "resuming with changes: optim.lr: 0.0005 -> 0.5" in ended.err
+    for folder, decay in ((half, 1e-4), (tmp_path / "run", 0.25)):
+        state = json.loads((newest_checkpoint(folder / "checkpoints") / "state.json").read_text())  # type: ignore[operator]
+        assert [group["weight_decay"] for group in state["optimizer"]["groups"]] == [decay]
     assert not (tmp_path / "run" / "abandoned-1").exists()  # what there was is of the step resumed at
+
+
+def test_another_kind_of_optimizer_stops_even_if_insisted(data: TinyData, half: Path, tmp_path: Path) -> None:
+    (ended,) = resume(data, half, tmp_path, "optim.name=sgd", flags=("--resume-with-changes",))
+    assert ended.status == 2
+    (line,) = errors(ended)
+    assert "optim.name=adamw, with which sgd cannot go on" in line
 
 
 def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path, tmp_path: Path) -> None:

