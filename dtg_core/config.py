@@ -269,6 +269,10 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
         if rule.background_tau is not None and rule.background_tau > rule.tau:
             key = f"guidance.stages.{name}.background_tau"
             refuse(key, f"is over tau (found {rule.background_tau} and {rule.tau})", origins)
+        if rule.paradigm == "dense" and not (rule.classification or rule.box or rule.rank):
+            key = f"guidance.stages.{name}"
+            refuse(f"{key}.classification", "all losses of the stage are off (found false, as box and rank) - use "
+                   f"{key}.paradigm=none", origins)
     if run.init is not None and config.backbone.weights is not None:
         refuse("backbone.weights", "is not read, because run.init has all weights - leave one of the two out", origins)
     if run.reset_head and run.init is None:
@@ -288,4 +292,6 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     guided = any(rule.paradigm != "none" for rule in guidance.stages.values())
     if guided and guidance.start_step >= run.steps:
         warnings.append(f"guidance.start_step: {guidance.start_step} of {run.steps} steps, so no unlabelled image is used")
+    if guided and guidance.alpha == 0:
+        warnings.append("guidance.alpha: 0, so nothing is learnt from unlabelled images - use --paradigm supervised, or raise it")
     return warnings

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one line for a disk that refuses them."""
+"""Files that are whole or not there, and one line for a disk that refuses to write or read."""
 from __future__ import annotations
 
 import contextlib
@@ -41,3 +41,12 @@ def writing(place: Path | str, remedy: str = "give another --output") -> Iterato
         raise
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror or error}) - {remedy}") from error
+
+
+@contextlib.contextmanager
+def reading(place: Path | str, remedy: str = "mend the rights, or give another path") -> Iterator[None]:
+    """Turn an OSError of the block into the UserError ``PLACE: cannot be read (REASON) - REMEDY``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read ({error.strerror or error}) - {remedy}") from error

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, main_guard, progress, require_new
+from common import Parser, add_overwrite, add_rules, main_guard, progress, require_new, rules_of
 
-from dtg_core.config import Config
+from dtg_core.config import DataConfig
+from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, counted, printable
-from dtg_core.settings import load_config
 
 if TYPE_CHECKING:
-    from dtg_core.config import DataConfig
     from dtg_core.data.index import CocoIndex
     from dtg_core.data.report import Report
-
-RULES = "data.rules."  # the settings that the checks follow
 
 
 def parser() -> Parser:
@@ -38,7 +34,7 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
     add("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
-    add("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
+    add_rules(result)
     return result
 
 
@@ -48,14 +44,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     if arguments.workers < 0:
         raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
-    for text in arguments.set:
-        if not text.startswith(RULES):
-            raise UserError(f"--set {text}: is not used here - give {RULES}KEY=VALUE, or a flag for files")
+    rules = rules_of(arguments)
     if arguments.output:
         require_new([arguments.output], arguments.overwrite)
-    config, _ = load_config(Config, None, arguments.set)
-    data = replace(config.data, labeled=arguments.annotations, images=arguments.images, val=arguments.val,
-                   unlabeled=arguments.unlabeled)  # fmt: skip
+    data = DataConfig(labeled=arguments.annotations, images=arguments.images, val=arguments.val, unlabeled=arguments.unlabeled,
+                      rules=rules)  # fmt: skip
     report = Report()
     problem = None
     try:
@@ -67,11 +60,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"warning: {line}")
     if arguments.output:
         found = {"usable": problem is None, "error": str(problem) if problem else None, "findings": report.as_json()}
-        try:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{arguments.output}: cannot be written ({error.strerror}) - give another --output") from error
+        with writing(arguments.output):
+            write_text(arguments.output, json.dumps(found, indent=1) + "\n")
     if problem:
         raise problem
     print(f"usable, with {counted(len(report.findings), 'kind')} of warnings" if report.findings else "usable, nothing found")

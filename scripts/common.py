@@ -5,28 +5,31 @@ Heavy imports stand inside functions, so that ``--help`` and a mistyped flag are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest, printable
-from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, refuse
-from dtg_core.settings_text import yaml_scalar
+from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, overridden, refuse
+from dtg_core.settings_text import dotted, flatten, yaml_scalar
 
 if TYPE_CHECKING:
     from run_settings import RunSettings
     from torch import nn
     from tqdm import tqdm
 
-    from dtg_core.config import DataConfig, Paradigm
+    from dtg_core.config import DataConfig, DataRules, Paradigm
 
 T = TypeVar("T")
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+RULES = "data.rules."  # the settings that reading data follows
 PARADIGMS = ("dense", "sparse", "supervised")
 
 
@@ -89,6 +92,26 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
 def add_overwrite(parser: Parser) -> None:
     """The flag that ``require_new`` names."""
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there already")
+
+
+def add_rules(parser: Parser) -> None:
+    """The flag that messages about data name."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
+
+
+def rules_of(arguments: argparse.Namespace, rules: DataRules | None = None) -> DataRules:
+    """``rules`` (the defaults) with the changes of ``add_rules``. UserError for other keys."""
+    from dtg_core.config import RANGES, Config, DataRules, cross_check
+
+    for text in arguments.set:
+        if not text.startswith(RULES):
+            raise UserError(f"--set {text}: is not used here - give {RULES}KEY=VALUE, or a flag for files")
+    plain = Config()
+    config = replace(plain, data=replace(plain.data, rules=rules or DataRules()))
+    config = overridden(config, arguments.set)
+    check_ranges(config, RANGES)
+    cross_check(config, {})
+    return config.data.rules
 
 
 def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") -> None:
@@ -206,6 +229,15 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
     return settings, origins, [*notes, *cross_check(settings, origins)]
 
 
+def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
+    """A note on what ``--set`` has given that the run's detector and paradigm do not read."""
+    from dtg_core.engine.compare import SILENT, effective
+
+    every = dotted(flatten(settings))
+    idle = {text.partition("=")[0] for text in given} & every.keys() - effective(every, STAGES).keys() - SILENT - {"paradigm"}
+    return [f"--set {', '.join(sorted(idle))}: without effect, as this detector and paradigm do not read it"] if idle else []
+
+
 def is_supervised(settings: RunSettings) -> bool:
     """No stage of the chosen detector learns from unlabelled images, so none are loaded."""
     return all(settings.guidance.stages[stage].paradigm == "none" for stage in STAGES[settings.detector])
@@ -283,7 +315,8 @@ def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     reader of the output has gone, as ``head`` does, it is status 141 without a word.
     """
     try:
-        status = main(sys.argv[1:]) or 0
+        with _warnings_told():
+            status = main(sys.argv[1:]) or 0
         sys.stdout.flush()
         sys.exit(status)
     except BrokenPipeError:
@@ -299,3 +332,17 @@ def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             raise
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """What the core's modules log stands on stderr as other warnings do; loader processes inherit this."""
+    core, lines = logging.getLogger("dtg_core"), logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("warning: %(message)s"))
+    core.addHandler(lines)
+    core.propagate = False
+    try:
+        yield
+    finally:
+        core.removeHandler(lines)
+        core.propagate = True

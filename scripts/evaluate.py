@@ -15,12 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new, require_own_files
+from common import (
+    Parser,
+    add_overwrite,
+    add_rules,
+    main_guard,
+    one_of,
+    progress,
+    require_device,
+    require_new,
+    require_own_files,
+    rules_of,
+)
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
+    from dtg_core.config import DataConfig
     from dtg_core.data.index import CocoIndex
     from dtg_core.engine.predict import Predictor
 
@@ -37,6 +49,7 @@ def parser() -> Parser:
     add("--images", type=Path, metavar="DIR", help="folder that its file names are relative to")
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
     add_overwrite(result)
+    add_rules(result)
     add("--batch", type=int, metavar="N", help="images at once (default: the run's)")
     add("--workers", type=int, metavar="N", help="processes that read the images (default: the run's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
@@ -52,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.workers is not None and arguments.workers < 0:
         raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
 
+    rules_of(arguments)  # a mistake is told before the weights are read
+
     from dtg_core.data.plan import eval_batches, items_of
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
     from dtg_core.engine.predict import find_weights, load_detector
@@ -63,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
     require_new((output / name for name in FILES), arguments.overwrite)
     loaded = load_detector(weights, arguments.device)
 
-    index = _data_set(loaded, arguments.annotations, arguments.images, arguments.weights)
+    data = replace(loaded.settings.data, rules=rules_of(arguments, loaded.settings.data.rules))
+    index = _data_set(loaded, data, arguments.annotations, arguments.images, arguments.weights)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
 
@@ -83,18 +99,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _data_set(loaded: Predictor, annotations: Path | None, images: Path | None, run: Path) -> CocoIndex:
-    """The images to evaluate on, by default those of ``run``, read by its rules, with the detector's classes in its order."""
+def _data_set(loaded: Predictor, data: DataConfig, annotations: Path | None, images: Path | None, run: Path) -> CocoIndex:
+    """The images to evaluate on, by default those of ``run``, whose settings ``data`` has, with the detector's classes in order."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.index import with_classes
     from dtg_core.data.sources import open_sources
 
     if annotations is not None:
-        index = load_coco(annotations, images, rules=loaded.settings.data.rules)
+        index = load_coco(annotations, images, rules=data.rules)
     else:
         flags = "--annotations and --images"
-        require_own_files(loaded.settings.data, {"val": flags, "labeled": flags, "images": flags}, run)
-        found = open_sources(replace(loaded.settings.data, unlabeled=None), True).val
+        require_own_files(data, {"val": flags, "labeled": flags, "images": flags}, run)
+        found = open_sources(replace(data, unlabeled=None), True).val
         if found is None:
             raise UserError("--annotations: missing, and the run had no validation set - give a COCO JSON")
         index = found

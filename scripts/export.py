@@ -50,11 +50,13 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.files import IMAGE_SUFFIXES
     from dtg_core.data.images import read_image
     from dtg_core.data.shapes import draw_scene
+    from dtg_core.engine.dry_run import require_writable
     from dtg_core.engine.export import export
     from dtg_core.engine.predict import find_weights, load_detector
 
     names, root = find_images(arguments.images, arguments.output, IMAGE_SUFFIXES) if arguments.images else ([], Path())
     weights = find_weights(arguments.weights, arguments.which)
+    require_writable(arguments.output)  # before the long work
     predictor = load_detector(weights, "cpu")
     settings = predictor.settings
     side = settings.views.test_short_edge

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Parser, add_overwrite, main_guard, one_of, require_new
+from common import Parser, add_overwrite, add_rules, main_guard, one_of, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
@@ -29,6 +29,7 @@ def parser() -> Parser:
     add("--zero-based", action="store_true", help="VOC coordinates count from 0, not from 1")
     add("--output", type=Path, required=True, metavar="JSON", help="file to write")
     add_overwrite(result)
+    add_rules(result)
     return result
 
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--names: YOLO's labels need it, VOC's have names of their own - give it for yolo only")
     if not arguments.labels.is_dir():
         raise UserError(f"{arguments.labels}: {no_folder(arguments.labels)} - give the folder of the labels")
+    rules = rules_of(arguments)
     require_new([arguments.output], arguments.overwrite)
     report = Report()
     if arguments.format == "yolo":
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
         draft.write_text(json.dumps(content), encoding="utf-8")
         try:
-            index = load_coco(draft, arguments.images, report=report)
+            index = load_coco(draft, arguments.images, rules=rules, report=report)
         except UserError as error:
             raise UserError(told(str(error))) from error
     for line in report.lines():

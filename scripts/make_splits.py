@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, main_guard, one_of, require_new
+from common import Parser, add_overwrite, add_rules, main_guard, one_of, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
@@ -45,13 +46,14 @@ def parser() -> Parser:
     add("--folds", default="1-5", metavar="A-B", help="numbers of the folds, which are their seeds (default: 1-5)")
     add("--indices", type=Path, metavar="FILE", help="Unbiased Teacher's COCO_supervision.txt, for --protocol ubteacher")
     add("--min-per-class", type=int, default=0, metavar="K", help="add images until each class has K boxes")
+    add_rules(result)
     add("--group-by", metavar="KEY|REGEX", help="keep images together that share this key, or this part of their file name")
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    shares, folds = _shares(arguments), _folds(arguments.folds)
+    shares, folds, rules = _shares(arguments), _folds(arguments.folds), rules_of(arguments)
     files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
     require_new((arguments.output / name for name in ("manifest.json", *files)), arguments.overwrite)
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.coco import parse_coco
     from dtg_core.data.splits import fill_classes, group_images
 
-    content, counts = parse_coco(arguments.annotations)
+    content, counts = parse_coco(arguments.annotations, rules)
     images = content["images"]
     groups = group_images(images, arguments.group_by)
     if int(groups.max()) == 0 < len(images) - 1:
@@ -103,6 +105,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _shares(arguments: argparse.Namespace) -> Any:
     """A function from the number of images to (name, number of draws, percent) of each wanted share."""
+    for flag in ("percent", "count"):
+        for value in getattr(arguments, flag) or ():
+            if not 0 < value < math.inf:
+                raise UserError(f"--{flag}: use numbers over 0 (found {value:g})")
+    if arguments.min_per_class < 0:
+        raise UserError(f"--min-per-class: use 0 or more (found {arguments.min_per_class})")
+    names = _names(arguments)
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UserError(f"--{'count' if arguments.count else 'percent'}: {twice[0].removesuffix('images')} stands there twice - "
+                        "give each share once")
     if arguments.count and arguments.percent:
         raise UserError("--percent and --count: they say the same in two ways - give one of them")
     if arguments.protocol == "ubteacher":
@@ -118,7 +130,7 @@ def _shares(arguments: argparse.Namespace) -> Any:
             draws = [(count, 0.0) for count in arguments.count]
         else:
             draws = [(int(percent / 100 * images), percent) for percent in arguments.percent or PERCENTS]
-        found = [(name, *draw) for name, draw in zip(_names(arguments), draws)]
+        found = [(name, *draw) for name, draw in zip(names, draws)]
         for _, wanted, _ in found:
             if not 1 <= wanted < images:
                 raise UserError(f"{arguments.annotations}: {wanted} of {images} images are no share - choose at least 1 and "
@@ -148,10 +160,11 @@ def _look_at_size(arguments: argparse.Namespace, name: str, images: int, wanted:
 
 
 def _folds(text: str) -> range:
-    first, _, last = text.partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal() or not 0 <= int(first) <= int(last or first) < 2**32:
+    first, span, last = text.partition("-")
+    last = last if span else first
+    if not first.isdecimal() or not last.isdecimal() or not 0 <= int(first) <= int(last) < 2**32:
         raise UserError(f"--folds: {text!r} - give a number or a span such as 1-5")
-    return range(int(first), int(last or first) + 1)
+    return range(int(first), int(last) + 1)
 
 
 def _draw(

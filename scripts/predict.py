@@ -14,7 +14,9 @@ Exit status: 0; 1 when no file could be read, or with ``--strict`` when one coul
 """
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import glob
 import json
 import os
@@ -26,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, main_guard, one_of, progress, require_device, require_new
+from common import Parser, add_overwrite, add_rules, main_guard, one_of, progress, require_device, require_new, rules_of
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable
@@ -61,6 +63,7 @@ def parser() -> Parser:
     add("paths", nargs="+", metavar="PATH", help="images, videos, folders, or quoted patterns")
     add("--output", type=Path, required=True, metavar="DIR", help="where pictures and lists go")
     add_overwrite(result)
+    add_rules(result)
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
         help="of a run folder (default: teacher)")
     add("--score", type=float, default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
@@ -78,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= arguments.score < 1:
         raise UserError(f"--score: use 0 to 1 (found {arguments.score})")
 
+    rules_of(arguments)  # a mistake is told before the weights are read
+
     from dtg_core.data.files import IMAGE_SUFFIXES
     from dtg_core.data.video import VIDEO_SUFFIXES
 
@@ -91,8 +96,9 @@ def main(argv: Sequence[str]) -> int:
     predictor = load_detector(arguments.weights, arguments.device, arguments.which)
     with writing(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
-        pictures = not arguments.no_pictures
-        done = predict(predictor, root, names, arguments.output, arguments.score, arguments.batch, pictures)
+        rules = rules_of(arguments, predictor.settings.data.rules)
+        found = images(root, names, rules, done := Done())
+        predict(predictor, found, names, arguments.output, arguments.score, arguments.batch, not arguments.no_pictures, done)
     if done.interrupted:
         print(f"interrupted after {how_far(done, names)}; written to {arguments.output}", file=sys.stderr)
         return 130
@@ -172,13 +178,14 @@ def require_own_folder(output: Path) -> None:
 
 
 def predict(
-    predictor: Predictor, root: Path, names: Sequence[str], output: Path, score: float, batch: int, pictures: bool
-) -> Done:
-    """Write everything, or what is done before Ctrl-C."""
+    predictor: Predictor, items: Iterable[tuple[str, Image.Image]], names: Sequence[str], output: Path, score: float, batch: int,
+    pictures: bool, done: Done,
+) -> None:
+    """Write everything, or what is done before Ctrl-C; ``done`` tells how far it is."""
     from dtg_core.engine.pictures import draw_found
     from dtg_core.engine.signals import StopSignals
 
-    done, every = Done(), frozenset(names)
+    every = frozenset(names)
     lists = [output / name for name in LISTS]
     drafts = [draft(path) for path in lists]  # renamed when they are whole
     with (
@@ -189,7 +196,7 @@ def predict(
         rows.writerow(COLUMNS)
         results.write("[")
         try:
-            for some in batches(images(root, names, predictor.settings.data.rules, done), batch):
+            for some in batches(items, batch):
                 done.first = done.first or [image for _, image in some]
                 for (name, image), found in zip(some, predictor.predict([image for _, image in some], score, batch)):
                     with StopSignals(patient=True) as stop:  # so that lists and pictures agree
@@ -199,9 +206,7 @@ def predict(
                             rows.writerow(row)
                             done.boxes += 1
                         if pictures:
-                            path = picture_path(output, name, every)
-                            path.parent.mkdir(parents=True, exist_ok=True)
-                            draw_found(image, found, predictor.class_names).save(path)
+                            save_picture(draw_found(image, found, predictor.class_names), picture_path(output, name, every))
                     if stop.received:
                         raise KeyboardInterrupt
                     bar.update(done.images + done.failed - bar.n)
@@ -210,7 +215,23 @@ def predict(
         results.write("\n]\n")
     for made, path in zip(drafts, lists):
         os.replace(made, path)
-    return done
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture, or tell why it cannot be: its boxes are in the lists all the same. Raises OSError where no other can be
+    written either."""
+    from tqdm import tqdm
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:  # a format has a largest size, and a file system a longest name
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else None
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG):
+            raise
+        tqdm.write(f"no picture: {printable(f'{path}: cannot be written ({reason or error})')}", file=sys.stderr)
 
 
 def entries(predictor: Predictor, found: Found, name: str, number: int) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:

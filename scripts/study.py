@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, STAGES, Parser, load_settings, main_guard, train_parser
+from common import DETECTORS, RULES, STAGES, Parser, load_settings, main_guard, train_parser
 
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest
-from dtg_core.settings_text import dotted, flatten
+from dtg_core.settings_text import dotted, flatten, yaml_scalar
 
 if TYPE_CHECKING:
     from dtg_core.engine.jobs import Job
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             print(line)
         return 0
     launcher = shlex.split(arguments.launcher) if arguments.launcher else [sys.executable]
-    return _run(study, arguments.study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)])
+    return _run(study, arguments.study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)], arguments.set)
 
 
 def settings_of(arguments: Sequence[str], warnings: list[str]) -> Mapping[str, Any]:
@@ -87,7 +87,9 @@ def _commands(planned: Plan) -> list[str]:
     return [*lines, f"{len(planned.runs)} runs ({done} finished) and {len(planned.phases)} shared supervised phases"]
 
 
-def _run(study: Study, file: Path, planned: Plan, folder: Path, parallel: int, train: Sequence[str]) -> int:
+def _run(
+    study: Study, file: Path, planned: Plan, folder: Path, parallel: int, train: Sequence[str], overrides: Sequence[str]
+) -> int:
     """Train what is not finished and compare. Gives the exit status."""
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.jobs import run_jobs
@@ -100,7 +102,7 @@ def _run(study: Study, file: Path, planned: Plan, folder: Path, parallel: int, t
         with writing(folder):
             write_text(folder / MARK, file.read_text(encoding="utf-8"))
     if study.data.source:
-        _split(study, folder / "splits")
+        _split(study, folder / "splits", overrides)
     todo = _jobs(planned, folder / "logs", train)
     finished = [run for run in planned.runs if run.finished]
     _say(f"{folder}: {len(planned.runs)} runs, {len(finished)} of them finished, and {len(planned.phases)} shared supervised "
@@ -146,7 +148,7 @@ def _jobs(planned: Plan, logs: Path, train: Sequence[str]) -> list[Job]:
     return list(jobs.values())
 
 
-def _split(study: Study, folder: Path) -> None:
+def _split(study: Study, folder: Path, overrides: Sequence[str]) -> None:
     """Make the splits of the study's source, or see that those which are there are of the same source."""
     import make_splits
 
@@ -164,9 +166,12 @@ def _split(study: Study, folder: Path) -> None:
         if {f"fold{fold}_{percent:g}" for percent in data.percents for fold in data.folds} <= have:
             return
     group = ["--group-by", data.group_by] if data.group_by else []
+    settings = [f"{key}={yaml_scalar(value)}" for key, value in dotted(study.set).items()]
+    rules = [text for text in (*settings, *overrides) if text.startswith(RULES)]
     make_splits.main([
         "--annotations", data.source, "--output", str(folder), "--percent", *(f"{percent:g}" for percent in data.percents),
         "--folds", f"{min(data.folds)}-{max(data.folds)}", "--min-per-class", str(data.min_per_class), "--overwrite", *group,
+        *(["--set", *rules] if rules else []),
     ])  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common import DETECTORS, check_devices, is_supervised, load_settings, main_guard, train_parser
+from common import DETECTORS, check_devices, is_supervised, load_settings, main_guard, train_parser, without_effect
 
 from dtg_core.errors import UserError
 from dtg_core.settings_text import to_yaml
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.replay:
         arguments.config = _config_of(arguments.replay)
     settings, origins, remarks = load_settings(arguments)
+    remarks += without_effect(arguments.set, settings)
     if arguments.print_config:
         print(to_yaml(settings, origins))
         return 0
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         require = require_known if resumed or settings.run.init is not None else require_available
         on_main(accelerator, lambda: require(settings.backbone))
         on_main(accelerator, lambda: require_writable(folder.path))
+        on_main(accelerator, lambda: _require_start(None if resumed else settings.run.init, arguments.resume))
         on_main(accelerator, lambda: _require_free(folder, settings, arguments))
         on_main(accelerator, lambda: _try_detector(settings))
     report = Report()
@@ -109,6 +111,16 @@ def _config_of(step: Path) -> Path:
         found = f"no {config} beside it" if step.is_file() else "no such file"
         raise UserError(f"--replay {step}: {found} - give nonfinite/step.json of a run folder")
     return config
+
+
+def _require_start(init: str | None, resume: str | None) -> None:
+    """UserError where there is nothing at the path that the run is to start from."""
+    from dtg_core.engine.predict import find_weights
+
+    if resume not in (None, "auto") and not Path(resume).is_dir():
+        raise UserError(f"--resume {resume}: no such folder - give auto, or a checkpoint's folder")
+    if init is not None and not (path := find_weights(Path(init))).is_file():
+        raise UserError(f"--init {path}: no such weights file - give a .safetensors file, or a run folder")
 
 
 def _require_free(folder: RunFolder, settings: RunSettings, arguments: argparse.Namespace) -> None:

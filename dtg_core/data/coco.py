@@ -74,14 +74,14 @@ def load_coco(
     return index
 
 
-def parse_coco(json_path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """The records of a COCO JSON, checked as by ``load_coco`` but without a look at the image files.
+def parse_coco(json_path: Path, rules: DataRules | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """The records of a COCO JSON, checked by ``rules`` as by ``load_coco`` but without a look at the image files.
 
     Returns:
         The file's content without polygons and without annotations of unknown images; and [images, C] int64, the numbers of
         usable boxes that are no crowds, with classes in the order of "categories".
     """
-    rules, notes = DataRules(), Report()
+    rules, notes = rules or DataRules(), Report()
     content, ids, names = _listed(json_path, rules, notes)
     bare = unlabeled_index(json_path.parent, names, ids, rules)
     index = _with_objects(bare, content, np.ones(len(names), bool), json_path, notes)
@@ -331,6 +331,8 @@ def _classes(categories: list[dict[str, Any]], path: Path, report: Report) -> tu
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}: categories[{number}].name is {_short(name)} - give the class a name")
+        if not name.isprintable():  # nor are single surrogates, which no file can hold
+            raise UserError(f"{path}: categories[{number}].name has characters that cannot be shown ({_short(name)}) - rename it")
         if name in names[:number]:
             raise UserError(f"{path}: two categories are called {name!r} - join them, or rename one")
     name_of = dict(zip(ids, names))

@@ -1,6 +1,7 @@
 """Names of image files: what lies under a folder, and whether the names that a JSON gives are there and stay inside."""
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from dtg_core.config import DataRules
 from dtg_core.data.report import Report
+from dtg_core.drafts import reading
 from dtg_core.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
@@ -131,7 +133,9 @@ def real_paths(root: Path, names: Sequence[str]) -> list[str]:
 def nearest_name(root: Path, name: str) -> str:
     """The file beside ``name`` whose name is most like it, in words that end a message; empty if none is like it."""
     folder = os.path.join(root, os.path.dirname(name))
-    names = sorted(os.listdir(folder))[:5000] if os.path.isdir(folder) else []
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = sorted(os.listdir(folder))[:5000]
     close = difflib.get_close_matches(os.path.basename(name), names, n=1, cutoff=0.6)
     return f", where the nearest name is {close[0]!r}" if close else ""
 
@@ -142,10 +146,9 @@ def _listed(root: Path, prefix: str, source: Path, rules: DataRules) -> dict[str
     if prefix and not rules.allow_outside_root and not _inside(root, prefix):
         raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to "
                         "allow it")
-    try:
+    entries: list[os.DirEntry[str]] = []
+    with reading(f"{source}: the images' folder {where}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         entries = list(os.scandir(where))
-    except OSError:
-        return {}
     kinds = {}
     for entry in entries:
         if not entry.is_dir():

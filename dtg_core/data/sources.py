@@ -78,7 +78,7 @@ def _unlabeled(
     if config.unlabeled is None and config.unlisted == "ignore":
         raise UserError("data.unlabeled: no unlabelled images given - add --unlabeled DIR, or use --paradigm supervised")
     path = Path(config.unlabeled or labeled.root)
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".json" and not path.is_dir():
         found = load_coco(path, images, need_labels=False, rules=config.rules, report=report)
     else:
         found = list_folder(path, config.rules, report)

@@ -27,7 +27,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtg_core.drafts import draft_of
+from dtg_core.drafts import draft_of, reading
 from dtg_core.engine.folder import CHECKPOINT
 from dtg_core.errors import UserError
 from dtg_core.models.weights import read_tensors
@@ -339,6 +339,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        with reading(path), open(path, "rb"):  # safetensors calls a file without rights missing
+            pass
         found = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({found}) - copy or make it anew") from error
     if path.suffix not in (".pt", ".pth"):

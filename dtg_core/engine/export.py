@@ -7,6 +7,7 @@ int64, rows of the class names; D is free, and may be 0.
 """
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -220,7 +221,9 @@ def _written(
     """Write the file, and give what is in it as a function."""
     with _quiet():
         if kind == "torch_export":
-            torch.export.save(program, path, extra_files={"description.json": json.dumps(told)})
+            whole = io.BytesIO()  # a disk that refuses makes PyTorch's own writer abort the process
+            torch.export.save(program, whole, extra_files={"description.json": json.dumps(told)})
+            path.write_bytes(whole.getbuffer())
             return torch.export.load(path).module()
         from dtg_core.engine import onnx_graph
 

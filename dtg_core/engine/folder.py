@@ -13,17 +13,18 @@
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import IO
 
-from dtg_core.drafts import writing
+from dtg_core.drafts import reading, writing
 from dtg_core.errors import UserError
 
 #: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
@@ -35,6 +36,15 @@ WRITTEN = re.compile(
     r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
     r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?|abandoned-\d+"
 )
+#: What some of these folders hold. ``trackers`` are Accelerate's, which give names of their own.
+WITHIN = {
+    "pictures": re.compile(r"(guidance-\w+|predictions)-\d+\.jpg(\.tmp)?"),
+    "weights": re.compile(r"(teacher|student)\.safetensors(\.tmp)?"),
+    "checkpoints": re.compile(r"step_\d{8,}(\.tmp)?"),
+    "nonfinite": re.compile(r"step_\d{8,}(\.tmp)?|step\.json"),
+    "evaluation": re.compile(r"(results|detections)\.json(\.tmp)?"),
+    "abandoned": WRITTEN,
+}
 
 
 @dataclass
@@ -51,7 +61,9 @@ class RunFolder:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is one, whole or not."""
-        return any(CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.glob("step_*"))
+        with reading(self.checkpoints), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return any(CHECKPOINT.fullmatch(name) for name in os.listdir(self.checkpoints))
+        return False
 
     @property
     def nonfinite(self) -> Path:
@@ -61,7 +73,8 @@ class RunFolder:
         """Raises UserError when the folder holds something that neither flag is for. Nothing is written."""
         if self.path.is_file():
             raise UserError(f"{self.path}: is a file - give a folder with --output")
-        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        with reading(self.path):
+            names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         used = bool(names - {".lock"})
         if used and not (resume or overwrite):
             way = "--resume auto, --overwrite or another --output" if self._is_run() else "another --output"
@@ -70,7 +83,7 @@ class RunFolder:
             if not self._is_run():
                 raise UserError(f"{self.path}: not the folder of a run (no config.yaml of one), so --overwrite will not empty it - "
                                 "give another --output")
-            foreign = sorted(name for name in names if not WRITTEN.fullmatch(name))
+            foreign = sorted(_foreign(self.path, WRITTEN))
             if foreign:
                 raise UserError(f"{self.path}: holds what no run has written ({', '.join(foreign[:3])}), so --overwrite will not "
                                 "empty it - move that away, or give another --output")
@@ -124,3 +137,13 @@ class RunFolder:
             if (self.path / name).exists():
                 os.rename(self.path / name, place / name)
         return place
+
+
+def _foreign(folder: Path, written: re.Pattern[str]) -> Iterator[str]:
+    """What no run has written into ``folder`` and the folders in it, by names relative to it."""
+    for entry in folder.iterdir():
+        within = WITHIN.get(entry.name.partition("-")[0])
+        if not written.fullmatch(entry.name):
+            yield entry.name
+        elif within is not None and entry.is_dir() and not entry.is_symlink():
+            yield from (f"{entry.name}/{name}" for name in _foreign(entry, within))

@@ -23,6 +23,7 @@ from dtg_core.config import RENAMED, Config
 from dtg_core.data.images import read_image
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import collate, test_canvas, test_view
+from dtg_core.drafts import reading
 from dtg_core.engine.checkpoint import load_into, load_weights
 from dtg_core.errors import UserError
 from dtg_core.settings import load_config, plain_yaml
@@ -134,7 +135,9 @@ def find_weights(path: Path, which: str = "teacher") -> Path:
     if not path.is_dir():
         return path
     weights = path / "weights" / f"{which}.safetensors"
-    if not weights.is_file():
+    with reading(weights):
+        there = weights.is_file()
+    if not there:
         raise UserError(f"{path}: no weights/{which}.safetensors in it - give a finished run, or a weights file")
     return weights
 

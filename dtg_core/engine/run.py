@@ -343,6 +343,8 @@ class Fit:
 
     def _finish(self, signals: StopSignals) -> int:
         """Keep what was learnt before it is evaluated, so that nothing is lost if that fails."""
+        for warning in self.watch.end(self.config.run.steps) if self.report else ():
+            self._say(warning)
         self.evaluation_due = True
         self._save(self.config.run.steps)
         on_main(self.accelerator, self._write_weights)

@@ -201,6 +201,8 @@ def read_study(file: Path) -> Study:
         if len(set(values)) < len(values):
             refuse(key, f"names a value twice (found {list(values)}) - give each once", origins)
     data = study.data
+    if len({f"{percent:g}" for percent in data.percents}) < len(data.percents):
+        refuse("data.percents", f"two are too near for the files' names (found {list(data.percents)}) - give each once", origins)
     if data.source and data.labeled:
         refuse("data.labeled", "data.source makes the labelled files by itself - leave one of the two out", origins)
     if data.source and not (data.percents and data.folds):

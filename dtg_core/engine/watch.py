@@ -48,7 +48,7 @@ class Watch:
             stage, _, kind = rest.partition("/")
             if branch != "guidance":
                 continue
-            dense = self.guidance.stages[stage].paradigm == "dense"  # whose pseudo boxes are told for comparison only
+            dense = self._dense(stage)  # whose pseudo boxes are told for comparison only
             if kind == ("candidates" if dense else "pseudo_boxes"):
                 warnings += self._nothing_found(stage, kind, value, done, lines)
             if kind == ("clusters" if dense else "pseudo_boxes"):
@@ -62,6 +62,13 @@ class Watch:
             text = f"the unlabelled losses are {ratio:.3g} times the labelled ones and hardly count"
             warnings += self._once("minor", f"{text} - raise guidance.alpha")
         return warnings
+
+    def end(self, done: int) -> list[str]:
+        """Warnings after the last step: of a stage whose teacher finds nothing, in a run too short for ``PATIENCE``."""
+        return [
+            warning for stage in self.quiet_since
+            for warning in self._quiet(stage, "candidates" if self._dense(stage) else "pseudo_boxes", done)
+        ]  # fmt: skip
 
     def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
         """Warnings after an evaluation."""
@@ -77,14 +84,20 @@ class Watch:
             self.quiet_since.pop(stage, None)
             return []
         since = self.quiet_since.setdefault(stage, done - lines)
-        if done - since < PATIENCE or f"nothing/{stage}" in self.told:
+        return self._quiet(stage, kind, done) if done - since >= PATIENCE else []
+
+    def _quiet(self, stage: str, kind: str, done: int) -> list[str]:
+        if f"nothing/{stage}" in self.told:  # before the histogram, which takes a pass of the network
             return []
         key = "tau" if kind == "candidates" else "pseudo_score"
         threshold = getattr(self.guidance.stages[stage], key)
         limit = f"guidance.stages.{stage}.{key}={threshold}"
-        text = f"the teacher's {stage} has found nothing over {limit} for {done - since} steps"
+        text = f"the teacher's {stage} has found nothing over {limit} for {done - self.quiet_since[stage]} steps"
         advice = "lower it, or start the guidance later (guidance.start_step)"
         return self._once(f"nothing/{stage}", f"{text} ({self.histogram(stage)}) - {advice}")
+
+    def _dense(self, stage: str) -> bool:
+        return self.guidance.stages[stage].paradigm == "dense"
 
     def _collapse(self, stage: str, found: float) -> list[str]:
         if FEW * self.objects <= found <= MANY * max(self.objects, 1):

@@ -166,6 +166,9 @@ def require_known(config: BackboneConfig) -> None:
     """UserError for an unknown model and for options that are not the user's; nothing is built, so it can come before the data."""
     if config.name not in timm.list_models() and config.name not in timm.list_models(pretrained=True):
         raise UserError(f"backbone.name: unknown timm model {config.name!r}{nearest(config.name, timm.list_models())}")
+    if odd := [name for name in config.options if not name.isidentifier()]:
+        raise UserError(f"backbone.options: {odd[0]!r} is no name of an option - write '{{name: value}}', with a space after the "
+                        "colon")
     if taken := sorted(RESERVED & set(config.options)):
         raise UserError(f"backbone.options: {taken[0]!r} is set by the other keys of backbone, or has to stay as it is - "
                         "remove it")
@@ -199,7 +202,7 @@ def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
             needed = (-1,)  # a plain transformer: its last block, which counts all
         if from_hub or len(needed) < len(own_strides):
             body = timm.create_model(config.name, pretrained=from_hub, features_only=True, out_indices=needed, **options)
-    except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"backbone.name {config.name!r}: timm cannot make a feature extractor of it ({reason}) - "

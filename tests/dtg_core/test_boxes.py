@@ -11,7 +11,17 @@ from oracles import greedy_nms
 from torch import Tensor
 from torchvision.ops import nms
 
-from dtg_core.boxes import clip, grouped_nms, image_nms, lacks_float64, paired_iou, project, rank_in_group, row_blocks, shortest_side
+from dtg_core.boxes import (
+    clip,
+    grouped_nms,
+    image_nms,
+    lacks_float64,
+    paired_iou,
+    project,
+    rank_in_group,
+    row_blocks,
+    shortest_side,
+)
 from dtg_core.guidance import cluster_nms
 
 

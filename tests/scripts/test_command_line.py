@@ -188,6 +188,44 @@ def test_stages_may_differ() -> None:
     assert is_supervised(settings)
 
 
+def test_guidance_that_teaches_nothing_is_told() -> None:
+    _, _, warnings = settings_of("--detector", "gfl", "--set", "guidance.alpha=0")
+    assert ["guidance.alpha: 0, so nothing is learnt from unlabelled images" in text for text in warnings] == [True]
+    _, _, warnings = settings_of("--detector", "gfl", "--paradigm", "supervised", "--set", "guidance.alpha=0")
+    assert warnings == []
+    off = [f"guidance.stages.head.{name}=false" for name in ("classification", "box", "rank")]
+    with pytest.raises(UserError, match=r"head.classification: all losses of the stage are off .*head\.paradigm=none"):
+        settings_of("--detector", "gfl", "--set", *off)
+    settings_of("--detector", "gfl", "--set", *off[:2])
+
+
+def test_what_the_core_logs_is_told_as_a_warning(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    record = {"id": 1, "file_name": "a.png", "width": 40, "height": 40}
+    thing = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 30]}
+    content = {"images": [record], "annotations": [thing, {**thing, "id": 2}], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    shown = run("show_views.py", "--output", str(tmp_path / "v.png"), "--set", f"data.labeled={tmp_path / 'a.json'}")
+    assert shown.returncode == 0, shown.stderr
+    assert f"warning: {tmp_path / 'a.json'}: 1 box stands there twice" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "idle"),
+    [
+        (["--detector", "gfl"], ["guidance.stages.rpn.tau=0.5", "guidance.stages.head.tau=0.5"], "guidance.stages.rpn.tau"),
+        (["--detector", "gfl"], ["faster_rcnn.rpn.post_nms=9", "gfl.channels=8", "run.log_every=3"], "faster_rcnn.rpn.post_nms"),
+        (["--detector", "gfl", "--paradigm", "sparse"], ["guidance.stages.head.tau=0.5"], "guidance.stages.head.tau"),
+        (["--detector", "gfl"], ["guidance.stages.head.pseudo_score=0.5"], "guidance.stages.head.pseudo_score"),
+        (["--detector", "faster_rcnn"], ["guidance.stages.rcnn.tau=0.5", "data.workers=0", "paradigm=dense"], None),
+    ],
+)
+def test_settings_without_effect_are_told(flags: list[str], given: list[str], idle: str | None) -> None:
+    settings, _, _ = settings_of(*flags, "--set", *given)
+    notes = common.without_effect(given, settings)
+    assert notes == ([f"--set {idle}: without effect, as this detector and paradigm do not read it"] if idle else [])
+
+
 def test_tables_are_complete() -> None:
     import fnmatch
 
@@ -348,8 +386,14 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
             evaluate.main([*arguments, "--output", str(tmp_path)])
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
+    content = json.loads(annotations.read_text())
+    broken = [{**content["annotations"][0], "bbox": [1, 2, 3]}] * len(content["annotations"])
+    annotations.write_text(json.dumps({**content, "annotations": [*content["annotations"], *broken]}))
     (tmp_path / "results.json").write_text("old")
-    assert evaluate.main([*arguments, "--output", str(tmp_path), "--overwrite"]) == 0
+    arguments += ["--output", str(tmp_path), "--overwrite"]
+    with pytest.raises(UserError, match=r"raise data\.rules\.max_bad_annotations"):
+        evaluate.main(arguments)
+    assert evaluate.main([*arguments, "--set", "data.rules.max_bad_annotations=0.5"]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 3
 
 
@@ -362,6 +406,8 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--device", "cudda"], "--device cudda: there is no such device - use cpu"),
         (["--device", "cpu:7"], "--device cpu:7"),
         (["--annotations", "none.json"], r"none\.json"),
+        (["--set", "run.seed=1"], "run.seed=1: is not used here"),
+        (["--set", "data.rules.max_bad_annotations=2"], "out of range"),
     ],
 )
 def test_evaluate_mistakes(tmp_path: Path, extra: list[str], problem: str) -> None:

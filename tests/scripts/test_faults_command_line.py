@@ -159,6 +159,16 @@ def test_overwriting_deletes_what_a_run_has_written_only(tmp_path: Path) -> None
         RunFolder(run_folder).open(resume=False, overwrite=True)
     assert tree(tmp_path) == before
     (run_folder / "photos").rmdir()
+    for name in ("weights/backup.safetensors", "evaluation-mine/notes.txt", "pictures/cat.jpg", "abandoned-1/weights/mine.pt"):
+        (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_folder / name).write_text("the user's own")
+        with pytest.raises(UserError, match=rf"holds what no run has written \({name}\)"):
+            RunFolder(run_folder).open(resume=False, overwrite=True)
+        (run_folder / name).unlink()
+    for name in ("weights/teacher.safetensors", "evaluation-mine/results.json", "pictures/guidance-head-000010.jpg",
+                 "trackers/tensorboard/any", "abandoned-1/weights/teacher.safetensors"):  # fmt: skip
+        (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_folder / name).write_text("a run's")
     opened = RunFolder(run_folder)
     opened.open(resume=False, overwrite=True)
     assert opened.lock is not None
@@ -223,7 +233,8 @@ def test_fault_55_an_unknown_backbone_stops_before_the_data(data: TinyData, tmp_
     [
         (["backbone.name=vit_small_patch14_dinov2"], "no feature map of stride 8"), (["backbone.name=levit_128s"], "takes no image of 96 x 64 px"),
         (["backbone.name=inception_v3"], "so its strides are not exact"),
-        (["backbone.options.in_chans=1"], "'in_chans' is set by the other keys"), (["backbone.freeze_to_stride=5"], "no feature map of stride 5"),
+        (["backbone.options.in_chans=1"], "'in_chans' is set by the other keys"), (["backbone.options={drop_rate:0.1}"], "'drop_rate:0.1' is no name"),
+        (["backbone.options={act_layer: nope}"], "timm cannot make a feature extractor of it"), (["backbone.freeze_to_stride=5"], "no feature map of stride 5"),
     ],
 )  # fmt: skip
 def test_fault_55_an_unsuitable_backbone_stops_before_the_data(

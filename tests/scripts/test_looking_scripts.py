@@ -95,6 +95,34 @@ def test_predict_keeps_paths_names_and_ids(run, photos, tmp_path, capsys):
     assert capsys.readouterr().err.endswith(hint)
 
 
+def test_predict_goes_on_after_a_picture_that_cannot_be_saved(run, tmp_path, capsys):
+    """WebP is at most 16383 px wide, and the name with .png is longer than a file system allows."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (17000, 20)).save(folder / "a.png")
+    (folder / "a.png").rename(folder / "a_wide.webp")
+    Image.new("RGB", (40, 40)).save(folder / f"{'b' * 251}.tif")
+    Image.new("RGB", (40, 40)).save(folder / "c.png")
+    assert predict.main([str(run), str(folder), "--output", str(tmp_path / "out"), "--score", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    assert "in 3 images" in shown.out
+    assert shown.err.count("no picture: ") == 2
+    assert "a_wide.webp: cannot be written (" in shown.err
+    assert "(File name too long)" in shown.err
+    assert [path.name for path in (tmp_path / "out" / "pictures").iterdir()] == ["c.png"]
+    assert {row["file_name"][0] for row in json.loads((tmp_path / "out" / "detections.json").read_text())} == {"a", "b", "c"}
+
+
+def test_predict_reads_by_the_rules_that_it_names(run, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).random((40, 40), np.float32)).save(tmp_path / "float.tif")
+    arguments = [str(run), str(tmp_path / "float.tif"), "--device", "cpu", "--output"]
+    assert predict.main([*arguments, str(tmp_path / "one")]) == 1
+    assert "set data.rules.float_range=[LOW, HIGH]" in capsys.readouterr().err
+    assert predict.main([*arguments, str(tmp_path / "two"), "--set", "data.rules.float_range=[0, 1]"]) == 0
+    with pytest.raises(UserError, match=r"--set optim\.lr=1: is not used here"):
+        predict.main([*arguments, str(tmp_path / "three"), "--set", "optim.lr=1"])
+
+
 @pytest.mark.parametrize("name", ["detections.json", "detections.csv", "pictures/c.tif.png", "pictures/clip.mp4/000001.jpg"])
 def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     (photos / "trip" / "day 2" / "clip.mp4").touch()
@@ -442,7 +470,7 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
         (["--compare", "a: tau=2"], "out of range"),
         (["--compare", "a: tau=0.3 background_tau=0.4"], "is over tau"),
         (["--compare", "a: paradigm=none"], "no stage is guided"),
-        (["--compare", "a: paradigm=dense classification=false box=false rank=false"], "all losses are off"),
+        (["--compare", "a: paradigm=dense classification=false box=false rank=false"], "all losses of the stage are off"),
         (["--compare", "a: paradigm=supervised"], "paradigm"),
         (["--set", "guidance.stages.head.tau=high"], "wanted a number"),
         (["--images", "0"], "at least 1"),

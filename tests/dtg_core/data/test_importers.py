@@ -130,6 +130,16 @@ def test_fault_32_by_the_command(
     assert err.count("\n") == 1
 
 
+def test_import_follows_the_rules_that_it_names(folder: Path) -> None:
+    (folder / "labels/a/1.txt").write_text("0 0.5 0.5 0.2 0.4\n" + "0 0.5 0.5 0 0.4\n" * 9)
+    with pytest.raises(UserError, match=r"own\.json: .* raise data\.rules\.max_bad_annotations"):
+        run(folder, "yolo")
+    assert not (folder / "own.json").exists()
+    with pytest.raises(UserError, match=r"own\.json: .* cannot be used"):  # when it is read again, by the defaults
+        run(folder, "yolo", "--set", "data.rules.max_bad_annotations=1")
+    assert (folder / "own.json").exists()
+
+
 def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         "0 0.5 0.5 0.2 0.4",

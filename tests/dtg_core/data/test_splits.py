@@ -187,7 +187,10 @@ def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
     ("arguments", "problem"),
     [
         (["--percent", 1, "--count", 3], "--percent and --count"), (["--percent", 0.1], "choose at least 1"),
-        (["--percent", 100], "not all"), (["--folds", "5-1"], "--folds"), (["--folds", "x"], "--folds"),
+        (["--percent", 100], "not all"), (["--percent", "nan"], "--percent: use numbers over 0"), (["--percent", "inf"], "--percent: use"),
+        (["--percent", 10, "10.0000001"], "--percent: 10 stands there twice"), (["--count", 5, 5], "--count: 5 stands there twice"),
+        (["--min-per-class", -1], "--min-per-class: use 0 or more"), (["--folds", "1-"], "--folds"),
+        (["--set", "optim.lr=1"], "optim.lr=1: is not used here"), (["--folds", "5-1"], "--folds"), (["--folds", "x"], "--folds"),
         (["--protocol", "ubteacher"], "--indices"), (["--indices", "x"], "--indices"), (["--group-by", "("], "--group-by"),
         (["--group-by", "town"], "--group-by"), (["--protocol", "stack"], "did you mean 'stac'"),
     ],
@@ -195,6 +198,17 @@ def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, arguments: list[Any], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         split(coco(tmp_path, 400), *arguments)
+
+
+def test_rules_are_those_of_training(tmp_path: Path) -> None:
+    source = coco(tmp_path, 40)
+    content = json.loads(source.read_text())
+    for annotation in content["annotations"][::3]:
+        annotation["bbox"][2] = 0
+    source.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"cannot be used .* raise data\.rules\.max_bad_annotations"):
+        split(source, "--percent", 10, "--folds", 1)
+    split(source, "--percent", 10, "--folds", 1, "--set", "data.rules.max_bad_annotations=0.5")
 
 
 def test_splits_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,18 @@ def test_finding_something_starts_the_count_again() -> None:
         assert not one.line(done, 50, {"guidance/head/candidates": found})
 
 
+@pytest.mark.parametrize(("paradigm", "kind", "key"), [("dense", "candidates", "tau"), ("sparse", "pseudo_boxes", "pseudo_score")])
+def test_a_run_too_short_for_patience_is_told_at_its_end(paradigm: Literal["dense", "sparse"], kind: str, key: str) -> None:
+    one = watch(paradigm=paradigm)
+    assert not one.end(50)
+    for done in (10, 20):
+        assert not one.line(done, 10, {f"guidance/head/{kind}": 1.0, f"guidance/rcnn/{kind}": 0.0})
+    (text,) = one.end(20)
+    assert f"rcnn has found nothing over guidance.stages.rcnn.{key}=" in text
+    assert "for 20 steps (scores of rcnn)" in text
+    assert not one.end(20)
+
+
 @pytest.mark.parametrize("pseudo", [0.001, 99.0])
 def test_a_dense_stage_is_not_judged_by_pseudo_boxes(pseudo: float) -> None:
     one, none, told = watch(), {"guidance/head/candidates": 0.0, "guidance/head/clusters": 0.0}, []
