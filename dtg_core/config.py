@@ -269,7 +269,7 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
         if rule.background_tau is not None and rule.background_tau > rule.tau:
             key = f"guidance.stages.{name}.background_tau"
             refuse(key, f"is over tau (found {rule.background_tau} and {rule.tau})", origins)
-        if rule.paradigm == "dense" and not (rule.classification or rule.box or rule.rank):
+        if rule.paradigm == "dense" and not (rule.classification or rule.box or (rule.rank and rule.rank_weight > 0)):
             key = f"guidance.stages.{name}"
             refuse(f"{key}.classification", "all losses of the stage are off (found false, as box and rank) - use "
                    f"{key}.paradigm=none", origins)

@@ -75,8 +75,10 @@ def main(argv: Sequence[str]) -> int:
         on_main(accelerator, lambda: _require_free(folder, settings, arguments))
         on_main(accelerator, lambda: _try_detector(settings))
     report = Report()
-    with accelerator.main_process_first():  # the first process makes the embedded data set
-        sources = open_sources(settings.data, is_supervised(settings), report)
+    read: list[Sources] = []
+    # First by one process, which makes the embedded data set, and whose error ends the others too.
+    on_main(accelerator, lambda: read.append(open_sources(settings.data, is_supervised(settings), report)))
+    sources = read[0] if read else open_sources(settings.data, is_supervised(settings), report)
     labeled = settings.data.labeled or "embedded data"
     note_small_boxes(sources.labeled, labeled, settings.views, report)
     if accelerator.is_main_process:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -331,7 +332,7 @@ def _classes(categories: list[dict[str, Any]], path: Path, report: Report) -> tu
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}: categories[{number}].name is {_short(name)} - give the class a name")
-        if not name.isprintable():  # nor are single surrogates, which no file can hold
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):  # control, and half a character
             raise UserError(f"{path}: categories[{number}].name has characters that cannot be shown ({_short(name)}) - rename it")
         if name in names[:number]:
             raise UserError(f"{path}: two categories are called {name!r} - join them, or rename one")

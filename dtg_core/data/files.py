@@ -10,7 +10,6 @@ from pathlib import Path
 
 from dtg_core.config import DataRules
 from dtg_core.data.report import Report
-from dtg_core.drafts import reading
 from dtg_core.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
@@ -146,9 +145,12 @@ def _listed(root: Path, prefix: str, source: Path, rules: DataRules) -> dict[str
     if prefix and not rules.allow_outside_root and not _inside(root, prefix):
         raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to "
                         "allow it")
-    entries: list[os.DirEntry[str]] = []
-    with reading(f"{source}: the images' folder {where}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         entries = list(os.scandir(where))
+    except PermissionError as error:
+        raise UserError(f"{source}: the images' folder {where} cannot be read ({error.strerror}) - mend its rights") from error
+    except OSError:
+        return {}
     kinds = {}
     for entry in entries:
         if not entry.is_dir():

@@ -288,9 +288,10 @@ def _pack_optimizer(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, 
 def _unpack_optimizer(
     optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
-    """The optimizer's state dictionary from what ``_pack_optimizer`` made."""
+    """The optimizer's state dictionary from what ``_pack_optimizer`` made; without parameters that are frozen by now."""
     names = _parameter_names(optimizer, module)
-    if names != [group["params"] for group in settings["groups"]]:
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    if names != [[name for name in group["params"] if name not in frozen] for group in settings["groups"]]:
         raise UserError(f"{path}: made for other trained parameters or groups - use the settings it was made with")
     order = [name for group in names for name in group]
     index = {name: number for number, name in enumerate(order)}
@@ -298,6 +299,8 @@ def _unpack_optimizer(
     state: dict[int, dict[str, Any]] = {}
     for full_name, value in [*tensors.items(), *settings["values"].items()]:
         name, _, key = full_name.rpartition("/")
+        if name in frozen:
+            continue
         if isinstance(value, Tensor) and value.shape == parameters[name].shape:
             # the parameter's memory layout: another order of elements may round differently in vectorised kernels
             value = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False).copy_(value)

@@ -36,7 +36,7 @@ WRITTEN = re.compile(
     r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
     r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?|abandoned-\d+"
 )
-#: What some of these folders hold. ``trackers`` are Accelerate's, which give names of their own.
+#: What some of these folders hold, by the first word of their name. ``trackers`` are Accelerate's, which give names of their own.
 WITHIN = {
     "pictures": re.compile(r"(guidance-\w+|predictions)-\d+\.jpg(\.tmp)?"),
     "weights": re.compile(r"(teacher|student)\.safetensors(\.tmp)?"),
@@ -44,6 +44,7 @@ WITHIN = {
     "nonfinite": re.compile(r"step_\d{8,}(\.tmp)?|step\.json"),
     "evaluation": re.compile(r"(results|detections)\.json(\.tmp)?"),
     "abandoned": WRITTEN,
+    "step": re.compile(r"(student|teacher|optimizer)\.safetensors|(state|manifest)\.json"),
 }
 
 
@@ -142,8 +143,8 @@ class RunFolder:
 def _foreign(folder: Path, written: re.Pattern[str]) -> Iterator[str]:
     """What no run has written into ``folder`` and the folders in it, by names relative to it."""
     for entry in folder.iterdir():
-        within = WITHIN.get(entry.name.partition("-")[0])
-        if not written.fullmatch(entry.name):
+        within, folds = WITHIN.get(re.split("[-_]", entry.name)[0]), entry.is_dir() and not entry.is_symlink()
+        if not written.fullmatch(entry.name) or (folds and entry.suffix not in ("", ".tmp")):
             yield entry.name
-        elif within is not None and entry.is_dir() and not entry.is_symlink():
+        elif within is not None and folds:
             yield from (f"{entry.name}/{name}" for name in _foreign(entry, within))

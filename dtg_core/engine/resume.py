@@ -65,7 +65,7 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     changes += [f"{stream} images of a step: {old['global_batch'][stream]} -> {new['global_batch'][stream]}, where processes x "
                 f"data.{stream}_per_device x optim.accumulate has to stay {old['global_batch'][stream]}"
                 for stream in ("labeled", "unlabeled") if old["global_batch"][stream] != new["global_batch"][stream]]
-    changes += [f"{stream} data: {_counts(old['data'][stream])} -> {_counts(new['data'][stream])}, or other files or boxes"
+    changes += [f"{stream} data: {_counts(old['data'][stream])} -> {_counts(new['data'][stream])}, or other files, boxes or classes"
                 for stream in ("labeled", "unlabeled") if old["data"][stream] != new["data"][stream]]  # fmt: skip
     if changes and not insist:
         raise UserError(f"--resume: the checkpoint was made with other settings ({'; '.join(changes)}) - undo them, "

@@ -95,6 +95,9 @@ class Fit:
             The exit status: 0, ``GAVE_UP`` or 128 and the number of a signal.
         """
         start = self._resume(resume, insist) if resume else 0
+        if start > self.config.run.steps and on_main(self.accelerator, self._weights_step) != start:
+            raise UserError(f"{self.folder.path}: is at step {start} and not finished, and run.steps={self.config.run.steps} is "
+                            "less - raise --steps")
         if start >= self.config.run.steps and not self.evaluation_due:
             self._say(f"{self.folder.path}: finished already, at step {start} - raise --steps to go on")
             return 0
@@ -149,6 +152,8 @@ class Fit:
             if done % run.log_every == 0 or done == run.steps:
                 self._log(done, clock)
             if done == run.steps:
+                for warning in self.watch.end(done) if self.report else ():
+                    self._say(warning)
                 return self._finish(signals)
             if run.evaluate_every and done % run.evaluate_every == 0:
                 with clock.paused():
@@ -343,8 +348,6 @@ class Fit:
 
     def _finish(self, signals: StopSignals) -> int:
         """Keep what was learnt before it is evaluated, so that nothing is lost if that fails."""
-        for warning in self.watch.end(self.config.run.steps) if self.report else ():
-            self._say(warning)
         self.evaluation_due = True
         self._save(self.config.run.steps)
         on_main(self.accelerator, self._write_weights)

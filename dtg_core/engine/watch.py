@@ -64,9 +64,9 @@ class Watch:
         return warnings
 
     def end(self, done: int) -> list[str]:
-        """Warnings after the last step: of a stage whose teacher finds nothing, in a run too short for ``PATIENCE``."""
+        """Warnings after the last step: of a stage whose teacher has never found anything, in a run too short for ``PATIENCE``."""
         return [
-            warning for stage in self.quiet_since
+            warning for stage in self.quiet_since if self.level.get(stage, (0, 0))[1] == 0
             for warning in self._quiet(stage, "candidates" if self._dense(stage) else "pseudo_boxes", done)
         ]  # fmt: skip
 

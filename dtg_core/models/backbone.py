@@ -351,7 +351,7 @@ def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int
         return
     if stride not in strides:
         raise UserError(f"backbone.freeze_to_stride: no feature map of stride {stride} - choose 0 or one of {strides}")
-    parameters = list(body.parameters())
+    parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
     last = len(strides) - 1 - strides[::-1].index(stride)
     for parameter, gradient in zip(parameters, torch.autograd.grad(maps[last].sum(), parameters, allow_unused=True)):
         if gradient is not None:

@@ -159,14 +159,21 @@ def test_overwriting_deletes_what_a_run_has_written_only(tmp_path: Path) -> None
         RunFolder(run_folder).open(resume=False, overwrite=True)
     assert tree(tmp_path) == before
     (run_folder / "photos").rmdir()
-    for name in ("weights/backup.safetensors", "evaluation-mine/notes.txt", "pictures/cat.jpg", "abandoned-1/weights/mine.pt"):
+    for name, told in (
+        ("weights/backup.safetensors",) * 2, ("evaluation-mine/notes.txt",) * 2, ("pictures/cat.jpg",) * 2,
+        ("abandoned-1/weights/mine.pt",) * 2, ("nonfinite/step_00000003/mine/notes.txt", "nonfinite/step_00000003/mine"),
+        ("results.json/mine.txt", "results.json"),
+    ):  # fmt: skip
         (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run_folder / name).write_text("the user's own")
-        with pytest.raises(UserError, match=rf"holds what no run has written \({name}\)"):
+        with pytest.raises(UserError, match=rf"holds what no run has written \({told}\)"):
             RunFolder(run_folder).open(resume=False, overwrite=True)
         (run_folder / name).unlink()
+        if told != name:
+            (run_folder / told).rmdir()
     for name in ("weights/teacher.safetensors", "evaluation-mine/results.json", "pictures/guidance-head-000010.jpg",
-                 "trackers/tensorboard/any", "abandoned-1/weights/teacher.safetensors"):  # fmt: skip
+                 "trackers/tensorboard/any", "abandoned-1/weights/teacher.safetensors",
+                 "nonfinite/step_00000003/state.json"):  # fmt: skip
         (run_folder / name).parent.mkdir(parents=True, exist_ok=True)
         (run_folder / name).write_text("a run's")
     opened = RunFolder(run_folder)

@@ -116,6 +116,20 @@ def test_the_settings_are_those_of_the_optimizer_that_goes_on(tmp_path: Path) ->
     assert equal(own.state_dict()["state"], former.state_dict()["state"])
 
 
+def test_a_parameter_that_is_frozen_by_now_is_left_out(tmp_path: Path) -> None:
+    student, teacher, optimizer = parts()
+    train(student, optimizer, 0, 2)
+    path = save_checkpoint(tmp_path, 2, student, teacher, optimizer, {})
+    again, other_teacher, _ = parts(7)
+    again[0].weight.requires_grad_(False)
+    trained = [parameter for parameter in again.parameters() if parameter.requires_grad]
+    own = torch.optim.AdamW([{"params": trained[:2]}, {"params": trained[2:]}], lr=0.01, amsgrad=True)
+    load_checkpoint(path, again, other_teacher, own)
+    assert equal(own.state[again[0].bias], optimizer.state[student[0].bias])
+    assert equal(own.state[again[4].weight], optimizer.state[student[4].weight])
+    assert len(own.state) == len(optimizer.state) - 1
+
+
 def test_before_the_first_step_and_with_shared_memory(tmp_path: Path) -> None:
     student, teacher, optimizer = parts()
     student[2].weight = nn.Parameter(torch.randn(14, 5, 3, 3)[::2])  # a view into larger memory, not contiguous

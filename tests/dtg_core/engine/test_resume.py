@@ -168,6 +168,17 @@ def test_another_kind_of_optimizer_stops_even_if_insisted(data: TinyData, half: 
     assert "optim.name=adamw, with which sgd cannot go on" in line
 
 
+def test_an_unfinished_run_does_not_end_by_fewer_steps(data: TinyData, half: Path, tmp_path: Path) -> None:
+    output = shutil.copytree(half, tmp_path / "run")
+    for folder in ("weights", "results.json"):
+        shutil.rmtree(output / folder) if (output / folder).is_dir() else (output / folder).unlink()
+    arguments = [*command(data, "gfl", output, "data.labeled_per_device=2", steps=2), "--resume", "auto"]
+    ended = run(arguments, tmp_path / "logs")
+    assert ended.status == 2
+    (line,) = errors(ended)
+    assert "and not finished, and run.steps=2 is less - raise --steps" in line
+
+
 def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path, tmp_path: Path) -> None:
     """From an earlier step: neither figures nor weights of the former settings stand beside the new ones, and none are lost."""
     output, made = shutil.copytree(half, tmp_path / "run"), weights(half)

@@ -56,6 +56,10 @@ def test_a_run_too_short_for_patience_is_told_at_its_end(paradigm: Literal["dens
     assert f"rcnn has found nothing over guidance.stages.rcnn.{key}=" in text
     assert "for 20 steps (scores of rcnn)" in text
     assert not one.end(20)
+    for key in ("candidates", "clusters", "pseudo_boxes"):
+        one.line(30, 10, {f"guidance/head/{key}": 3.0})
+    one.line(40, 10, {f"guidance/head/{kind}": 0.0})
+    assert not one.end(40)  # it has found something before
 
 
 @pytest.mark.parametrize("pseudo", [0.001, 99.0])
