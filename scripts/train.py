@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
         require = require_known if resumed or settings.run.init is not None else require_available
         on_main(accelerator, lambda: require(settings.backbone))
         on_main(accelerator, lambda: require_writable(folder.path))
-        on_main(accelerator, lambda: _require_start(None if resumed else settings.run.init, arguments.resume))
         on_main(accelerator, lambda: _require_free(folder, settings, arguments))
+        on_main(accelerator, lambda: _require_start(None if resumed else settings.run.init, arguments.resume))
         on_main(accelerator, lambda: _try_detector(settings))
     report = Report()
     read: list[Sources] = []
@@ -120,7 +120,7 @@ def _require_start(init: str | None, resume: str | None) -> None:
     from dtg_core.engine.predict import find_weights
 
     if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise UserError(f"--resume {resume}: no such folder - give auto, or a checkpoint's folder")
+        raise UserError(f"--resume {resume}: no such checkpoint - give auto, or a checkpoint's folder")
     if init is not None and not (path := find_weights(Path(init))).is_file():
         raise UserError(f"--init {path}: no such weights file - give a .safetensors file, or a run folder")
 

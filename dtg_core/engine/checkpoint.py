@@ -290,7 +290,8 @@ def _unpack_optimizer(
 ) -> dict[str, Any]:
     """The optimizer's state dictionary from what ``_pack_optimizer`` made; without parameters that are frozen by now."""
     names = _parameter_names(optimizer, module)
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    held = {name for group in names for name in group}
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad} - held
     if names != [[name for name in group["params"] if name not in frozen] for group in settings["groups"]]:
         raise UserError(f"{path}: made for other trained parameters or groups - use the settings it was made with")
     order = [name for group in names for name in group]

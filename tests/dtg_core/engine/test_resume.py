@@ -342,7 +342,7 @@ def test_first_step_after_a_late_resume_is_not_late(data: TinyData, half: Path, 
         assert ended.status == 0, ended.err
         assert lines(where)[-2]["step"] == first + 2
     print(f"whole runs of 2 steps: {seconds}")
-    assert seconds[100_000] < seconds[0] + 2
+    assert seconds[100_000] < seconds[0] + 20  # replayed, they would take many minutes
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
