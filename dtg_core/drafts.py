@@ -44,9 +44,9 @@ def writing(place: Path | str, remedy: str = "give another --output") -> Iterato
 
 
 @contextlib.contextmanager
-def reading(place: Path | str, remedy: str = "mend the rights, or give another path") -> Iterator[None]:
-    """Turn an OSError of the block into the UserError ``PLACE: cannot be read (REASON) - REMEDY``."""
+def reading(place: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError of one line."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: cannot be read ({error.strerror or error}) - {remedy}") from error
+        raise UserError(f"{place}: cannot be read ({error.strerror or error}) - mend the rights, or give another path") from error

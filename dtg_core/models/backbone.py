@@ -139,7 +139,8 @@ def build_pyramid(
     # Of several maps with one stride the last is the deepest.
     picked = (0,) if plain else tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
     maps = _probe(body, picked, own_strides, config)
-    _freeze_unused(body, [maps[index] for index in picked])
+    # Some of HRNet's: no gradient would ever reach them, for which the other processes of a distributed run would wait.
+    _freeze_parameters(body, [maps[index] for index in picked], used=False)
     _freeze(body, maps, own_strides, config.freeze_to_stride)
     if config.batch_norm == "frozen":
         # In evaluation mode (see ``Pyramid.train``) these are one kernel each, faster than timm's frozen modules.
@@ -330,20 +331,19 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], config: BackboneConfig) -
     body.load_state_dict(found)
 
 
-def _freeze_unused(body: nn.Module, maps: list[Tensor]) -> None:
-    """Freeze each parameter that none of the ``maps`` depends on (HRNet has some). No gradient would ever reach it, for which
-    the other processes of a distributed run would wait."""
-    parameters = list(body.parameters())
+def _freeze_parameters(body: nn.Module, maps: list[Tensor], used: bool) -> None:
+    """Freeze each trained parameter that the ``maps`` depend on (``used``), or that none of them does; autograd tells which, for
+    any architecture."""
+    parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
     whole = torch.stack([x.sum() for x in maps]).sum()
-    for parameter, gradient in zip(
-        parameters, torch.autograd.grad(whole, parameters, allow_unused=True, retain_graph=True), strict=True
-    ):
-        if gradient is None:
+    gradients = torch.autograd.grad(whole, parameters, allow_unused=True, retain_graph=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if (gradient is not None) == used:
             parameter.requires_grad_(False)
 
 
 def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int) -> None:
-    """Freeze each parameter that the feature map of ``stride`` depends on, which autograd tells for any architecture.
+    """Freeze each parameter that the feature map of ``stride`` depends on.
 
     A model whose first map is coarser has nothing that belongs to finer ones.
     """
@@ -351,8 +351,5 @@ def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int
         return
     if stride not in strides:
         raise UserError(f"backbone.freeze_to_stride: no feature map of stride {stride} - choose 0 or one of {strides}")
-    parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
     last = len(strides) - 1 - strides[::-1].index(stride)
-    for parameter, gradient in zip(parameters, torch.autograd.grad(maps[last].sum(), parameters, allow_unused=True)):
-        if gradient is not None:
-            parameter.requires_grad_(False)
+    _freeze_parameters(body, [maps[last]], used=True)
