@@ -50,7 +50,7 @@ class Watch:
                 continue
             dense = self._dense(stage)  # whose pseudo boxes are told for comparison only
             if kind == ("candidates" if dense else "pseudo_boxes"):
-                warnings += self._nothing_found(stage, kind, value, done, lines)
+                warnings += self._nothing_found(stage, value, done, lines)
             if kind == ("clusters" if dense else "pseudo_boxes"):
                 warnings += self._collapse(stage, value) if value > 0 else []
                 warnings += self._shrinks(stage, value, lines)
@@ -65,10 +65,8 @@ class Watch:
 
     def end(self, done: int) -> list[str]:
         """Warnings after the last step: of a stage whose teacher has never found anything, in a run too short for ``PATIENCE``."""
-        return [
-            warning for stage in self.quiet_since if self.level.get(stage, (0, 0))[1] == 0
-            for warning in self._quiet(stage, "candidates" if self._dense(stage) else "pseudo_boxes", done)
-        ]  # fmt: skip
+        never = [stage for stage in self.quiet_since if self.level.get(stage, (0, 0))[1] == 0]
+        return [warning for stage in never for warning in self._quiet(stage, done)]
 
     def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
         """Warnings after an evaluation."""
@@ -79,17 +77,17 @@ class Watch:
             return self._once("fall", f"{text} - lower guidance.alpha or optim.lr, or change tau or pseudo_score")
         return []
 
-    def _nothing_found(self, stage: str, kind: str, found: float, done: int, lines: int) -> list[str]:
+    def _nothing_found(self, stage: str, found: float, done: int, lines: int) -> list[str]:
         if found > 0:
             self.quiet_since.pop(stage, None)
             return []
         since = self.quiet_since.setdefault(stage, done - lines)
-        return self._quiet(stage, kind, done) if done - since >= PATIENCE else []
+        return self._quiet(stage, done) if done - since >= PATIENCE else []
 
-    def _quiet(self, stage: str, kind: str, done: int) -> list[str]:
+    def _quiet(self, stage: str, done: int) -> list[str]:
         if f"nothing/{stage}" in self.told:  # before the histogram, which takes a pass of the network
             return []
-        key = "tau" if kind == "candidates" else "pseudo_score"
+        key = "tau" if self._dense(stage) else "pseudo_score"
         threshold = getattr(self.guidance.stages[stage], key)
         limit = f"guidance.stages.{stage}.{key}={threshold}"
         text = f"the teacher's {stage} has found nothing over {limit} for {done - self.quiet_since[stage]} steps"
@@ -113,7 +111,7 @@ class Watch:
         self.level[stage] = now, max(now, most)
         if now >= SHRUNK * most or now >= self.objects / 2:
             return []
-        key = "tau" if self.guidance.stages[stage].paradigm == "dense" else "pseudo_score"
+        key = "tau" if self._dense(stage) else "pseudo_score"
         text = f"the teacher's {stage} sees {now:.3g} objects in an unlabelled image after {most:.3g} before"
         advice = f"what it misses becomes background - lower guidance.stages.{stage}.{key}"
         return self._once(f"shrinks/{stage}", f"{text}, labelled have {self.objects:.3g}: {advice}")
