@@ -10,8 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common import DETECTORS, Parser, load_settings, main_guard, one_of, train_parser
+
+if TYPE_CHECKING:
+    from run_settings import RunSettings
 
 #: One small model of each family that detectors are often built on.
 FAMILIES = {
@@ -36,14 +40,24 @@ def main(argv: Sequence[str]) -> int:
     families = {name: family for family, name in FAMILIES.items()}
     print("| family | model | parameters | step | loss at step 1 | loss at the end |\n|---|---|---|---|---|---|")
     for name in arguments.names or FAMILIES.values():
-        parameters, seconds, losses = _train(arguments.detector, name, arguments.steps, arguments.set)
+        settings = _settings(arguments.detector, name, arguments.steps, arguments.set)
+        name = settings.backbone.name  # --set may have named another
+        parameters, seconds, losses = _train(settings)
         family, end = families.get(name, name.split("_")[0]), sum(losses[-5:]) / len(losses[-5:])
         print(f"| {family} | {name} | {parameters / 1e6:.1f} M | {seconds:.2f} s | {losses[0]:.2f} | {end:.2f} "
               "|", flush=True)
     return 0
 
 
-def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tuple[int, float, list[float]]:
+def _settings(detector: str, name: str, steps: int, overrides: Sequence[str]) -> RunSettings:
+    """Every layer learns from random weights, and guidance acts from the first step."""
+    scratch = ["backbone.pretrained=false", "backbone.freeze_to_stride=0", "backbone.batch_norm=train", "data.workers=0",
+               "guidance.start_step=0", "guidance.ramp_steps=0", "optim.warmup_steps=0"]  # fmt: skip
+    line = ["--detector", detector, "--backbone", name, "--steps", str(steps), "--set", *scratch, *overrides]
+    return load_settings(train_parser().parse(line))[0]
+
+
+def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
     """Number of parameters, median seconds of a step, labelled loss of each step."""
     import torch
     from accelerate import Accelerator
@@ -53,13 +67,9 @@ def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tu
     from dtg_core.engine.loop import make_optimizer, train_step
     from dtg_core.models.student import student_and_teacher
 
-    scratch = ["backbone.pretrained=false", "backbone.freeze_to_stride=0", "backbone.batch_norm=train", "data.workers=0",
-               "guidance.start_step=0", "guidance.ramp_steps=0", "optim.warmup_steps=0"]  # fmt: skip
-    line = ["--detector", detector, "--backbone", name, "--steps", str(steps), "--set", *scratch, *overrides]
-    settings, _, _ = load_settings(train_parser().parse(line))
     sources = open_sources(settings.data, supervised=False)
     torch.manual_seed(0)
-    student, teacher = student_and_teacher(DETECTORS[detector](settings, len(sources.labeled.class_names)), settings)
+    student, teacher = student_and_teacher(DETECTORS[settings.detector](settings, len(sources.labeled.class_names)), settings)
     accelerator = Accelerator()
     teacher.to(accelerator.device)
     module, optimizer = accelerator.prepare(student, make_optimizer(student, settings.optim, accelerator))
@@ -67,7 +77,7 @@ def _train(detector: str, name: str, steps: int, overrides: Sequence[str]) -> tu
                     settings.data.unlabeled_per_device)  # fmt: skip
     losses, times = [], []
     module.train()
-    for step in range(steps):
+    for step in range(settings.run.steps):
         batch = data[step].to(accelerator.device)
         began = time.perf_counter()
         figures = train_step(module, teacher, optimizer, [batch], settings, accelerator)

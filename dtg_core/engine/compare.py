@@ -42,6 +42,8 @@ FOLD_FILES = (LABELED, UNLABELED)
 _FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 #: Settings of a stage's rule that only one paradigm reads.
 SPARSE_ONLY = {"pseudo_score", "proposals"}
+#: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
+UNREAD = {"guidance.stages.rcnn.min_iou"}
 #: Settings that only matter where something is learnt from unlabelled images.
 UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
                   "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip
@@ -172,8 +174,10 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
 
     def matters(key: str) -> bool:
         parts = key.split(".")
-        if key in SILENT or key == "paradigm":  # the stages' own say more than the run's
+        if key in SILENT | UNREAD or key == "paradigm":  # the stages' own say more than the run's
             return False
+        if key == "optim.momentum":
+            return settings.get("optim.name") == "sgd"
         if len(parts) > 1 and parts[0] not in core and parts[0] != detector:
             return False
         if parts[:2] == ["guidance", "stages"]:

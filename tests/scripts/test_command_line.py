@@ -218,6 +218,10 @@ def test_what_the_core_logs_is_told_as_a_warning(tmp_path: Path) -> None:
         (["--detector", "gfl", "--paradigm", "sparse"], ["guidance.stages.head.tau=0.5"], "guidance.stages.head.tau"),
         (["--detector", "gfl"], ["guidance.stages.head.pseudo_score=0.5"], "guidance.stages.head.pseudo_score"),
         (["--detector", "faster_rcnn"], ["guidance.stages.rcnn.tau=0.5", "data.workers=0", "paradigm=dense"], None),
+        (["--detector", "faster_rcnn"], ["guidance.stages.rcnn.min_iou=0.5", "guidance.stages.rpn.min_iou=0.5"],
+         "guidance.stages.rcnn.min_iou"),
+        (["--detector", "gfl"], ["optim.name=adamw", "optim.momentum=0.5"], "optim.momentum"),
+        (["--detector", "gfl"], ["optim.name=sgd", "optim.momentum=0.5"], None),
     ],
 )
 def test_settings_without_effect_are_told(flags: list[str], given: list[str], idle: str | None) -> None:
