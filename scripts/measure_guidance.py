@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common import Parser, add_overwrite, main_guard, progress, require_device, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
@@ -30,6 +30,7 @@ from dtg_core.errors import UserError
 if TYPE_CHECKING:
     from dtg_core.config import Config
     from dtg_core.engine.fidelity import Agreement, Measured
+    from dtg_core.protocol import Detector
     from dtg_core.structures import PairBatch, Targets
 
 DEFAULT = ["dense: paradigm=dense", "sparse: paradigm=sparse"]
@@ -79,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     require_device(arguments.device)
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
-    settings, stages = overridden(guided(teacher.settings), arguments.set), list(teacher.detector.stages)
+    detector = cast("Detector", teacher.detector)
+    settings, stages = overridden(guided(teacher.settings), arguments.set), list(detector.stages)
     compared = {name: changed(settings, keys, stages) for name, keys in named(arguments.compare or DEFAULT).items()}
 
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
@@ -103,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
     batches = map(with_truth, pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}
-    found = measure(teacher.detector, student.detector, batches, rules, hull)
+    found = measure(detector, cast("Detector", student.detector), batches, rules, hull)
 
     count = len(steps) * arguments.batch
     content = {"weights": str(arguments.weights), "objects": sum(objects) / count}
