@@ -49,6 +49,9 @@ class StageRule:
     consensus_rank: float | None = None  # rank by a box' mean IoU with its cluster over this, instead of by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
+    # tau of each class (sparse: pseudo_score) follows the teacher, so that it finds as many objects in an unlabelled image as a
+    # labelled one has; how far its logit moves in a step at most. 0: it stays
+    tau_rate: float = 0.0
     # the sparse-to-dense baseline (Sec. 3.1)
     pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is over this
     proposals: Literal["teacher", "student"] = "teacher"  # whose proposals the R-CNN is trained on (A30)
@@ -196,6 +199,7 @@ RANGES = {
     "guidance.start_step": "[0, inf)",
     "guidance.ramp_steps": "[0, inf)",
     "guidance.stages.*.tau": "(0, 1)",
+    "guidance.stages.*.tau_rate": "[0, 1]",
     "guidance.stages.*.nms_iou": "(0, 1]",
     "guidance.stages.*.max_candidates": "[1, inf)",
     "guidance.stages.*.min_iou": "[0, 1)",

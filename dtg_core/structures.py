@@ -257,6 +257,7 @@ class Supervision:
     assignment: Assignment | None = None
     proposals: Proposals | None = None  # samples that a proposal-based stage has to use, in the student's view
     add_truth: bool = True  # whether target boxes join the detector's own proposals; False for pseudo boxes (A29)
+    found: Tensor | None = None  # [C] objects that the teacher has found of each class, where thresholds follow them
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class CocoIndex:
         single = ~self.crowd[here]
         return self.boxes[here][single], self.labels[here][single]
 
+    def objects_per_image(self) -> np.ndarray:
+        """[C] float64, objects of each class in an image on average, without crowds."""
+        return np.bincount(self.labels[~self.crowd], minlength=len(self.class_names)) / max(len(self), 1)
+
     def image(self, row: int, odd: set[str] | None = None) -> Image.Image:
         """The decoded image; ``odd`` collects what is odd about it.
 

@@ -42,6 +42,8 @@ FOLD_FILES = (LABELED, UNLABELED)
 _FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 #: Settings of a stage's rule that only one paradigm reads.
 SPARSE_ONLY = {"pseudo_score", "proposals"}
+#: And those that both dense and sparse guidance read.
+BOTH = {"tau_rate"}
 #: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
 UNREAD = {"guidance.stages.rcnn.min_iou"}
 #: Settings that only matter where something is learnt from unlabelled images.
@@ -182,8 +184,10 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
             return False
         if parts[:2] == ["guidance", "stages"]:
             paradigm = paradigms.get(parts[2])
-            sparse = parts[-1] in SPARSE_ONLY
-            return paradigm is not None and (parts[-1] == "paradigm" or paradigm == ("sparse" if sparse else "dense"))
+            if parts[-1] == "paradigm":
+                return paradigm is not None
+            readers = {"dense", "sparse"} if parts[-1] in BOTH else {"sparse"} if parts[-1] in SPARSE_ONLY else {"dense"}
+            return paradigm in readers
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
             return False
         embedded = settings.get("data.labeled") is None

@@ -18,7 +18,8 @@ from dtg_core.config import Config, OptimConfig
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
-from dtg_core.guidance.paradigms import Figures
+from dtg_core.guidance.paradigms import NO_THRESHOLDS, Figures
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import update_teacher
@@ -43,7 +44,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelera
 
 def train_step(
     student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[StepBatch], config: Config,
-    accelerator: Accelerator, signals: StopSignals | None = None,
+    accelerator: Accelerator, signals: StopSignals | None = None, thresholds: Thresholds | None = None,
 ) -> Figures:
     """One step of Eq. 1, from a batch to the updated student and teacher.
 
@@ -51,6 +52,7 @@ def train_step(
         student: ``StudentModule``, possibly wrapped for several processes. teacher: its averaged detector.
         batches: the micro-batches of one step, mostly one: labelled views, and pairs of unlabelled views or None.
         config: of the run. signals: learns which signal has reached any of the processes.
+        thresholds: of the classes, which follow what the teacher finds; None: tau and pseudo_score of ``config`` stay.
 
     Returns:
         Losses and figures of the guidance by name, still on the device. "skipped" is 1 when the loss or its gradient was not
@@ -65,7 +67,10 @@ def train_step(
     detector = cast(StudentModule, accelerator.unwrap_model(student)).detector
 
     first = accelerator.process_index * len(batches)  # of all processes' parts of the step, the first that is here
-    lessons = [_teach(teacher, batch, part, weight > 0, config, accelerator) for part, batch in enumerate(batches, first)]
+    scores = thresholds.scores() if thresholds is not None else NO_THRESHOLDS
+    lessons = [
+        _teach(teacher, batch, part, weight > 0, config, accelerator, scores) for part, batch in enumerate(batches, first)
+    ]
     totals = _count_ahead(student, lessons, config, accelerator, signals) if len(lessons) > 1 else None
     figures: Figures = {}
     for lesson in lessons:
@@ -88,6 +93,8 @@ def train_step(
     healthy = finite and is_finite(detector)
     if healthy:
         update_teacher(teacher, detector, step, config.optim.ema)
+        if thresholds is not None:
+            thresholds.follow(*_found(lessons, accelerator))
     else:
         heal_statistics(detector, teacher)
         if finite and not is_finite(detector):
@@ -107,12 +114,26 @@ class Lesson:
 
 
 def _teach(
-    teacher: nn.Module, batch: StepBatch, part: int, guided: bool, config: Config, accelerator: Accelerator
+    teacher: nn.Module, batch: StepBatch, part: int, guided: bool, config: Config, accelerator: Accelerator,
+    scores: Mapping[str, Tensor],
 ) -> Lesson:
     if batch.unlabeled is None or not guided:
         return Lesson(batch, part, {}, {})
     rules, hull = config.guidance.stages, config.views.box_hull
-    return Lesson(batch, part, *teach(cast(Detector, teacher), batch.unlabeled, rules, hull, accelerator.autocast()))
+    return Lesson(batch, part, *teach(cast(Detector, teacher), batch.unlabeled, rules, hull, accelerator.autocast(), scores))
+
+
+def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[str, Tensor], int]:
+    """Objects of each class that the teacher has found, by stage, and in how many images, over all processes."""
+    found: dict[str, Any] = {}
+    images = 0
+    for lesson in lessons:
+        counts = {name: part.found for name, part in lesson.supervision.items() if part.found is not None}
+        add_up(found, counts)
+        images += len(lesson.batch.unlabeled.student.sizes) if lesson.batch.unlabeled and counts else 0
+    if accelerator.num_processes > 1:
+        found = {name: accelerator.reduce(count, "sum") for name, count in found.items()}
+    return found, images * accelerator.num_processes
 
 
 def _forward(student: nn.Module, lesson: Lesson, seed: int, accelerator: Accelerator) -> dict[str, LossTerm]:

@@ -40,7 +40,9 @@ from dtg_core.engine.signals import StopSignals
 from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import student_and_teacher
+from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
 from dtg_core.structures import StepBatch
@@ -79,8 +81,11 @@ class Fit:
         self.skipped_in_a_row = 0
         self.unsaved_in_a_row = 0  # checkpoints that the disk has refused; of the main process
         self.recent: Sequence[StepBatch] = ()
-        labeled = sources.labeled
-        self.watch = Watch(config.guidance, float((~labeled.crowd).sum()) / len(labeled), self._score_histogram)
+        objects = sources.labeled.objects_per_image()
+        self.watch = Watch(config.guidance, float(objects.sum()), self._score_histogram)
+        self.thresholds = Thresholds(
+            config.guidance.stages, cast(Detector, detector).stages, torch.tensor(objects).float().to(accelerator.device)
+        )
         self.report: RunReport | None = None
         self.given_up: set[str] = set()  # of pictures and report.html, what has failed
 
@@ -136,7 +141,7 @@ class Fit:
         for batches in clock.waiting(self._batches(start)):
             done, self.recent = batches[0].step + 1, batches
             figures = train_step(
-                self.student, self.teacher, self.optimizer, batches, self.config, self.accelerator, signals
+                self.student, self.teacher, self.optimizer, batches, self.config, self.accelerator, signals, self.thresholds
             )
             self.window.add(figures)
             if self.report:
@@ -296,6 +301,7 @@ class Fit:
             self._say(f"resuming from {chosen} at step {state['step']}")
         self.window = Window(dict(state["window"]["sums"]), dict(state["window"]["counts"]))
         self.watch.restore(state["watch"])
+        self.thresholds.restore(state.get("thresholds", {}))
         self.evaluation_due = state["evaluation_due"] and self._evaluated_step() != state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -324,6 +330,7 @@ class Fit:
             "stamp": self.stamp,
             "window": {"sums": self.window.floats(self.accelerator), "counts": self.window.counts},
             "watch": self.watch.state(),
+            "thresholds": self.thresholds.state(),
             "evaluation_due": self.evaluation_due,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": scaler.state_dict() if scaler is not None else None,

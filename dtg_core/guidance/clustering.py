@@ -18,7 +18,7 @@ from dtg_core.structures import Candidates, Clusters, Predictions, Samples
 
 
 def select_candidates(
-    stage: Stage, samples: Samples, predictions: Predictions, sizes: Tensor, rule: StageRule
+    stage: Stage, samples: Samples, predictions: Predictions, sizes: Tensor, rule: StageRule, threshold: Tensor | None = None
 ) -> Candidates:
     """Teacher samples with a score over tau. A sample is a candidate of its best class only (A17): the sigmoids of other classes
     would make a second cluster of the same object.
@@ -27,15 +27,15 @@ def select_candidates(
 
     Args:
         stage, samples, predictions: of the teacher. sizes: [N, 2] of its views. rule: tau and the limits.
+        threshold: [C] score of each class instead of tau.
     """
     usable = samples.usable(sizes)
     best, label = predictions.logits.max(2)  # [N, A]
     best = torch.where(usable, best, -torch.inf)
-    threshold = _logit(rule.tau)
-    foreground = best > threshold
-    background = usable & (best <= threshold)
+    foreground = best > (_logit(rule.tau) if threshold is None else threshold.logit()[label])
+    background = usable & ~foreground
     if rule.background_tau is not None:
-        background = usable & (best <= _logit(rule.background_tau))
+        background &= best <= _logit(rule.background_tau)
     chosen = foreground
     if best.shape[1] > rule.max_candidates:
         chosen = foreground & _first(best, rule.max_candidates)

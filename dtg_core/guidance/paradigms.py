@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dtg_core.guidance.consensus import cluster_trust, consensus
 from dtg_core.guidance.correspondence import correspond
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
 from dtg_core.guidance.pseudo_labels import pseudo_labels
+from dtg_core.guidance.thresholds import LOWEST, objects_over
 from dtg_core.protocol import Detector, Stage
 from dtg_core.stateless import sample_mask
 from dtg_core.structures import (
@@ -35,6 +37,8 @@ from dtg_core.structures import (
     Supervision,
 )
 
+#: All stages keep to tau and pseudo_score.
+NO_THRESHOLDS: Mapping[str, Tensor] = MappingProxyType({})
 #: Figures of the guidance for the log, by name; scalar tensors where only the device knows them.
 Figures = dict[str, Tensor | float]
 
@@ -43,12 +47,14 @@ Figures = dict[str, Tensor | float]
 def teach(
     teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], hull: Hull = "ellipse",
     autocast: AbstractContextManager = nullcontext(),  # noqa: B008 - stateless
+    thresholds: Mapping[str, Tensor] = NO_THRESHOLDS,
 ) -> tuple[dict[str, Supervision], Figures]:
     """The teacher's pass over its weak views, and what each stage of the student learns from it.
 
     Args:
         teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by its name.
         hull: how boxes are moved between views. autocast: precision of the networks; the guidance itself is float32.
+        thresholds: scores [C] of stages that have one for each class, see ``Thresholds``.
 
     Returns:
         (supervision of the guided stages, in the student's view; figures ``guidance/<stage>/<name>``).
@@ -58,22 +64,28 @@ def teach(
     guided = {name: rules[name] for name in teacher.stages if rules[name].paradigm != "none"}
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
     detections = None
-    lowest = min((rule.pseudo_score for rule in guided.values() if rule.paradigm == "sparse"), default=None)
-    if lowest is not None:
+    sparse = [name for name, rule in guided.items() if rule.paradigm == "sparse"]
+    if sparse:
+        lowest = min(rules[name].pseudo_score for name in sparse)
+        lowest = min(lowest, LOWEST) if thresholds.keys() & sparse else lowest  # where the thresholds are by now is not asked
         detections = teacher.detect(outputs, pair.teacher, lowest)
     supervision: dict[str, Supervision] = {}
     figures: Figures = {}
     for name, rule in guided.items():
-        stage, (samples, predictions) = teacher.stages[name], outputs[name]
+        stage, (samples, predictions), threshold = teacher.stages[name], outputs[name], thresholds.get(name)
         if rule.paradigm == "dense":
-            supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, hull)
+            supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, hull, threshold)
         elif rule.paradigm == "sparse":
             assert detections is not None
-            targets = pseudo_labels(detections, rule.pseudo_score, pair, hull)
-            supervision[name] = Supervision(targets, None, _shared_proposals(samples, grid, pair, rule, hull), False)
+            targets = pseudo_labels(detections, rule.pseudo_score if threshold is None else threshold, pair, hull)
+            proposals = _shared_proposals(samples, grid, pair, rule, hull)
+            found = objects_over(threshold, detections.labels, detections.scores)
+            supervision[name] = Supervision(targets, None, proposals, False, found)
             told = {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
         else:
             raise ValueError(f"no such paradigm: {rule.paradigm!r}")
+        if threshold is not None:
+            told |= {"tau": threshold.mean()}
         figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
     return supervision, figures
 
@@ -91,14 +103,16 @@ class DenseLabels:
 
 @torch.no_grad()
 def dense_labels(
-    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
+    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull,
+    threshold: Tensor | None = None,
 ) -> DenseLabels:
     """The three steps of Fig. 2, short of the losses: clusters of candidates, correspondence, inverse NMS.
 
     Args:
         stage, samples, predictions: of the teacher. grid: the student's anchors. pair: both views. rule, hull: see ``teach``.
+        threshold: [C] score of each class instead of tau.
     """
-    candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule)
+    candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule, threshold)
     groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
     moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
@@ -113,10 +127,11 @@ def student_scores(samples: Samples, predictions: Predictions, labels: DenseLabe
 
 
 def _dense(
-    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
+    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull,
+    threshold: Tensor | None,
 ) -> tuple[Supervision, Figures]:
     """Dense guidance of one stage with the options of its rule."""
-    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull)
+    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull, threshold)
     candidates, clusters = labels.candidates, labels.clusters
     assignment = _with_options(labels.assignment, labels.samples, pair, rule)
     assert assignment.dense is not None
@@ -137,7 +152,8 @@ def _dense(
         # what sparse guidance would have kept of the clusters, for comparison
         "pseudo_boxes": (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images,
     }
-    return Supervision(None, assignment, proposals), figures
+    kept = candidates.label[clusters.keep], candidates.logit[clusters.keep].sigmoid()
+    return Supervision(None, assignment, proposals, found=objects_over(threshold, *kept)), figures
 
 
 def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rule: StageRule) -> Assignment:

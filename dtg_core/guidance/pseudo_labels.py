@@ -1,19 +1,23 @@
 """The sparse-to-dense baseline (Sec. 3.1): the teacher's final boxes become objects for the student's own assignment."""
 from __future__ import annotations
 
+from torch import Tensor
+
 from dtg_core.boxes import Hull, clip, project, shortest_side
 from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.structures import Detections, PairBatch, Targets
 
 
-def pseudo_labels(detections: Detections, score: float, pair: PairBatch, hull: Hull = "ellipse") -> Targets:
+def pseudo_labels(detections: Detections, score: float | Tensor, pair: PairBatch, hull: Hull = "ellipse") -> Targets:
     """Detections with a score over a threshold, moved into the student's view.
 
     Args:
-        detections: of the teacher, after NMS, in its view. score: the threshold of Sec. 3.1. pair: both views.
+        detections: of the teacher, after NMS, in its view. score: the threshold of Sec. 3.1, or one for each class, [C].
+        pair: both views.
     """
     boxes = project(detections.boxes, pair.student_from_teacher[detections.image], hull)
     boxes = clip(boxes, pair.student.sizes[detections.image])
-    good = (detections.scores > score) & (shortest_side(boxes) >= MIN_SIDE)
+    threshold = score[detections.labels] if isinstance(score, Tensor) else score
+    good = (detections.scores > threshold) & (shortest_side(boxes) >= MIN_SIDE)
     rows = good.nonzero().squeeze(1)  # sync: the number of pseudo boxes.
     return Targets(boxes[rows], detections.labels[rows], detections.image[rows])

@@ -27,6 +27,7 @@ from dtg_core.anchors import anchor_grid
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, paper_stages
 from dtg_core.engine.loop import make_optimizer, train_step
 from dtg_core.engine.waits import device_work
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
 from dtg_core.structures import Movable, StepBatch
@@ -78,7 +79,8 @@ def moved(batch):
     return replace(batch, **changed)
 
 
-CONSENSUS = {"quality": "consensus", "consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "member_iou": 0.1}
+CONSENSUS = {"quality": "consensus", "consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "member_iou": 0.1,
+             "tau_rate": 1e-6}  # fmt: skip
 OPTIONS: dict[str, Any] = CONSENSUS if "consensus" in sys.argv else {}
 
 
@@ -104,16 +106,18 @@ def count(name: str, images: int) -> PretendDevice:
     module_to_device(student)
     module_to_device(teacher)
     optimizer = make_optimizer(student, config.optim, OneProcess())
+    following = Thresholds(config.guidance.stages, student.detector.stages, to_device(torch.ones(3)))
     batch = moved(plain)
-    train_step(student, teacher, optimizer, [batch], config, OneProcess())  # fills the caches of anchors
+    rest = [batch], config, OneProcess(), None, following
+    train_step(student, teacher, optimizer, *rest)  # fills the caches of anchors
     with PretendDevice() as device:
-        figures = train_step(student, teacher, optimizer, [batch], config, OneProcess())
+        figures = train_step(student, teacher, optimizer, *rest)
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in student.detector.stages)
     assert work.waits.total() == sum(device.syncs.values()), (work.waits, device.syncs)
     anchor_grid.cache_clear()  # as after a new size of canvas
     with PretendDevice() as anew:
-        train_step(student, teacher, optimizer, [batch], config, OneProcess())
+        train_step(student, teacher, optimizer, *rest)
     assert anew.syncs == device.syncs
     return device
 

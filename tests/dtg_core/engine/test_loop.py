@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,12 +19,13 @@ from conftest import make_pair, make_views, tiny_detector
 from torch import Tensor, nn
 
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, StageRule, paper_stages
-from dtg_core.engine.loop import Window, heal_statistics, is_finite, make_optimizer, train_step
+from dtg_core.engine.loop import Lesson, Window, _found, heal_statistics, is_finite, make_optimizer, train_step
 from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
-from dtg_core.structures import PairBatch, StepBatch, ViewBatch
+from dtg_core.structures import PairBatch, StepBatch, Supervision, ViewBatch
 
 DETECTORS = ["gfl", "faster_rcnn"]
 BOXES = [[[4.0, 4, 30, 34]], [], [[20.0, 10, 60, 50], [2, 30, 20, 60]], [[10.0, 20, 50, 60]]]
@@ -37,8 +39,8 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def config(paradigm: str = "dense", **optim: Any) -> Config:
-    changes: dict[str, Any] = {"paradigm": paradigm, "tau": 0.5, "pseudo_score": 0.5}
+def config(paradigm: str = "dense", tau_rate: float = 0.0, **optim: Any) -> Config:
+    changes: dict[str, Any] = {"paradigm": paradigm, "tau": 0.5, "pseudo_score": 0.5, "tau_rate": tau_rate}
     stages: dict[str, StageRule] = {name: replace(rule, **changes) for name, rule in paper_stages().items()}
     guidance = GuidanceConfig(alpha=2.0, start_step=0, ramp_steps=1, stages=stages)
     return Config(guidance=guidance, optim=OptimConfig(warmup_steps=0, **optim))
@@ -56,11 +58,12 @@ class Parts:
         self.detector, self.settings, self.accelerator = detector, settings, accelerator
         module = StudentModule(detector, settings.guidance.stages).train()
         self.teacher = make_teacher(detector)
+        self.thresholds = Thresholds(settings.guidance.stages, detector.stages, torch.ones(3))
         self.student, self.optimizer = accelerator.prepare(module, make_optimizer(module, settings.optim, accelerator))
 
     def step(self, batches: Sequence[StepBatch], signals: StopSignals | None = None) -> dict[str, float]:
         figures = train_step(
-            self.student, self.teacher, self.optimizer, batches, self.settings, self.accelerator, signals
+            self.student, self.teacher, self.optimizer, batches, self.settings, self.accelerator, signals, self.thresholds
         )
         return {name: float(value) for name, value in figures.items()}
 
@@ -105,7 +108,7 @@ def split(batch: StepBatch, parts: int) -> list[StepBatch]:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
     """Also where one of them has no object at all."""
-    accelerator, settings = Accelerator(cpu=True), config(paradigm, lr=0.01)
+    accelerator, settings = Accelerator(cpu=True), config(paradigm, tau_rate=0.2, lr=0.01)
     one, four = Parts(name, settings, accelerator), Parts(name, settings, accelerator)
     first = one.weights()
     for step in range(3):
@@ -119,6 +122,23 @@ def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
         torch.testing.assert_close(tensor, one.weights()[key], rtol=1e-4, atol=4e-6, msg=key)
         changed = max(changed, float((tensor - first[key]).abs().max()))
     assert changed > 1e-3
+    for stage, scores in one.thresholds.scores().items():
+        torch.testing.assert_close(four.thresholds.scores()[stage], scores)
+        assert (scores - 0.5).abs().max() > 0.02
+    assert set(one.thresholds.scores()) == set(settings.guidance.stages) & set(one.detector.stages)
+
+
+def test_what_the_teacher_finds_is_summed_over_parts_and_processes() -> None:
+    """Three parts of two images, of which one is not guided, in each of two processes that find the same."""
+    pair = make_pair(2, 64, 64)
+    batch, bare = StepBatch(0, make_views(1, 64, 64), pair), StepBatch(0, make_views(1, 64, 64), None)
+    told = {"rpn": Supervision(), "rcnn": Supervision(found=torch.tensor([1.0, 2.0]))}
+    lessons = [Lesson(batch, 0, told, {}), Lesson(bare, 1, {}, {}), Lesson(batch, 2, told, {})]
+    two = SimpleNamespace(num_processes=2, reduce=lambda tensor, how: tensor * 2)
+    found, images = _found(lessons, two)  # type: ignore[arg-type]
+    assert {name: counts.tolist() for name, counts in found.items()} == {"rcnn": [4, 8]}
+    assert images == 8
+    assert _found(lessons[1:2], two) == ({}, 0)  # type: ignore[arg-type]
 
 
 def test_no_two_parts_of_a_step_share_their_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,9 @@ def compare(one: Path, other: Path, steps: int) -> tuple[float, float]:
     return losses, weight
 
 
+FOLLOWING = ["guidance.stages.rpn.tau_rate=0.05"]  # the stage in which these teachers find more than there is
+
+
 @pytest.mark.parametrize(("paradigm", "empty"), [("dense", False), ("dense", True), ("sparse", True)])
 @pytest.mark.parametrize("name", DETECTORS)
 def test_two_processes_are_one(data: TinyData, tmp_path: Path, name: str, paradigm: str, empty: bool) -> None:
@@ -79,7 +82,7 @@ def test_two_processes_are_one(data: TinyData, tmp_path: Path, name: str, paradi
     sizes = {processes: [f"data.labeled_per_device={2 // processes}", f"data.unlabeled_per_device={4 // processes}"]
              for processes in (1, 2)}  # fmt: skip
     arguments = {
-        processes: command(data, name, tmp_path / str(processes), *SGD, *sizes[processes], steps=20, paradigm=paradigm)
+        processes: command(data, name, tmp_path / str(processes), *SGD, *FOLLOWING, *sizes[processes], steps=20, paradigm=paradigm)
         for processes in sizes
     }
     assert run(arguments[1], tmp_path / "logs", prepare=prepare).status == 0
@@ -89,6 +92,9 @@ def test_two_processes_are_one(data: TinyData, tmp_path: Path, name: str, paradi
     print(f"{name} {paradigm} empty={empty}: losses {losses:.2g}, weights {weight:.2g}")
     assert losses < 1e-5
     assert weight < 1e-4
+    taus = [[line.get("guidance/rpn/tau", 0) for line in lines(tmp_path / processes)[1:-1]] for processes in ("1", "2")]
+    assert taus[0] == pytest.approx(taus[1], abs=1e-6)
+    assert (taus[0][0] != taus[0][-1]) == ((name, paradigm) == ("faster_rcnn", "dense"))
     if paradigm == "dense":
         stage = {"gfl": "head", "faster_rcnn": "rcnn"}[name]
         found = [line[f"guidance/{stage}/candidates"] for line in lines(tmp_path / "2")[1:-1]]

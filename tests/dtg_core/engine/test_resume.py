@@ -72,8 +72,9 @@ def test_same_seed_twice_and_other_workers(data: TinyData, tmp_path: Path, name:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_killed_at_a_checkpoint(data: TinyData, tmp_path: Path, name: str, moment: str) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert run(command(data, name, unbroken, *TINY_LINES, steps=8), tmp_path / "logs").status == 0
-    arguments = command(data, name, broken, *TINY_LINES, steps=8)
+    following = [f"guidance.stages.{stage}.tau_rate=0.2" for stage in ("head", "rpn", "rcnn")]
+    assert run(command(data, name, unbroken, *TINY_LINES, *following, steps=8), tmp_path / "logs").status == 0
+    arguments = command(data, name, broken, *TINY_LINES, *following, steps=8)
     assert run(arguments, tmp_path / "logs", prepare=die_after(4, moment)).status == -signal.SIGKILL
     resumed = run([*arguments, "--resume", "auto"], tmp_path / "logs")
     assert resumed.status == 0, resumed.err
