@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
     pair = unlabeled(data, arguments.step).to(teacher.device)
     for name in stages:
-        explained = explain(*models, pair, name, settings.guidance.stages[name], hull)
+        explained = explain(*models, pair, name, settings.guidance.stages[name], hull, teacher.thresholds.get(name))
         path = arguments.output / f"{name}.png"
         with writing(path):
             arguments.output.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"against the hidden labels of {len(pairs) * arguments.count} images, IoU 0.5:")
     for name in stages:
         rule = settings.guidance.stages[name]
-        parts = [(explain(*models, pair, name, rule, hull), objects_in(pair.teacher, truth, hull)) for pair in pairs]
+        limit = teacher.thresholds.get(name)
+        parts = [(explain(*models, pair, name, rule, hull, limit), objects_in(pair.teacher, truth, hull)) for pair in pairs]
         for score in sorted({rule.tau, rule.pseudo_score}):
             for kind, count in tally(parts, score).items():
                 print(line(f"{name}, {kind} over {score:g}", count))

@@ -16,6 +16,7 @@ from dtg_core.config import StageRule
 from dtg_core.data.index import CocoIndex
 from dtg_core.guidance import pseudo_labels
 from dtg_core.guidance.correspondence import MIN_SIDE
+from dtg_core.guidance.inverse_nms import best_scores
 from dtg_core.guidance.paradigms import dense_labels, student_scores
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
@@ -56,8 +57,10 @@ class Explained:
     pseudo: Targets  # pseudo boxes in the student's view
     student_logit: Tensor  # [P] of the class that dense guidance assigns
     teacher_score: Tensor  # [N, S] best score of the teacher's samples that belong to a student's sample; -1: none does
+    foreground: Tensor  # [N, S] bool, one of these is over its threshold
     num_classes: int
     rule: StageRule
+    threshold: Tensor | None  # [C] scores instead of the tau or pseudo_score that the rule's paradigm reads
 
     def differences(self, image: int) -> list[Difference]:
         """Of all samples of an image that are positive by dense or sparse guidance."""
@@ -81,29 +84,35 @@ class Explained:
         same = (self.pseudo.image == image) & (self.pseudo.labels == self.dense.label[row])
         boxes = self.pseudo.boxes[same]
         if not len(boxes) or paired_iou(self.dense.box[row], boxes).max() < SAME_OBJECT:
-            return f"no pseudo box over {self.rule.pseudo_score:g} there"
+            return f"no pseudo box over {self._limit('sparse', self.rule.pseudo_score)} there"
         if self.sparse.background[image, self.dense.sample[row]]:
             return "too little overlap with the pseudo box"
         return "not drawn, or ignored"
 
     def _why_not_dense(self, image: int, sample: int) -> str:
-        score = float(self.teacher_score[image, sample])
-        if score < 0:
+        if self.teacher_score[image, sample] < 0:
             return "no teacher sample lands there"
-        if score <= self.rule.tau:
-            return f"teacher's score is under {self.rule.tau:g}"
+        if not self.foreground[image, sample]:
+            return f"teacher's score is under {self._limit('dense', self.rule.tau)}"
         if self.rule.member_iou > 0:
             return f"its cluster left the view, or the sample overlaps its box by less than {self.rule.member_iou:g}"
         return "its cluster left the view"
 
 
+    def _limit(self, paradigm: str, score: float) -> str:
+        return f"{score:g}" if self.threshold is None or self.rule.paradigm != paradigm else "its class' threshold"
+
+
 @torch.no_grad()
-def explain(teacher: Detector, student: Detector, pair: PairBatch, name: str, rule: StageRule, hull: Hull) -> Explained:
+def explain(
+    teacher: Detector, student: Detector, pair: PairBatch, name: str, rule: StageRule, hull: Hull, threshold: Tensor | None = None
+) -> Explained:
     """Guide one stage both ways.
 
     Args:
         teacher, student: in evaluation mode. pair: unlabeled views on their device.
         name: of the stage. rule: of the stage; both of its thresholds are used. hull: how boxes are moved.
+        threshold: [C] scores, for the paradigm of the rule, in the place of its threshold.
 
     Returns:
         Explained, on the CPU as far as the given views are.
@@ -112,11 +121,13 @@ def explain(teacher: Detector, student: Detector, pair: PairBatch, name: str, ru
     stage, (samples, predictions) = teacher.stages[name], outputs[name]
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
 
-    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull)
+    dense_limit, sparse_limit = (threshold if rule.paradigm == kind else None for kind in ("dense", "sparse"))
+    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull, dense_limit)
     moved, dense = labels.samples, labels.assignment
 
-    detections = teacher.detect(outputs, pair.teacher, min(rule.tau, rule.pseudo_score))
-    pseudo = pseudo_labels(detections, rule.pseudo_score, pair, hull)
+    lowest = min(rule.tau, rule.pseudo_score, *(() if threshold is None else threshold.tolist()))
+    detections = teacher.detect(outputs, pair.teacher, lowest)
+    pseudo = pseudo_labels(detections, rule.pseudo_score if sparse_limit is None else sparse_limit, pair, hull)
     if stage.num_classes == 1:  # an RPN knows objects only
         pseudo = replace(pseudo, labels=torch.zeros_like(pseudo.labels))
     sparse = stage.assign(moved, pseudo, pair.student.sizes, pair.student.seeds)
@@ -126,7 +137,8 @@ def explain(teacher: Detector, student: Detector, pair: PairBatch, name: str, ru
     logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
     return Explained(
         labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,
-        student_scores(samples, predictions, labels, pair), stage.num_classes, rule,
+        student_scores(samples, predictions, labels, pair),
+        best_scores(labels.candidates.foreground.float(), labels.row, moved.num_samples) > 0, stage.num_classes, rule, threshold,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ A weights file tells all that is needed: the detector's name, its settings, and 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from dtg_core.boxes import clip, project
 from dtg_core.config import RENAMED, Config
@@ -53,6 +53,7 @@ class Predictor:
     class_names: tuple[str, ...]
     category_ids: list[Any]  # as the user wrote them
     device: torch.device
+    thresholds: Mapping[str, Tensor]  # [C] that the run's guidance has come to, of stages that have one for each class
 
     @torch.no_grad()
     def predict(
@@ -127,7 +128,8 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     detector = package.build(getattr(settings, name), bare, len(class_names))
     load_into(detector, tensors, path)
     where = pick_device(device)
-    return Predictor(detector.eval().to(where), settings, class_names, list(metadata["category_ids"]), where)
+    thresholds = {name: torch.tensor(scores, device=where) for name, scores in metadata.get("thresholds", {}).items()}
+    return Predictor(detector.eval().to(where), settings, class_names, list(metadata["category_ids"]), where, thresholds)
 
 
 def find_weights(path: Path, which: str = "teacher") -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -17,7 +17,9 @@ from dtg_core.engine.checkpoint import load_checkpoint
 from dtg_core.engine.loop import make_optimizer, train_step
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import student_and_teacher
+from dtg_core.protocol import Detector
 from dtg_core.structures import StepBatch, ViewBatch
 
 
@@ -60,7 +62,10 @@ def replay(
     module, teacher = student_and_teacher(detector, config)
     teacher.to(accelerator.device)
     student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
-    load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
+    state = load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
+    stages, objects = cast(Detector, detector).stages, sources.labeled.objects_per_image()
+    thresholds = Thresholds(config.guidance.stages, stages, objects, accelerator.device)
+    thresholds.restore(state.get("thresholds", {}))
 
     batches = [step_data(config, sources, part, len(parts))[step] for part in range(len(parts))]
     again = describe(batches, {}, accelerator)["parts"]
@@ -68,7 +73,7 @@ def replay(
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
     student.train()
     moved = [batch.to(accelerator.device) for batch in batches]
-    figures = train_step(student, teacher, optimizer, moved, config, accelerator)
+    figures = train_step(student, teacher, optimizer, moved, config, accelerator, thresholds=thresholds)
     shown = [f"{name} {float(value):.6g}" for name, value in figures.items() if name.count("/") == 2]
     return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from dtg_core.config import RENAMED, Config
 from dtg_core.data.index import CocoIndex
@@ -53,7 +53,7 @@ CAPTIONS = {
 @torch.no_grad()
 def save_pictures(
     folder: Path, step: int, teacher: nn.Module, student: nn.Module, sources: Sources, config: Config,
-    found: evaluate.Found | None, device: torch.device,
+    found: evaluate.Found | None, device: torch.device, thresholds: Mapping[str, Tensor],
 ) -> None:
     """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, at each evaluation of the same images.
 
@@ -61,6 +61,7 @@ def save_pictures(
         folder: for the pictures.
         teacher, student: satisfy ``dtg_core.protocol.Detector``; the student is in evaluation mode meanwhile.
         found: the teacher's detections of the validation set, if there is one.
+        thresholds: [C] of the stages that have one for each class.
 
     Raises:
         OSError: cannot be written. UserError: an image cannot be read.
@@ -80,7 +81,9 @@ def save_pictures(
         for name in teacher.stages:  # type: ignore[union-attr]
             rule = config.guidance.stages[name]
             if rule.paradigm != "none":
-                told = explain(teacher, student, pair, name, rule, config.views.box_hull)  # type: ignore[arg-type]
+                told = explain(
+                    teacher, student, pair, name, rule, config.views.box_hull, thresholds.get(name),  # type: ignore[arg-type]
+                )
                 sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
                 _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
     finally:

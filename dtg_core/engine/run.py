@@ -83,9 +83,7 @@ class Fit:
         self.recent: Sequence[StepBatch] = ()
         objects = sources.labeled.objects_per_image()
         self.watch = Watch(config.guidance, float(objects.sum()), self._score_histogram)
-        self.thresholds = Thresholds(
-            config.guidance.stages, cast(Detector, detector).stages, torch.tensor(objects).float().to(accelerator.device)
-        )
+        self.thresholds = Thresholds(config.guidance.stages, cast(Detector, detector).stages, objects, accelerator.device)
         self.report: RunReport | None = None
         self.given_up: set[str] = set()  # of pictures and report.html, what has failed
 
@@ -254,7 +252,7 @@ class Fit:
         if evaluated is not None:
             self._draw("pictures", lambda: save_pictures(
                 folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config, found,
-                self.accelerator.device,
+                self.accelerator.device, self.thresholds.scores(),
             ))  # fmt: skip
         self._draw("report.html", lambda: write_report(folder))
 
@@ -382,7 +380,8 @@ class Fit:
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
-                save_weights(path, detector, {**self.metadata, "which": which})
+                thresholds = {name: scores.tolist() for name, scores in self.thresholds.scores().items()}
+                save_weights(path, detector, {**self.metadata, "which": which, "thresholds": thresholds})
             except OSError as error:
                 raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
 

@@ -87,9 +87,8 @@ class Watch:
     def _quiet(self, stage: str, done: int) -> list[str]:
         if f"nothing/{stage}" in self.told:  # before the histogram, which takes a pass of the network
             return []
-        key = "tau" if self._dense(stage) else "pseudo_score"
-        threshold = getattr(self.guidance.stages[stage], key)
-        limit = f"guidance.stages.{stage}.{key}={threshold}"
+        key, rule = "tau" if self._dense(stage) else "pseudo_score", self.guidance.stages[stage]
+        limit = f"guidance.stages.{stage}.{key}={getattr(rule, key)}{', or where it has moved to,' if rule.tau_rate else ''}"
         text = f"the teacher's {stage} has found nothing over {limit} for {done - self.quiet_since[stage]} steps"
         advice = "lower it, or start the guidance later (guidance.start_step)"
         return self._once(f"nothing/{stage}", f"{text} ({self.histogram(stage)}) - {advice}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtg_core.config import StageRule
@@ -23,10 +24,15 @@ class Thresholds:
     """Scores over which each class counts, of the stages whose rule has a ``tau_rate``; tau or pseudo_score at first.
 
     Args:
-        rules: of the stages. stages: by name. objects: [C] float, labelled objects of an image by class, on average.
+        rules: of the stages. stages: by name. objects: [C] labelled objects of an image by class, on average.
+        device: of the scores.
     """
 
-    def __init__(self, rules: Mapping[str, StageRule], stages: Mapping[str, Stage], objects: Tensor) -> None:
+    def __init__(
+        self, rules: Mapping[str, StageRule], stages: Mapping[str, Stage], objects: ArrayLike | Tensor,
+        device: torch.device | None = None,
+    ) -> None:
+        all_wanted = torch.as_tensor(objects, dtype=torch.float32, device=device)
         self._rates: dict[str, float] = {}
         self._wanted: dict[str, Tensor] = {}
         self._logits: dict[str, Tensor] = {}
@@ -37,7 +43,7 @@ class Thresholds:
                 continue
             dense = rule.paradigm == "dense"
             # A dense RPN knows objects only; pseudo boxes have their classes in every stage.
-            self._wanted[name] = objects.sum(0, keepdim=True) if dense and stage.num_classes == 1 else objects
+            self._wanted[name] = all_wanted.sum(0, keepdim=True) if dense and stage.num_classes == 1 else all_wanted
             start = _logit(rule.tau if dense else max(rule.pseudo_score, 1e-6))
             self._logits[name] = torch.full_like(self._wanted[name], start)
             self._rates[name], self._bounds[name] = rule.tau_rate, (min(_logit(LOWEST), start), max(_logit(HIGHEST), start))

@@ -68,6 +68,34 @@ def test_differences_name_every_positive_once(name, stage):
             assert bool(difference.reason) == (difference.kind != BOTH)
 
 
+@pytest.mark.parametrize("paradigm", ["dense", "sparse"])
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_thresholds_are_for_the_paradigm_of_the_rule(name, stage, paradigm):
+    """Training's thresholds act on its own guidance; the other, for comparison, keeps to the number of the rule."""
+    teacher, student, pair, rule, before = case(name, stage)
+    rule = replace(rule, paradigm=paradigm)
+    classes = teacher.stages[stage].num_classes if paradigm == "dense" else 3
+    scores = before.detections.scores if paradigm == "sparse" else before.candidates.logit.sigmoid()
+    limit = torch.full((classes,), float(scores.median()))
+    told = explain(teacher, student, pair, stage, rule, "ellipse", limit)
+    others = dict.fromkeys(teacher.stages, StageRule("none"))
+    given = teach(teacher, pair, others | {stage: rule}, thresholds={stage: limit})[0][stage]
+    if paradigm == "dense":
+        assert torch.equal(told.dense.sample, given.assignment.sample)
+        assert 0 < len(told.dense.sample) < len(before.dense.sample)
+        assert torch.equal(told.sparse.sample, before.sparse.sample)
+    else:
+        assert torch.equal(told.pseudo.boxes, given.targets.boxes)
+        assert 0 < len(told.pseudo.boxes) < len(before.pseudo.boxes)
+        assert torch.equal(told.dense.sample, before.dense.sample)
+    text = {"dense": "teacher's score is under its class' threshold", "sparse": "no pseudo box over its class' threshold there"}
+    plain = {"dense": f"teacher's score is under {rule.tau:g}", "sparse": f"no pseudo box over {rule.pseudo_score:g} there"}
+    nothing = explain(teacher, student, pair, stage, rule, "ellipse", torch.full_like(limit, 0.9999))
+    reasons = {found.reason for image in range(2) for found in nothing.differences(image)}
+    assert plain[paradigm] not in reasons
+    assert text[paradigm] in reasons
+
+
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_members_far_from_their_box_are_told(name, stage):
     """Of both kinds of samples: with ``member_iou`` the dense positives are those of before that overlap their box so far."""
