@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
 from dtg_core.engine import checkpoint
 from dtg_core.engine.checkpoint import newest_checkpoint
+from dtg_core.engine.predict import load_detector
 from dtg_core.engine.resume import check_stamp
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "3"))  # 30 for the whole campaign
@@ -82,6 +84,12 @@ def test_killed_at_a_checkpoint(data: TinyData, tmp_path: Path, name: str, momen
     assert lines(broken) == lines(unbroken)  # a log line of 3 steps spans the checkpoint
     assert weights(broken) == weights(unbroken)
     assert not list(broken.glob("**/*.tmp"))
+
+    kept = load_detector(broken).thresholds  # as the weights tell them
+    state = checkpoint_state(broken / "checkpoints" / "step_00000008")["thresholds"]
+    assert set(kept) == set(state) == {"gfl": {"head"}, "faster_rcnn": {"rpn", "rcnn"}}[name]
+    for stage, scores in kept.items():
+        torch.testing.assert_close(scores.logit(), torch.tensor(state[stage]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
