@@ -101,7 +101,8 @@ class Watch:
             return []
         way = "raise" if found > self.objects else "lower"
         text = f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image, labelled have {self.objects:.3g}"
-        return self._once(f"collapse/{stage}", f"{text} - {way} its tau or pseudo_score, or lower guidance.alpha")
+        follow = "" if self.guidance.stages[stage].tau_rate else f", let it follow (guidance.stages.{stage}.tau_rate=0.05)"
+        return self._once(f"collapse/{stage}", f"{text} - {way} its tau or pseudo_score{follow}, or lower guidance.alpha")
 
     def _shrinks(self, stage: str, found: float, steps: int) -> list[str]:
         """What lies under a threshold is taught as background: where that is most objects, scores sink and fewer pass each time."""
