@@ -7,7 +7,8 @@ of the embedded data set, or --truth. For each setting it compares the gradient 
 loss on the true labels of the same strong views, and counts how right the labels are; see ``dtg_core/engine/fidelity.py``.
 
 A setting is "NAME: KEY=VALUE ...". Keys are those of a stage's rule: ``tau`` for all stages, ``rpn.tau`` for one of them.
-Without --compare the run's dense and sparse rules are measured. Stages that the run did not guide at all are dense.
+Without --compare the run's dense and sparse rules are measured, with tau and pseudo_score even where they have followed in
+training (``tau_rate``). Stages that the run did not guide at all are dense.
 
 Its bias: true labels are assigned by the detector's own rule and reduced by its own divisors, as sparse guidance does. So compare
 settings of one paradigm; between paradigms only training decides. And it sees one step: with a threshold that is too high cosines
@@ -150,6 +151,9 @@ def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Con
     from dtg_core.settings import check_ranges, overridden
 
     full = [key for short in keys for key in full_keys(short, stages)]
+    if any(key.partition("=")[0].endswith("tau_rate") for key in full):
+        raise UserError(f"--compare {' '.join(keys)}: tau_rate acts from step to step, and this looks at single ones - compare tau "
+                        "and pseudo_score")
     result = overridden(settings, full)
     check_ranges(result, RANGES)
     cross_check(result, {})

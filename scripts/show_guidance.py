@@ -90,6 +90,13 @@ def main(argv: Sequence[str]) -> int:
         rule = settings.guidance.stages[name]
         limit = teacher.thresholds.get(name)
         parts = [(explain(*models, pair, name, rule, hull, limit), objects_in(pair.teacher, truth, hull)) for pair in pairs]
+        if limit is not None:
+            classes = teacher.class_names if len(limit) > 1 else ("object",)
+            told = ", ".join(f"{thing} {score:.2f}" for thing, score in zip(classes, limit.tolist()))
+            print(f"{name}, thresholds that training has come to: {told}")
+            for kind, count in tally(parts, limit).items():
+                print(line(f"{name}, {kind} over their threshold", count))
+            continue
         for score in sorted({rule.tau, rule.pseudo_score}):
             for kind, count in tally(parts, score).items():
                 print(line(f"{name}, {kind} over {score:g}", count))

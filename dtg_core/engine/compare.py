@@ -40,10 +40,9 @@ LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
 _FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
-#: Settings of a stage's rule that only one paradigm reads.
-SPARSE_ONLY = {"pseudo_score", "proposals"}
-#: And those that both dense and sparse guidance read.
-BOTH = {"tau_rate"}
+#: The paradigms that read a setting of a stage's rule; dense guidance alone reads the others.
+READERS = {"paradigm": {"dense", "sparse", "none"}, "pseudo_score": {"sparse"}, "proposals": {"sparse"},
+           "tau_rate": {"dense", "sparse"}}  # fmt: skip
 #: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
 UNREAD = {"guidance.stages.rcnn.min_iou"}
 #: Settings that only matter where something is learnt from unlabelled images.
@@ -183,11 +182,7 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
         if len(parts) > 1 and parts[0] not in core and parts[0] != detector:
             return False
         if parts[:2] == ["guidance", "stages"]:
-            paradigm = paradigms.get(parts[2])
-            if parts[-1] == "paradigm":
-                return paradigm is not None
-            readers = {"dense", "sparse"} if parts[-1] in BOTH else {"sparse"} if parts[-1] in SPARSE_ONLY else {"dense"}
-            return paradigm in readers
+            return paradigms.get(parts[2]) in READERS.get(parts[-1], {"dense"})
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
             return False
         embedded = settings.get("data.labeled") is None

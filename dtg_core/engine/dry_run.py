@@ -7,6 +7,7 @@ import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,9 @@ from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import student_and_teacher
+from dtg_core.protocol import Detector
 
 CHECKPOINTS = 3  # kept at once while a new one is written
 
@@ -48,6 +51,9 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
     )
     guidance = config.guidance
     full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
+    thresholds = Thresholds(
+        guidance.stages, cast(Detector, detector).stages, sources.labeled.objects_per_image(), accelerator.device
+    )
     student.train()
     reading = training = 0.0
     broken = False
@@ -55,7 +61,9 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         began = time.perf_counter()
         batch = data[step]
         reading = time.perf_counter() - began
-        figures = train_step(student, teacher, optimizer, [batch.to(accelerator.device)], config, accelerator)
+        figures = train_step(
+            student, teacher, optimizer, [batch.to(accelerator.device)], config, accelerator, thresholds=thresholds
+        )
         broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
         training = time.perf_counter() - began - reading
     step_seconds = max(training, reading / config.data.workers) if config.data.workers else training + reading

@@ -98,7 +98,6 @@ class Explained:
             return f"its cluster left the view, or the sample overlaps its box by less than {self.rule.member_iou:g}"
         return "its cluster left the view"
 
-
     def _limit(self, paradigm: str, score: float) -> str:
         return f"{score:g}" if self.threshold is None or self.rule.paradigm != paradigm else "its class' threshold"
 
@@ -183,8 +182,11 @@ class Tally:
         self.images, self.boxes, self.objects = self.images + 1, self.boxes + len(boxes), self.objects + len(truth)
 
 
-def tally(parts: Sequence[tuple[Explained, Targets]], score: float, min_iou: float = 0.5) -> dict[str, Tally]:
-    """Boxes with a score over ``score``, those that clusters keep and final ones, against objects in the teacher's view."""
+def tally(parts: Sequence[tuple[Explained, Targets]], score: float | Tensor, min_iou: float = 0.5) -> dict[str, Tally]:
+    """Boxes with a score over ``score``, those that clusters keep and final ones, against objects in the teacher's view.
+
+    A tensor is of thresholds, [C] of the classes or [1] for all of them.
+    """
     counts = {"clusters": Tally(), "pseudo boxes": Tally()}
     for explained, truth in parts:
         candidates, keep, detections = explained.candidates, explained.clusters.keep, explained.detections
@@ -193,7 +195,8 @@ def tally(parts: Sequence[tuple[Explained, Targets]], score: float, min_iou: flo
         for count, (image, boxes, labels, scores) in zip(counts.values(), (own, final)):
             known = explained.num_classes > 1  # an RPN knows objects only
             for number in range(len(explained.teacher_score)):
-                here, there = (image == number) & (scores > score), truth.image == number
+                limit = score[labels] if isinstance(score, Tensor) and len(score) > 1 else score
+                here, there = (image == number) & (scores > limit), truth.image == number
                 classes = truth.labels[there]
                 count.add(boxes[here], labels[here] * known, truth.boxes[there], classes * known, min_iou)
     return counts

@@ -131,8 +131,9 @@ def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[st
         counts = {name: part.found for name, part in lesson.supervision.items() if part.found is not None}
         add_up(found, counts)
         images += len(lesson.batch.unlabeled.student.sizes) if lesson.batch.unlabeled and counts else 0
-    if accelerator.num_processes > 1:
-        found = {name: accelerator.reduce(count, "sum") for name, count in found.items()}
+    if accelerator.num_processes > 1 and found:
+        total = cast(Tensor, accelerator.reduce(torch.cat(list(found.values())), "sum"))
+        found = dict(zip(found, total.split([len(count) for count in found.values()])))
     return found, images * accelerator.num_processes
 
 

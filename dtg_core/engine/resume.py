@@ -55,9 +55,10 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     if former != name:
         raise UserError(f"--resume: the checkpoint has the state of optim.name={former}, with which {name} cannot go on - undo it, "
                         "or start anew from its weights with --init")
-    changes = [f"{key}: {_short(old['config'].get(key))} -> {_short(new['config'].get(key))}"
+    before = json.loads(json.dumps(flatten(Config()))) | old["config"]  # what an older version did not know had its default
+    changes = [f"{key}: {_short(before.get(key))} -> {_short(new['config'].get(key))}"
                for key in sorted(old["config"].keys() | new["config"].keys())
-               if old["config"].get(key) != new["config"].get(key)
+               if before.get(key) != new["config"].get(key)
                and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)]  # fmt: skip
     precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not tell
     if precisions[0] != precisions[1]:

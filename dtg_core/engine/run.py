@@ -377,11 +377,12 @@ class Fit:
         return "; --resume auto continues" if self.folder.has_checkpoint else ""
 
     def _write_weights(self) -> None:
+        thresholds = {name: scores.tolist() for name, scores in self.thresholds.scores().items()}
+        followed = {"thresholds": thresholds} if thresholds else {}
         for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
-                thresholds = {name: scores.tolist() for name, scores in self.thresholds.scores().items()}
-                save_weights(path, detector, {**self.metadata, "which": which, "thresholds": thresholds})
+                save_weights(path, detector, {**self.metadata, **followed, "which": which})
             except OSError as error:
                 raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
 

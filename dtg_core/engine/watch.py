@@ -87,22 +87,30 @@ class Watch:
     def _quiet(self, stage: str, done: int) -> list[str]:
         if f"nothing/{stage}" in self.told:  # before the histogram, which takes a pass of the network
             return []
-        key, rule = "tau" if self._dense(stage) else "pseudo_score", self.guidance.stages[stage]
-        limit = f"guidance.stages.{stage}.{key}={getattr(rule, key)}{', or where it has moved to,' if rule.tau_rate else ''}"
+        key = self._key(stage)
+        limit = f"guidance.stages.{stage}.{key}={getattr(self.guidance.stages[stage], key)}"
         text = f"the teacher's {stage} has found nothing over {limit} for {done - self.quiet_since[stage]} steps"
-        advice = "lower it, or start the guidance later (guidance.start_step)"
+        advice = f"{self._other(stage, 'lower')}, or start the guidance later (guidance.start_step)"
         return self._once(f"nothing/{stage}", f"{text} ({self.histogram(stage)}) - {advice}")
 
     def _dense(self, stage: str) -> bool:
         return self.guidance.stages[stage].paradigm == "dense"
+
+    def _key(self, stage: str) -> str:
+        return "tau" if self._dense(stage) else "pseudo_score"
+
+    def _other(self, stage: str, way: str) -> str:
+        """What to do about a threshold; ``way`` is "raise" or "lower"."""
+        if self.guidance.stages[stage].tau_rate:  # it has come to where it is by itself
+            return f"raise guidance.stages.{stage}.tau_rate, or set it to 0 and {way} {self._key(stage)}"
+        return f"{way} guidance.stages.{stage}.{self._key(stage)}, let it follow (guidance.stages.{stage}.tau_rate=0.05)"
 
     def _collapse(self, stage: str, found: float) -> list[str]:
         if FEW * self.objects <= found <= MANY * max(self.objects, 1):
             return []
         way = "raise" if found > self.objects else "lower"
         text = f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image, labelled have {self.objects:.3g}"
-        follow = "" if self.guidance.stages[stage].tau_rate else f", let it follow (guidance.stages.{stage}.tau_rate=0.05)"
-        return self._once(f"collapse/{stage}", f"{text} - {way} its tau or pseudo_score{follow}, or lower guidance.alpha")
+        return self._once(f"collapse/{stage}", f"{text} - {self._other(stage, way)}, or lower guidance.alpha")
 
     def _shrinks(self, stage: str, found: float, steps: int) -> list[str]:
         """What lies under a threshold is taught as background: where that is most objects, scores sink and fewer pass each time."""
@@ -111,9 +119,8 @@ class Watch:
         self.level[stage] = now, max(now, most)
         if now >= SHRUNK * most or now >= self.objects / 2:
             return []
-        key = "tau" if self._dense(stage) else "pseudo_score"
         text = f"the teacher's {stage} sees {now:.3g} objects in an unlabelled image after {most:.3g} before"
-        advice = f"what it misses becomes background - lower guidance.stages.{stage}.{key}"
+        advice = f"what it misses becomes background - {self._other(stage, 'lower')}"
         return self._once(f"shrinks/{stage}", f"{text}, labelled have {self.objects:.3g}: {advice}")
 
     def _once(self, kind: str, text: str) -> list[str]:

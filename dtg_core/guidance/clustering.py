@@ -32,10 +32,10 @@ def select_candidates(
     usable = samples.usable(sizes)
     best, label = predictions.logits.max(2)  # [N, A]
     best = torch.where(usable, best, -torch.inf)
-    foreground = best > (_logit(rule.tau) if threshold is None else threshold.logit()[label])
-    background = usable & ~foreground
+    limit = logit(rule.tau) if threshold is None else threshold.logit()[label]
+    foreground, background = best > limit, usable & (best <= limit)  # a score that is not a number is neither
     if rule.background_tau is not None:
-        background &= best <= _logit(rule.background_tau)
+        background &= best <= logit(rule.background_tau)
     chosen = foreground
     if best.shape[1] > rule.max_candidates:
         chosen = foreground & _first(best, rule.max_candidates)
@@ -89,5 +89,6 @@ def _first(values: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
-def _logit(score: float) -> float:
+def logit(score: float) -> float:
+    """Whose sigmoid is ``score``."""
     return math.log(score / (1 - score))

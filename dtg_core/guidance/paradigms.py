@@ -20,7 +20,7 @@ from dtg_core.guidance.consensus import cluster_trust, consensus
 from dtg_core.guidance.correspondence import correspond
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
 from dtg_core.guidance.pseudo_labels import pseudo_labels
-from dtg_core.guidance.thresholds import LOWEST, objects_over
+from dtg_core.guidance.thresholds import LOWEST, count_classes
 from dtg_core.protocol import Detector, Stage
 from dtg_core.stateless import sample_mask
 from dtg_core.structures import (
@@ -67,7 +67,7 @@ def teach(
     sparse = [name for name, rule in guided.items() if rule.paradigm == "sparse"]
     if sparse:
         lowest = min(rules[name].pseudo_score for name in sparse)
-        lowest = min(lowest, LOWEST) if thresholds.keys() & sparse else lowest  # where the thresholds are by now is not asked
+        lowest = min(lowest, LOWEST) if thresholds.keys() & sparse else lowest  # to read where they are would wait
         detections = teacher.detect(outputs, pair.teacher, lowest)
     supervision: dict[str, Supervision] = {}
     figures: Figures = {}
@@ -79,13 +79,16 @@ def teach(
             assert detections is not None
             targets = pseudo_labels(detections, rule.pseudo_score if threshold is None else threshold, pair, hull)
             proposals = _shared_proposals(samples, grid, pair, rule, hull)
-            found = objects_over(threshold, detections.labels, detections.scores)
+            found = None
+            if threshold is not None:
+                over = detections.scores > threshold[detections.labels]
+                found = count_classes(detections.labels, len(threshold), over)
             supervision[name] = Supervision(targets, None, proposals, False, found)
             told = {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
         else:
             raise ValueError(f"no such paradigm: {rule.paradigm!r}")
         if threshold is not None:
-            told |= {"tau": threshold.mean()}
+            told |= {"threshold": threshold.mean()}
         figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
     return supervision, figures
 
@@ -152,8 +155,8 @@ def _dense(
         # what sparse guidance would have kept of the clusters, for comparison
         "pseudo_boxes": (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images,
     }
-    kept = candidates.label[clusters.keep], candidates.logit[clusters.keep].sigmoid()
-    return Supervision(None, assignment, proposals, found=objects_over(threshold, *kept)), figures
+    found_now = None if threshold is None else count_classes(candidates.label[clusters.keep], len(threshold))
+    return Supervision(None, assignment, proposals, found=found_now), figures
 
 
 def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rule: StageRule) -> Assignment:

@@ -6,22 +6,29 @@ and then. Here they take a small step after each batch. Dense guidance counts cl
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dtg_core.config import StageRule
+from dtg_core.guidance.clustering import logit
 from dtg_core.protocol import Stage
 
 #: A teacher that finds less than there is would else end in noise, and one that finds more in silence. Starts may lie beyond.
 LOWEST, HIGHEST = 0.1, 0.99
+#: Times the wanted number, beyond which finding still more moves a threshold no further. A lower limit would bias those of
+#: classes that come in crowds, which few images hold.
+FLOOD = 20.0
 
 
 class Thresholds:
     """Scores over which each class counts, of the stages whose rule has a ``tau_rate``; tau or pseudo_score at first.
+
+    A class that no labelled image holds is not expected in others, so its threshold rises for good.
 
     Args:
         rules: of the stages. stages: by name. objects: [C] labelled objects of an image by class, on average.
@@ -32,59 +39,60 @@ class Thresholds:
         self, rules: Mapping[str, StageRule], stages: Mapping[str, Stage], objects: ArrayLike | Tensor,
         device: torch.device | None = None,
     ) -> None:
-        all_wanted = torch.as_tensor(objects, dtype=torch.float32, device=device)
-        self._rates: dict[str, float] = {}
-        self._wanted: dict[str, Tensor] = {}
-        self._logits: dict[str, Tensor] = {}
-        self._bounds: dict[str, tuple[float, float]] = {}
+        wanted = torch.as_tensor(objects, dtype=torch.float32, device=device)
+        self._stages: dict[str, _Followed] = {}
         for name, stage in stages.items():
             rule = rules[name]
             if rule.tau_rate == 0 or rule.paradigm == "none":
                 continue
             dense = rule.paradigm == "dense"
             # A dense RPN knows objects only; pseudo boxes have their classes in every stage.
-            self._wanted[name] = all_wanted.sum(0, keepdim=True) if dense and stage.num_classes == 1 else all_wanted
-            start = _logit(rule.tau if dense else max(rule.pseudo_score, 1e-6))
-            self._logits[name] = torch.full_like(self._wanted[name], start)
-            self._rates[name], self._bounds[name] = rule.tau_rate, (min(_logit(LOWEST), start), max(_logit(HIGHEST), start))
+            own = wanted.sum(0, keepdim=True) if dense and stage.num_classes == 1 else wanted
+            start = logit(min(max(rule.tau if dense else rule.pseudo_score, 1e-6), 1 - 1e-6))  # in float32 neither 0 nor 1
+            self._stages[name] = _Followed(torch.full_like(own, start), own, start, rule.tau_rate)
 
     def scores(self) -> dict[str, Tensor]:
         """[C] of each such stage; [1] of an RPN that is guided densely."""
-        return {name: logits.sigmoid() for name, logits in self._logits.items()}
+        return {name: stage.logits.sigmoid() for name, stage in self._stages.items()}
 
     def follow(self, found: Mapping[str, Tensor], images: int) -> None:
-        """Move by ``tau_rate`` times the relative error, which is between -1 and 1, in logits.
+        """Move by ``tau_rate`` times the relative error, in logits.
 
         Args:
             found: [C] objects of each class that the teacher has found in ``images`` images, by stage; {} before it guides.
         """
         for name, count in found.items():
-            logits, wanted = self._logits[name], self._wanted[name]
-            error = (count / images - wanted) / wanted.clamp(min=1)
-            logits += self._rates[name] * error.clamp(-1, 1)
-            logits.clamp_(*self._bounds[name])
+            self._stages[name].move(count / images)
 
-    def state(self) -> dict[str, list[float]]:
+    def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
-        return {name: logits.tolist() for name, logits in self._logits.items()}
+        return {name: {"start": stage.start, "logits": stage.logits.tolist()} for name, stage in self._stages.items()}
 
-    def restore(self, state: Mapping[str, list[float]]) -> None:
-        """Take up those that ``state`` knows, as far as the classes are the same."""
-        for name, logits in self._logits.items():
-            if len(state.get(name, ())) == len(logits):
-                logits.copy_(torch.tensor(state[name]))
-
-
-def objects_over(threshold: Tensor | None, labels: Tensor, scores: Tensor) -> Tensor | None:
-    """[C] float32, how many boxes of each class are over its threshold [C]; None without one.
-
-    Args:
-        threshold: see ``Thresholds.scores``. labels: [M] int64. scores: [M].
-    """
-    if threshold is None:
-        return None
-    return torch.zeros_like(threshold).index_add_(0, labels, (scores > threshold[labels]).to(threshold))
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up those of ``state`` that have started where these do, and have as many classes; the others start anew."""
+        for name, stage in self._stages.items():
+            told = state.get(name)
+            if told is not None and told["start"] == stage.start and len(told["logits"]) == len(stage.logits):
+                stage.logits.copy_(torch.tensor(told["logits"]))
 
 
-def _logit(score: float) -> float:
-    return math.log(score / (1 - score))
+@dataclass(frozen=True)
+class _Followed:
+    """The thresholds of one stage, as logits [C], which move in place."""
+
+    logits: Tensor
+    wanted: Tensor  # [C] objects of an image
+    start: float  # a logit
+    rate: float
+
+    def move(self, found: Tensor) -> None:
+        """By what has been found of each class in an image, [C]."""
+        error = (found - self.wanted) / self.wanted.clamp(min=1)
+        self.logits.add_(error.clamp(max=FLOOD), alpha=self.rate)
+        self.logits.clamp_(min(logit(LOWEST), self.start), max(logit(HIGHEST), self.start))
+
+
+def count_classes(labels: Tensor, num_classes: int, counted: Tensor | None = None) -> Tensor:
+    """[C] float32, how many of ``labels`` [M] int64 are of each class; where ``counted`` [M] bool is given, of those alone."""
+    ones = torch.ones_like(labels, dtype=torch.float32) if counted is None else counted.float()
+    return torch.zeros(num_classes, device=labels.device).index_add_(0, labels, ones)  # bincount would wait for the device

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, Terminal
 from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
+from safetensors.torch import save_file
 
 from dtg_core.config import DataConfig, DataRules
 from dtg_core.data.coco import list_folder
@@ -25,6 +26,7 @@ from dtg_core.data.files import IMAGE_SUFFIXES
 from dtg_core.data.index import subset
 from dtg_core.data.video import read_frames
 from dtg_core.engine import pictures as drawing
+from dtg_core.engine.checkpoint import load_weights
 from dtg_core.engine.explain import Tally
 from dtg_core.engine.predict import Predictor
 from dtg_core.errors import UserError
@@ -382,6 +384,15 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     other = "rpn" if detector == "gfl" else "head"
     with pytest.raises(UserError, match="no such stage"):
         show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--stage", other])
+    file = run / "weights" / "teacher.safetensors"  # of a run whose thresholds have followed
+    tensors, told = load_weights(file)
+    limits = {stage: [0.5] if stage == "rpn" else [0.25, *[0.5] * (len(CLASSES) - 1)] for stage in stages}
+    save_file(tensors, file, {"dtg_ssod": json.dumps({**told, "thresholds": limits})})
+    assert show_guidance.main([str(run), "--output", str(tmp_path / "followed"), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert f"{stages[0]}, thresholds that training has come to: {CLASSES[0]} 0.25, {CLASSES[1]} 0.50" in shown
+    assert ("rpn, thresholds that training has come to: object 0.50" in shown) == ("rpn" in stages)
+    assert all(f"{stage}, {kind} over their threshold" in shown for stage in stages for kind in ("clusters", "pseudo boxes"))
     one = tmp_path / "cache" / "one.json"
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
     with pytest.raises(UserError, match="unlabeled images are not in it"):
@@ -470,6 +481,7 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
         (["--compare", "a: tau=2"], "out of range"),
         (["--compare", "a: tau=0.3 background_tau=0.4"], "is over tau"),
         (["--compare", "a: paradigm=none"], "no stage is guided"),
+        (["--compare", "a: tau_rate=0.05"], "tau_rate acts from step to step"),
         (["--compare", "a: paradigm=dense classification=false box=false rank=false"], "all losses of the stage are off"),
         (["--compare", "a: paradigm=supervised"], "paradigm"),
         (["--set", "guidance.stages.head.tau=high"], "wanted a number"),

@@ -49,6 +49,7 @@ def test_load(tmp_path: Path) -> None:
     np.testing.assert_array_equal(index.boxes, [[0, 0, 5, 5], [2, 2, 10, 5], [1, 2, 4, 6], [15, 5, 20, 10]])
     np.testing.assert_array_equal(index.labels, [0, 1, 1, 0])
     np.testing.assert_array_equal(index.crowd, [False, True, False, False])
+    np.testing.assert_allclose(index.objects_per_image(), [2 / 3, 1 / 3])  # without the crowd
     np.testing.assert_array_equal(index.sizes, [[10, 20]] * 3)
     boxes, labels = index.objects(0)
     np.testing.assert_array_equal(boxes, [[0, 0, 5, 5]])  # the crowd is no target

@@ -143,6 +143,10 @@ def test_effective_settings_of_a_detector():
     assert not any(key.startswith(("gfl.", "guidance.stages.head.")) for key in kept)
     assert not {"run.output", "guidance.stages.rcnn.pseudo_score", "paradigm"} & kept.keys()
     assert any(key.startswith("guidance.stages.head.") for key in effective(settings, {}))  # a detector nobody knows
+    mixed = {**settings, "guidance.stages.rpn.paradigm": "sparse", "guidance.stages.rcnn.paradigm": "none"}
+    of_stages = {key.removeprefix("guidance.stages.") for key in effective(mixed, STAGES) if key.startswith("guidance.stages.")}
+    assert of_stages == {"rpn.paradigm", "rpn.pseudo_score", "rpn.proposals", "rpn.tau_rate", "rcnn.paradigm"}
+    assert {"guidance.stages.rpn.tau_rate", "guidance.stages.rcnn.tau_rate"} <= kept.keys()  # dense guidance reads it too
 
 
 def test_refusals(tmp_path):

@@ -92,7 +92,7 @@ def test_two_processes_are_one(data: TinyData, tmp_path: Path, name: str, paradi
     print(f"{name} {paradigm} empty={empty}: losses {losses:.2g}, weights {weight:.2g}")
     assert losses < 1e-5
     assert weight < 1e-4
-    taus = [[line.get("guidance/rpn/tau", 0) for line in lines(tmp_path / processes)[1:-1]] for processes in ("1", "2")]
+    taus = [[line.get("guidance/rpn/threshold", 0) for line in lines(tmp_path / processes)[1:-1]] for processes in ("1", "2")]
     assert taus[0] == pytest.approx(taus[1], abs=1e-6)
     assert (taus[0][0] != taus[0][-1]) == (name == "faster_rcnn")
     if paradigm == "dense":

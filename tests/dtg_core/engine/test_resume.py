@@ -15,10 +15,13 @@ import pytest
 import torch
 from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
+from dtg_core.config import Config
 from dtg_core.engine import checkpoint
 from dtg_core.engine.checkpoint import newest_checkpoint
 from dtg_core.engine.predict import load_detector
 from dtg_core.engine.resume import check_stamp
+from dtg_core.errors import UserError
+from dtg_core.settings_text import flatten
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "3"))  # 30 for the whole campaign
 TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
@@ -74,7 +77,9 @@ def test_same_seed_twice_and_other_workers(data: TinyData, tmp_path: Path, name:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_killed_at_a_checkpoint(data: TinyData, tmp_path: Path, name: str, moment: str) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    following = [f"guidance.stages.{stage}.tau_rate=0.2" for stage in ("head", "rpn", "rcnn")]
+    stages = {"gfl": ["head"], "faster_rcnn": ["rpn", "rcnn"]}[name]
+    following = [f"guidance.stages.{stage}.{key}" for stage in stages for key in ("tau_rate=0.1", "tau=0.5")]
+    following = following if moment == "before" else []  # the teacher finds nothing over 0.5 but in the RPN
     assert run(command(data, name, unbroken, *TINY_LINES, *following, steps=8), tmp_path / "logs").status == 0
     arguments = command(data, name, broken, *TINY_LINES, *following, steps=8)
     assert run(arguments, tmp_path / "logs", prepare=die_after(4, moment)).status == -signal.SIGKILL
@@ -85,11 +90,11 @@ def test_killed_at_a_checkpoint(data: TinyData, tmp_path: Path, name: str, momen
     assert weights(broken) == weights(unbroken)
     assert not list(broken.glob("**/*.tmp"))
 
-    kept = load_detector(broken).thresholds  # as the weights tell them
-    state = checkpoint_state(broken / "checkpoints" / "step_00000008")["thresholds"]
-    assert set(kept) == set(state) == {"gfl": {"head"}, "faster_rcnn": {"rpn", "rcnn"}}[name]
+    kept, expected = load_detector(broken).thresholds, load_detector(unbroken).thresholds  # as the weights tell them
+    assert list(kept) == list(expected) == (stages if following else [])
     for stage, scores in kept.items():
-        torch.testing.assert_close(scores.logit(), torch.tensor(state[stage]), rtol=1e-4, atol=1e-4)
+        assert torch.equal(scores, expected[stage])
+        assert (scores - 0.5).abs().min() > 0.01
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
@@ -249,6 +254,18 @@ def test_a_stamp_without_a_mixed_precision_is_accepted() -> None:
     new = {"config": {}, "global_batch": {"labeled": 1, "unlabeled": 1}, "data": {"labeled": None, "unlabeled": None},
            "processes": 1, "torch": "2", "code": "0", "mixed_precision": "bf16"}  # fmt: skip
     assert check_stamp({key: value for key, value in new.items() if key != "mixed_precision"}, new, False) == []
+
+
+def test_a_stamp_of_before_a_setting_was_there_is_accepted() -> None:
+    """What an older version did not know had its default."""
+    new = {"config": json.loads(json.dumps(flatten(Config()))), "global_batch": {"labeled": 1, "unlabeled": 1}, "processes": 1,
+           "data": {"labeled": None, "unlabeled": None}, "torch": "2", "code": "0", "mixed_precision": "no"}  # fmt: skip
+    key = "guidance.stages.rcnn.tau_rate"
+    old = {**new, "config": {name: value for name, value in new["config"].items() if name != key}}
+    assert check_stamp(old, new, False) == []
+    other = {**new, "config": {**new["config"], key: 0.05}}
+    with pytest.raises(UserError, match=r"rcnn\.tau_rate: 0\.0 -> 0\.05"):
+        check_stamp(old, other, False)
 
 
 def test_moved_data_resumes(data: TinyData, half: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_nothing_found_for_long_is_told_once(paradigm: Literal["dense", "sparse"
     (text,) = told[PATIENCE]
     assert f"guidance.stages.rcnn.{key}" in text
     assert "scores of rcnn" in text
-    assert "lower it" in text
+    assert "lower guidance.stages.rcnn." in text
 
 
 def test_finding_something_starts_the_count_again() -> None:
@@ -72,7 +72,7 @@ def test_a_dense_stage_is_not_judged_by_pseudo_boxes(pseudo: float) -> None:
     assert sum("has found nothing" in text for text in told) == 1
 
 
-@pytest.mark.parametrize(("found", "way"), [(61.0, "raise its tau"), (0.03, "lower its tau")])
+@pytest.mark.parametrize(("found", "way"), [(61.0, "raise guidance.stages.head.tau"), (0.03, "lower guidance.stages.head.tau")])
 def test_collapse_is_told_once(found: float, way: str) -> None:
     one = watch()
     (text,) = one.line(50, 50, {**FINE, "guidance/head/clusters": found})
@@ -102,6 +102,19 @@ def test_noise_and_what_the_paradigm_does_not_use_are_not_taken_for_shrinking() 
         assert not one.line(step, 1, {**FINE, "guidance/head/clusters": [3.0, 0.1][step % 2], "guidance/head/pseudo_boxes": 3 - step / 400})
     enough = Watch(GuidanceConfig(), 2.0, str)
     assert not [text for step in range(100) for text in enough.line(step, 50, {"guidance/head/clusters": max(9.0 - step, 1.0)})]
+
+
+@pytest.mark.parametrize("paradigm", ["dense", "sparse"])
+def test_what_to_do_about_a_threshold(paradigm: str) -> None:
+    """One that follows is not lowered by hand; one that does not may be told to."""
+    key, kind = {"dense": ("tau", "clusters"), "sparse": ("pseudo_score", "pseudo_boxes")}[paradigm]
+    told = []
+    for rate in (0.0, 0.05):
+        rule = replace(GuidanceConfig().stages["head"], paradigm=paradigm, tau_rate=rate)
+        one = Watch(GuidanceConfig(stages={"head": rule}), 2.0, str)
+        told += one.line(50, 50, {**FINE, f"guidance/head/{kind}": 999.0})
+    assert f"raise guidance.stages.head.{key}, let it follow (guidance.stages.head.tau_rate=0.05), or lower" in told[0]
+    assert f"raise guidance.stages.head.tau_rate, or set it to 0 and raise {key}, or lower guidance.alpha" in told[1]
 
 
 @pytest.mark.parametrize(("ratio", "advice"), [(6.0, "lower guidance.alpha"), (1e-4, "raise guidance.alpha")])

@@ -11,7 +11,7 @@ from conftest import make_pair, tiny_detector
 
 from dtg_core.config import StageRule, paper_stages
 from dtg_core.guidance import teach
-from dtg_core.guidance.thresholds import HIGHEST, LOWEST, Thresholds, objects_over
+from dtg_core.guidance.thresholds import FLOOD, HIGHEST, LOWEST, Thresholds, count_classes
 
 DETECTORS = ["gfl", "faster_rcnn"]
 
@@ -30,10 +30,10 @@ def test_a_step_by_hand() -> None:
     assert followed.scores()["head"].tolist() == pytest.approx(expected)
 
 
-def test_a_flood_moves_no_further_than_the_rate_and_bounds_hold() -> None:
+def test_a_flood_has_its_limit_and_bounds_hold() -> None:
     followed = thresholds([1.0, 1.0])
     followed.follow({"head": torch.tensor([1000.0, 0.0])}, 1)
-    assert followed.scores()["head"].logit().tolist() == pytest.approx([0.1, -0.1], abs=1e-5)
+    assert followed.scores()["head"].logit().tolist() == pytest.approx([0.1 * FLOOD, -0.1], abs=1e-5)
     low, high = thresholds([1.0, 1.0], tau=0.05), thresholds([1.0, 1.0], tau=0.995)  # bounds are no nearer than the start
     for _ in range(200):
         for each in (followed, low, high):
@@ -56,6 +56,22 @@ def test_it_comes_to_the_quantile_that_leaves_as_many_as_are_wanted() -> None:
             last.append(followed.scores()["head"])
     expected = (1 - wanted / 10) ** power
     torch.testing.assert_close(torch.stack(last).mean(0), expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("share", "crowd", "images"), [(0.3, 20, 1), (0.05, 20, 2), (0.02, 40, 8)])
+def test_objects_that_come_in_crowds_are_not_counted_too_low(share: float, crowd: int, images: int) -> None:
+    """Few images hold all of them. The teacher is right at a threshold of 0.5: scores of objects are above, others below."""
+    generator = torch.Generator().manual_seed(0)
+    followed = thresholds([share * crowd], tau_rate=0.01, tau=0.6)
+    found = []
+    for step in range(20_000):
+        present = torch.rand(images, generator=generator) < share
+        scores = torch.rand(int(present.sum()) * crowd, 2, generator=generator) / 2 + torch.tensor([0.5, 0.0])
+        count = (scores > followed.scores()["head"]).sum().float().reshape(1)
+        followed.follow({"head": count}, images)
+        if step >= 5_000:
+            found.append(count / images)
+    assert torch.stack(found).mean() == pytest.approx(share * crowd, rel=0.1)
 
 
 def test_who_follows_and_from_where() -> None:
@@ -85,17 +101,25 @@ def test_a_checkpoint_keeps_them_to_the_bit() -> None:
         followed.follow({"head": torch.tensor([1.0, 3.0])}, 3)
     other.restore(json.loads(json.dumps(followed.state())))
     assert torch.equal(other.scores()["head"], followed.scores()["head"])
-    fresh = thresholds([2.0, 1.0, 1.0])
-    fresh.restore(followed.state())  # of other classes, and of a run that had none
-    fresh.restore({})
-    assert fresh.scores()["head"].tolist() == pytest.approx([0.5] * 3)
+    for fresh in (thresholds([2.0, 1.0, 1.0]), thresholds([2.0, 1.0], tau=0.4), thresholds([2.0, 1.0], paradigm="sparse", pseudo_score=0.4)):
+        first = fresh.scores()["head"]
+        fresh.restore(followed.state())  # of other classes, or of a run that started elsewhere
+        fresh.restore({})  # of one that had none
+        assert torch.equal(fresh.scores()["head"], first)
 
 
-def test_objects_over_their_threshold() -> None:
-    labels, scores = torch.tensor([0, 2, 2, 2]), torch.tensor([0.9, 0.3, 0.5, 0.6])
-    assert objects_over(torch.tensor([0.95, 0.1, 0.5]), labels, scores).tolist() == [0, 0, 1]
-    assert objects_over(torch.tensor([0.2, 0.2]), labels[:0], scores[:0]).tolist() == [0, 0]
-    assert objects_over(None, labels, scores) is None
+@pytest.mark.parametrize("score", [0.0, 1e-12, 1 - 1e-12])
+def test_a_start_at_the_end_of_the_scale_is_a_number(score: float) -> None:
+    followed = thresholds([1.0], paradigm="sparse", pseudo_score=score)
+    followed.follow({"head": torch.zeros(1)}, 1)
+    assert followed.scores()["head"].logit().isfinite().all()
+
+
+def test_count_of_classes() -> None:
+    labels = torch.tensor([0, 2, 2, 2])
+    assert count_classes(labels, 4).tolist() == [1, 0, 3, 0]
+    assert count_classes(labels, 3, torch.tensor([True, True, False, True])).tolist() == [1, 0, 2]
+    assert count_classes(labels[:0], 2).tolist() == [0, 0]
 
 
 def eager(name: str) -> torch.nn.Module:
@@ -131,7 +155,7 @@ def test_thresholds_of_a_guided_stage(name: str, paradigm: str) -> None:
     assert found is not None
     assert same == plain
     assert sum(map(len, plain.values())) > 0
-    assert figures[f"guidance/{stage}/tau"] == pytest.approx(0.5)
+    assert figures[f"guidance/{stage}/threshold"] == pytest.approx(0.5)
     if paradigm == "dense":
         assert found.sum() / 2 == figures[f"guidance/{stage}/clusters"]
     busy = max(plain, key=lambda c: len(plain[c]))
