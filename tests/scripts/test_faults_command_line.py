@@ -51,7 +51,7 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(("loss", "scaled", "told"), [(1.0, True, False), (1.0, False, True), (float("nan"), True, True)])
 def test_dry_run_tells_broken_losses_from_a_scaler_at_its_start(data: TinyData, tmp_path: Path, loss: float, scaled: bool, told: bool) -> None:
     def prepare() -> None:
-        def skipped(*arguments: Any) -> dict[str, float]:
+        def skipped(*arguments: Any, thresholds: object) -> dict[str, float]:
             arguments[-1].scaler = object() if scaled else None
             return {"labeled/head/cls": loss, "guidance/head/clusters": 0.0, "skipped": 1.0}
 
