@@ -105,3 +105,17 @@ def test_equal_scores_do_not_pass_the_limit_of_candidates():
     assert found.sample[found.image == 0].tolist() == [0, 1, 2, 3, 5, 7]
     assert found.sample[found.image == 1].tolist() == [0, 1, 2, 3, 4, 5]
     assert found.foreground.all()  # what is left out is no background either
+
+
+@pytest.mark.parametrize("threshold", [None, torch.tensor([0.4, 0.5, 0.6])])
+def test_a_score_that_is_not_a_number_is_neither_candidate_nor_background(threshold: torch.Tensor | None) -> None:
+    detector, views = tiny_detector("gfl").eval(), make_views(1, 64, 64)
+    with torch.no_grad():
+        samples, predictions = detector.run(views)["head"]
+    logits = torch.full_like(predictions.logits, -1.0)
+    logits[0, 3, 0], logits[0, 4, 1] = 1.0, torch.nan
+    rule = StageRule(tau=0.5)
+    found = select_candidates(detector.stages["head"], samples, replace(predictions, logits=logits), views.sizes, rule, threshold)
+    assert found.sample.tolist() == [3]
+    assert not found.background[0, [3, 4]].any()
+    assert found.background.sum() == logits.shape[1] - 2
