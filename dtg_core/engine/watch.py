@@ -90,7 +90,7 @@ class Watch:
         key = self._key(stage)
         limit = f"guidance.stages.{stage}.{key}={getattr(self.guidance.stages[stage], key)}"
         text = f"the teacher's {stage} has found nothing over {limit} for {done - self.quiet_since[stage]} steps"
-        advice = f"{self._other(stage, 'lower')}, or start the guidance later (guidance.start_step)"
+        advice = f"{self._remedy(stage, 'lower')}, or start the guidance later (guidance.start_step)"
         return self._once(f"nothing/{stage}", f"{text} ({self.histogram(stage)}) - {advice}")
 
     def _dense(self, stage: str) -> bool:
@@ -99,7 +99,7 @@ class Watch:
     def _key(self, stage: str) -> str:
         return "tau" if self._dense(stage) else "pseudo_score"
 
-    def _other(self, stage: str, way: str) -> str:
+    def _remedy(self, stage: str, way: str) -> str:
         """What to do about a threshold; ``way`` is "raise" or "lower"."""
         if self.guidance.stages[stage].tau_rate:  # it has come to where it is by itself
             return f"raise guidance.stages.{stage}.tau_rate, or set it to 0 and {way} {self._key(stage)}"
@@ -110,7 +110,7 @@ class Watch:
             return []
         way = "raise" if found > self.objects else "lower"
         text = f"the teacher's {stage} sees {found:.3g} objects in an unlabelled image, labelled have {self.objects:.3g}"
-        return self._once(f"collapse/{stage}", f"{text} - {self._other(stage, way)}, or lower guidance.alpha")
+        return self._once(f"collapse/{stage}", f"{text} - {self._remedy(stage, way)}, or lower guidance.alpha")
 
     def _shrinks(self, stage: str, found: float, steps: int) -> list[str]:
         """What lies under a threshold is taught as background: where that is most objects, scores sink and fewer pass each time."""
@@ -120,7 +120,7 @@ class Watch:
         if now >= SHRUNK * most or now >= self.objects / 2:
             return []
         text = f"the teacher's {stage} sees {now:.3g} objects in an unlabelled image after {most:.3g} before"
-        advice = f"what it misses becomes background - {self._other(stage, 'lower')}"
+        advice = f"what it misses becomes background - {self._remedy(stage, 'lower')}"
         return self._once(f"shrinks/{stage}", f"{text}, labelled have {self.objects:.3g}: {advice}")
 
     def _once(self, kind: str, text: str) -> list[str]:

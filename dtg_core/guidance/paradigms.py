@@ -155,8 +155,8 @@ def _dense(
         # what sparse guidance would have kept of the clusters, for comparison
         "pseudo_boxes": (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images,
     }
-    found_now = None if threshold is None else count_classes(candidates.label[clusters.keep], len(threshold))
-    return Supervision(None, assignment, proposals, found=found_now), figures
+    kept = None if threshold is None else count_classes(candidates.label[clusters.keep], len(threshold))
+    return Supervision(None, assignment, proposals, found=kept), figures
 
 
 def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rule: StageRule) -> Assignment:
