@@ -229,7 +229,7 @@ free = st.dictionaries(
 
 
 @given(texts, free, st.floats(allow_nan=False, allow_infinity=False), st.lists(st.integers(0, 10**6)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_round_trip_of_any_value(
     tmp_path_factory: pytest.TempPathFactory, text: str, options: dict[str, Any], number: float, milestones: list[int]
 ) -> None:

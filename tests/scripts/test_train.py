@@ -300,8 +300,7 @@ def test_micro_batches_are_divided_once(data: TinyData, tmp_path: Path, flags: l
     assert set(re.findall("divided by .*", ended.out)) == {"divided by 1"}
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path, name: str) -> None:
+def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path) -> None:
     """No later step could mend them, so the run ends at once and its checkpoints stay good."""
     from safetensors.torch import load_file
 
@@ -311,7 +310,7 @@ def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path, nam
         loop.learning_rate = lambda step, config: 3e38 if step == 3 else 0.001
 
     output = tmp_path / "run"
-    ended = run(command(data, name, output, "optim.name=sgd", "run.checkpoint_every=1", steps=9), tmp_path / "logs", prepare=prepare)
+    ended = run(command(data, "gfl", output, "optim.name=sgd", "run.checkpoint_every=1", steps=9), tmp_path / "logs", prepare=prepare)
     assert ended.status == 3
     (error,) = [line for line in ended.err.splitlines() if line.startswith("error:")]
     assert "step 3: the update has overflowed the weights - lower optim.lr" in error
@@ -320,7 +319,7 @@ def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path, nam
     for file in newest.glob("*.safetensors"):
         assert all(bool(tensor.isfinite().all()) and float(tensor.abs().amax()) < 1e6
                    for tensor in load_file(file).values() if tensor.is_floating_point() and tensor.numel()), file  # fmt: skip
-    again = run([*command(data, name, output, "optim.name=sgd", steps=9), "--resume", "auto"], tmp_path / "logs")
+    again = run([*command(data, "gfl", output, "optim.name=sgd", steps=9), "--resume", "auto"], tmp_path / "logs")
     assert again.status == 0, again.err
 
 

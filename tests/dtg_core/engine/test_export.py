@@ -124,8 +124,8 @@ def test_nothing_found(name, tmp_path):
     pictures = [noise(64, 64), Image.new("RGB", (64, 64))]
     pictures.sort(key=lambda picture: predictor.predict([picture])[0].scores[0])
     low, high = (float(found.scores[0]) for found in predictor.predict(pictures))
-    lines = list(exporting.export(predictor, pictures, tmp_path / "out", "x", ["torch_export", "onnx"], (64, 64), (low + high) / 2, 18))
-    assert len(lines) == 2
+    lines = list(exporting.export(predictor, pictures, tmp_path / "out", "x", ["onnx"], (64, 64), (low + high) / 2, 18))
+    assert len(lines) == 1
     import onnxruntime
 
     session = onnxruntime.InferenceSession(tmp_path / "out" / "x.onnx", providers=["CPUExecutionProvider"])

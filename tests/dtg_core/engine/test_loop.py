@@ -371,8 +371,7 @@ def test_a_step_on_a_device_without_float64(name: str, shared: Path) -> None:
     pretend_step(shared, name, "lacks_float64")
 
 
-@pytest.mark.parametrize("options", [[], ["consensus"]], ids=["plain", "consensus"])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(("name", "options"), [("gfl", []), ("faster_rcnn", []), ("faster_rcnn", ["consensus"])])
 def test_device_purity_and_waits(name: str, options: list[str], shared: Path) -> None:
     told = pretend_step(shared, name, *options)
     waits = [int(line.split()[2]) for line in told.splitlines() if line.startswith("images")]

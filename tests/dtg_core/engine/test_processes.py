@@ -75,8 +75,9 @@ def compare(one: Path, other: Path, steps: int) -> tuple[float, float]:
 FOLLOWING = ["guidance.stages.rpn.tau_rate=0.05"]  # the stage in which these teachers find more than there is
 
 
-@pytest.mark.parametrize(("paradigm", "empty"), [("dense", False), ("dense", True), ("sparse", True)])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(("name", "paradigm", "empty"), [
+    ("gfl", "dense", False), ("gfl", "dense", True), ("faster_rcnn", "dense", True), ("faster_rcnn", "sparse", True),
+])  # fmt: skip
 def test_two_processes_are_one(data: TinyData, tmp_path: Path, name: str, paradigm: str, empty: bool) -> None:
     prepare = without_objects(1, 2) if empty else None
     sizes = {processes: [f"data.labeled_per_device={2 // processes}", f"data.unlabeled_per_device={4 // processes}"]
@@ -112,11 +113,12 @@ def test_micro_batches_on_the_command_line(data: TinyData, tmp_path: Path, name:
     losses, weight = compare(one, two, 6)
     assert losses < 1e-5
     assert weight < 1e-4
-    launcher = run(command(data, name, tmp_path / "three", *SGD, steps=6), tmp_path / "logs",
-                   env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"})  # fmt: skip
-    assert launcher.status == 0
-    assert weights(tmp_path / "three") == weights(two)
-    assert "accumulate: 2" in (tmp_path / "three" / "config.yaml").read_text()
+    if name == "gfl":
+        launcher = run(command(data, name, tmp_path / "three", *SGD, steps=6), tmp_path / "logs",
+                       env={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"})  # fmt: skip
+        assert launcher.status == 0
+        assert weights(tmp_path / "three") == weights(two)
+        assert "accumulate: 2" in (tmp_path / "three" / "config.yaml").read_text()
 
 
 def test_all_processes_stop_when_one_is_told(data: TinyData, tmp_path: Path) -> None:
