@@ -3,7 +3,8 @@
     python scripts/import_annotations.py --format yolo --images DIR --labels DIR --names data.yaml --output own.json
     python scripts/import_annotations.py --format voc --images DIR --labels DIR --output own.json
 
-Images without a file of labels become images without objects. File names in the JSON are relative to ``--images``.
+Images without a file of labels become images without objects, or stay out with ``--only-labeled``. File names in the JSON are
+relative to ``--images``.
 """
 from __future__ import annotations
 
@@ -25,8 +26,10 @@ def parser() -> Parser:
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, with any subfolders")
     add("--labels", type=Path, required=True, metavar="DIR", help="folder of the .txt or .xml files, arranged like the "
                                                                   "images")
-    add("--names", type=Path, metavar="FILE", help="YOLO's classes: data.yaml, or a .txt with one name a line")
+    add("--names", type=Path, metavar="FILE", help="the classes: data.yaml, or a .txt with one name a line; VOC: "
+                                                       "only if several files shall have the same")
     add("--zero-based", action="store_true", help="VOC coordinates count from 0, not from 1")
+    add("--only-labeled", action="store_true", help="leave out images without a file of labels, as unlabelled ones")
     add("--output", type=Path, required=True, metavar="JSON", help="file to write")
     add_overwrite(result)
     add_rules(result)
@@ -40,17 +43,20 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.report import Report
 
     arguments = parser().parse(argv)
-    if (arguments.format == "yolo") != (arguments.names is not None):
-        raise UserError("--names: YOLO's labels need it, VOC's have names of their own - give it for yolo only")
+    if arguments.format == "yolo" and arguments.names is None:
+        raise UserError("--names: YOLO's labels need it, as they have no names - give data.yaml, or a .txt with one a line")
+    if arguments.format == "yolo" and arguments.zero_based:
+        raise UserError("--zero-based: it is of VOC's pixels, YOLO's labels have none - leave it out")
     if not arguments.labels.is_dir():
         raise UserError(f"{arguments.labels}: {no_folder(arguments.labels)} - give the folder of the labels")
     rules = rules_of(arguments)
     require_new([arguments.output], arguments.overwrite)
     report = Report()
     if arguments.format == "yolo":
-        content = import_yolo(arguments.images, arguments.labels, arguments.names, report)
+        content = import_yolo(arguments.images, arguments.labels, arguments.names, report, arguments.only_labeled, rules)
     else:
-        content = import_voc(arguments.images, arguments.labels, report, arguments.zero_based)
+        content = import_voc(arguments.images, arguments.labels, report, arguments.zero_based, arguments.names,
+                             arguments.only_labeled, rules)  # fmt: skip
     with writing(arguments.output), draft_of(arguments.output) as draft:
         def told(line: str) -> str:
             return line.replace(str(draft), str(arguments.output))

@@ -99,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
             continue
         for score in sorted({rule.tau, rule.pseudo_score}):
             for kind, count in tally(parts, score).items():
-                print(line(f"{name}, {kind} over {score:g}", count))
+                if kind != "clusters" or score >= rule.tau:  # under tau there are none
+                    print(line(f"{name}, {kind} over {score:g}", count))
     return 0
 
 

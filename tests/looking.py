@@ -23,7 +23,7 @@ def tiny_settings(detector: str, side: int = 64) -> RunSettings:
     """A detector of two levels on an untrained backbone, with thresholds that its scores pass; eight embedded images."""
     settings = RunSettings(detector=detector)
     rule = StageRule(tau=0.0105, pseudo_score=0.0105)
-    stages = {"head": rule, "rpn": replace(rule, tau=0.5), "rcnn": replace(rule, tau=0.01, pseudo_score=0.01)}
+    stages = {"head": rule, "rpn": replace(rule, tau=0.5, pseudo_score=0.4), "rcnn": replace(rule, tau=0.01, pseudo_score=0.01)}
     frcnn = settings.faster_rcnn
     return replace(
         settings,

@@ -49,9 +49,9 @@ def check_images(
     Returns:
         One Look for each image.
     """
-    rows, look_at = range(len(index)), partial(_look, index)
-    with ProcessPoolExecutor(workers) if workers else contextlib.nullcontext() as pool:
-        made = map(look_at, rows) if pool is None else pool.map(look_at, rows, chunksize=16)
+    rows = range(len(index))
+    with ProcessPoolExecutor(workers, initializer=_keep, initargs=(index,)) if workers else contextlib.nullcontext() as pool:
+        made = map(partial(_look, index), rows) if pool is None else pool.map(_look_kept, rows, chunksize=16)
         looks = list(made if shown is None else shown(made, len(index)))
     for file, look in zip(index.file_names, looks):
         if look.problem:
@@ -86,6 +86,18 @@ def check_shared(
             if distance.min() <= NEAR:
                 near.append(f"{file} ~ {other.file_names[int(distance.argmin())]}")
     report.add(name, f"IMAGES LOOK LIKE ONES OF {other_name}", near)
+
+
+_kept: CocoIndex  # of a worker process, which gets it once: that of COCO takes longer to send than an image to decode
+
+
+def _keep(index: CocoIndex) -> None:
+    global _kept
+    _kept = index
+
+
+def _look_kept(row: int) -> Look:
+    return _look(_kept, row)
 
 
 def _look(index: CocoIndex, row: int) -> Look:

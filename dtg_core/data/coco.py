@@ -29,6 +29,7 @@ from dtg_core.errors import UserError
 log = logging.getLogger(__name__)
 
 SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
+NEARLY_ALL = 0.95  # of a file's boxes, for a guess at their format
 LARGEST = 1e9  # px; numbers beyond are no coordinates
 GIVE_IMAGES = "give the images' folder by --images, or by data.images"
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
@@ -230,13 +231,14 @@ def _corners(boxes: np.ndarray, sizes: np.ndarray, sure: np.ndarray, rules: Data
         return boxes
     seen, width_height = boxes[sure], sizes[sure][:, ::-1]
     if rules.box_format == "auto" and len(seen):
-        if (seen <= 1).all() and (seen >= 0).all() and (width_height > 4).all():
+        # Nearly all of them, since one box that is wrong by itself should not hide what the others are.
+        if ((seen <= 1) & (seen >= 0)).all(1).mean() > NEARLY_ALL and (width_height > 4).all():
             raise UserError(f"{path}: all boxes lie within 0 to 1, as shares of the image (found {seen[0].tolist()}) - "
                             "write pixels, or "
                             "set data.rules.box_format=xywh if they are")
         over = (as_xywh[sure][:, 2:] > width_height * 1.05 + 1).any(1)
-        ordered = (seen[:, 2:] > seen[:, :2]).all() and (seen[:, 2:] <= width_height + 1).all()
-        if ordered and over.mean() > 0.25:
+        ordered = ((seen[:, 2:] > seen[:, :2]) & (seen[:, 2:] <= width_height + 1)).all(1)
+        if ordered.mean() > NEARLY_ALL and over.mean() > 0.25:
             raise UserError(f"{path}: boxes look like corners x1, y1, x2, y2 (found {seen[over][0].tolist()}), COCO's are "
                             "x, y, width, "
                             "height - set data.rules.box_format=xyxy, or =xywh if they are right")

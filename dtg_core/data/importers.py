@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from dtg_core.config import DataRules
 from dtg_core.data.files import list_images, no_folder
 from dtg_core.data.images import image_size
 from dtg_core.data.report import Report
@@ -22,10 +23,13 @@ from dtg_core.settings import plain_yaml
 
 Record = dict[str, Any]
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
-NO_FILE = "images have no annotation file and are taken to show no object"
+NO_FILE = "images have no annotation file and are taken to show no object - --only-labeled leaves them out"
+LEFT_OUT = "images have no annotation file and are left out"
 
 
-def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Record:
+def import_yolo(
+    images: Path, labels: Path, names: Path, report: Report, only_labeled: bool = False, rules: DataRules | None = None
+) -> Record:
     """COCO records of YOLO labels.
 
     Args:
@@ -34,15 +38,15 @@ def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Reco
             polygon).
         names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``.
         report: takes what was left out.
+        only_labeled: leave images without a file of labels out; otherwise they show no object, as in YOLO.
+        rules: which images can be used; None: the defaults.
     """
-    class_names = _yolo_names(names)
+    class_names = _class_names(names)
     records: list[Record] = []
     annotations: list[Record] = []
-    for name, (height, width) in _sized(images, report):
+    for name, (height, width), path in _sized(images, labels, ".txt", report, rules or DataRules(), only_labeled):
         records.append({"id": len(records) + 1, "file_name": name, "width": width, "height": height})
-        path = labels / f"{os.path.splitext(name)[0]}.txt"
-        if not path.is_file():
-            report.add(labels, NO_FILE, [name])
+        if path is None:
             continue
         for number, line in enumerate(_text(path).splitlines(), 1):
             if not line.strip():
@@ -57,42 +61,54 @@ def import_yolo(images: Path, labels: Path, names: Path, report: Report) -> Reco
     return _coco(records, annotations, class_names, labels)
 
 
-def import_voc(images: Path, annotations: Path, report: Report, zero_based: bool = False) -> Record:
+def import_voc(
+    images: Path, annotations: Path, report: Report, zero_based: bool = False, names: Path | None = None,
+    only_labeled: bool = False, rules: DataRules | None = None,
+) -> Record:
     """COCO records of Pascal VOC's XML files.
 
     Args:
         images: folder. annotations: folder with an ``.xml`` for each image, at the same place and with the same stem.
         report: takes what was left out.
         zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
+        names: the classes, as of ``import_yolo``, for files that share them; None: those that occur, by the alphabet.
+        only_labeled, rules: as of ``import_yolo``.
     """
     records: list[Record] = []
     objects: list[Record] = []
-    class_names: list[str] = []
+    given = None if names is None else _class_names(names)
+    class_names = list(given or ())
     first = 0 if zero_based else 1
-    for name, (height, width) in _sized(images, report):
-        records.append({"id": len(records) + 1, "file_name": name, "width": width, "height": height})
-        path = annotations / f"{os.path.splitext(name)[0]}.xml"
-        if not path.is_file():
-            report.add(annotations, NO_FILE, [name])
+    for name, (height, width), path in _sized(images, annotations, ".xml", report, rules or DataRules(), only_labeled):
+        record = {"id": len(records) + 1, "file_name": name, "width": width, "height": height}
+        records.append(record)
+        if path is None:
             continue
-        for number, (label, corners, difficult) in enumerate(_voc_objects(path)):
+        root = _voc_root(path)
+        record |= _voc_size(root)
+        for number, (label, corners, difficult) in enumerate(_voc_objects(root)):
             if label is None or corners is None:
                 report.add(annotations, "objects have no name or no box and are left out", [f"{path} object {number + 1}"])
                 continue
             if label not in class_names:
+                if given is not None:
+                    raise UserError(f"{path} object {number + 1}: the class {label!r} is not among the {len(given)} names - "
+                                    f"add it to {names}")
                 class_names.append(label)
             x1, y1, x2, y2 = corners
             box = [x1 - first, y1 - first, x2 - x1 + first, y2 - y1 + first]
             entry = _annotation(len(objects), len(records), class_names.index(label) + 1, box)
             objects.append(entry | {"ignore": int(difficult)})
-    order = sorted(class_names)
+    order = given or sorted(class_names)
     for entry in objects:
         entry["category_id"] = order.index(class_names[entry["category_id"] - 1]) + 1
     return _coco(records, objects, order, annotations)
 
 
-def _sized(folder: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and (height, width) of each readable image."""
+def _sized(
+    folder: Path, labels: Path, suffix: str, report: Report, rules: DataRules, only_labeled: bool
+) -> Iterator[tuple[str, tuple[int, int], Path | None]]:
+    """Name, upright (height, width), and file of labels if there is one, of each readable image that is wanted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {no_folder(folder)} - give the folder of the images")
     names = list_images(folder, report)
@@ -100,11 +116,17 @@ def _sized(folder: Path, report: Report) -> Iterator[tuple[str, tuple[int, int]]
     report.add(folder, "images share their annotation file with others, as they differ in the suffix only",
                (name for name in names if stems[os.path.splitext(name)[0]] > 1))
     for name in names:
+        path = labels / f"{os.path.splitext(name)[0]}{suffix}"
+        if not path.is_file():
+            report.add(labels, LEFT_OUT if only_labeled else NO_FILE, [name])
+            if only_labeled:
+                continue
         try:
-            yield name, image_size(folder / name)[1]
+            size = image_size(folder / name, rules)[1]
         except UserError as error:
-            reason = str(error).removeprefix(f"{folder / name}: ").partition(" - ")[0]
-            report.add(folder, "images cannot be used and are left out", [f"{name}: {reason}"])
+            report.add(folder, "images cannot be used and are left out", [str(error).replace(f"{folder / name}: ", f"{name}: ", 1)])
+            continue
+        yield name, size, path if path.is_file() else None
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> Record:
@@ -130,22 +152,26 @@ def _text(path: Path) -> str:
                         "UTF-8") from error
 
 
-# YOLO ------------------------------------------------------------------------------------------------------------------
-
-
-def _yolo_names(path: Path) -> list[str]:
+def _class_names(path: Path) -> list[str]:
     text = _text(path)
     if path.suffix.lower() not in (".yaml", ".yml"):
         names = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         content = plain_yaml(text, str(path))
         found = content.get("names") if isinstance(content, dict) else None
-        if isinstance(found, dict) and set(found) == set(map(str, range(len(found)))):
+        if isinstance(found, dict):
+            if set(found) != set(map(str, range(len(found)))):
+                numbers = ", ".join(list(map(str, found))[:5])
+                raise UserError(f"{path}: its names have the numbers {numbers} - number them from 0 without a gap, as the "
+                                "labels do")
             found = [found[str(number)] for number in range(len(found))]
         names = [str(name) for name in found] if isinstance(found, list) else []
     if not names:
         raise UserError(f"{path}: no class names found - list them under 'names', or one a line in a .txt")
     return names
+
+
+# YOLO ------------------------------------------------------------------------------------------------------------------
 
 
 def _yolo_line(words: list[str], place: str, classes: int) -> tuple[int, tuple[float, float, float, float]] | None:
@@ -177,21 +203,31 @@ def _yolo_line(words: list[str], place: str, classes: int) -> tuple[int, tuple[f
 # Pascal VOC ------------------------------------------------------------------------------------------------------------
 
 
-def _voc_objects(path: Path) -> Iterator[tuple[str | None, tuple[float, ...] | None, bool]]:
-    """Name, corners and difficulty of each object. Files that define entities are refused, because these may grow without
-    end."""
+def _voc_root(path: Path) -> ElementTree.Element:
+    """Files that define entities are refused, because these may grow without end."""
     text = _text(path)
     for word in ("<!DOCTYPE", "<!ENTITY"):
         if word in text:
             line = text[: text.index(word)].count("\n") + 1
             raise UserError(f"{path}:{line}: it has {word[2:]}, which annotations do not need - remove it")
     try:
-        root = ElementTree.fromstring(text)
+        return ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         line, column = getattr(error, "position", (1, 0))
         raise UserError(f"{path}:{line}:{column + 1}: it is not XML ({error}) - export it again") from error
     except RecursionError as error:
         raise UserError(f"{path}: it is not an annotation (nested too deeply) - export it again") from error
+
+
+def _voc_size(root: ElementTree.Element) -> dict[str, int]:
+    """Width and height that the boxes were drawn for, {} where the file does not say."""
+    told = {key: (root.findtext(f"size/{key}") or "").strip() for key in ("width", "height")}
+    found = {key: int(text) for key, text in told.items() if text.isdecimal() and 0 < len(text) < 7}
+    return found if len(found) == 2 and all(found.values()) else {}
+
+
+def _voc_objects(root: ElementTree.Element) -> Iterator[tuple[str | None, tuple[float, ...] | None, bool]]:
+    """Name, corners and difficulty of each object."""
     for entry in root.iter("object"):
         box = entry.find("bndbox")
         corners: tuple[float, ...] | None = None

@@ -64,13 +64,7 @@ class Run:
     @property
     def name(self) -> str:
         """Detector and paradigm, of each stage if they differ."""
-        stages = {key.split(".")[2]: value for key, value in self.settings.items() if _is_stage_paradigm(key)}
-        kinds = set(stages.values())
-        if len(kinds) <= 1:
-            paradigm = "supervised" if kinds <= {"none"} else kinds.pop()
-        else:
-            paradigm = ", ".join(f"{stage} {value}" for stage, value in stages.items())
-        return f"{self.settings.get('detector', 'detector')}, {paradigm}"
+        return f"{self.settings.get('detector', 'detector')}, {paradigm_of(stage_paradigms(self.settings))}"
 
     @property
     def draw(self) -> tuple[Any, ...]:
@@ -169,7 +163,7 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
     detector = settings.get("detector")
     core = {field.name for field in fields(Config)} | {BATCH}
     own = stages.get(str(detector))
-    paradigms = {key.split(".")[2]: value for key, value in settings.items() if _is_stage_paradigm(key)}
+    paradigms = stage_paradigms(settings)
     paradigms = {stage: value for stage, value in paradigms.items() if own is None or stage in own}
     supervised = set(paradigms.values()) <= {"none"}
 
@@ -305,8 +299,18 @@ def _read(file: Path, run: Path) -> str:
         raise UserError(f"{file}: not a text file - give a folder that train.py wrote") from error
 
 
-def _is_stage_paradigm(key: str) -> bool:
-    return key.startswith("guidance.stages.") and key.endswith(".paradigm")
+def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How each stage was guided, from settings by dotted key; those of other detectors are among them if the settings name them."""
+    stages = (key.split(".") for key in settings if key.startswith("guidance.stages.") and key.endswith(".paradigm"))
+    return {stage: settings[f"{first}.{second}.{stage}.{last}"] for first, second, stage, last in stages}
+
+
+def paradigm_of(stages: Mapping[str, Any]) -> str:
+    """"dense", "sparse" or "supervised"; of each stage if they differ."""
+    kinds = set(stages.values())
+    if len(kinds) <= 1:
+        return "supervised" if kinds <= {"none"} else kinds.pop()
+    return ", ".join(f"{stage} {value}" for stage, value in stages.items())
 
 
 def _labeled_by(row: Row) -> tuple[Any, ...]:

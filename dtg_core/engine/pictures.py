@@ -102,7 +102,7 @@ class Canvas:
 
 def draw_found(image: Image.Image, found: Found, class_names: Sequence[str]) -> Image.Image:
     """The image with the boxes, classes and scores that were found in it, the best on top; small images are enlarged."""
-    scale = max(1.0, LEAST_SIDE / max(min(image.size), 1)) if max(image.size) < 2 * LEAST_SIDE else 1.0
+    scale = max(1.0, min(LEAST_SIDE / max(min(image.size), 1), 2 * LEAST_SIDE / max(image.size)))
     size = max(round(min(image.size) * scale / 45), 12)
     canvas = Canvas.of(image, scale, size)
     _draw_boxes(canvas, found, class_names, max(size // 4, 3))

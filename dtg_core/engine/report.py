@@ -22,6 +22,7 @@ from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import draft_of, write_text
 from dtg_core.engine import evaluate
+from dtg_core.engine.compare import paradigm_of, stage_paradigms
 from dtg_core.engine.explain import explain
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
@@ -125,7 +126,7 @@ def write_report(folder: Path) -> None:
     results, precision = (_json(folder / name) for name in ("results.json", "precision.json"))
     step = max((line.get("step", 0) for line in lines), default=0)
     body = [
-        paragraph(f"{settings.get('detector', 'detector')} on {settings.get('backbone.name')}, {_paradigms(settings)}; seed "
+        paragraph(f"{settings.get('detector', 'detector')} on {settings.get('backbone.name')}, {_paradigms(settings, lines)}; seed "
                   f"{settings.get('run.seed')}; step {step} of {settings.get('run.steps')}"),
         *([section("COCO figures", table(_figures(results)))] if results else []),
         section("Curves", charts(_curves(lines))),
@@ -142,8 +143,11 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _paradigms(settings: Mapping[str, Any]) -> str:
-    return f"{settings['paradigm']} guidance" if settings.get("paradigm") not in (None, "supervised") else "supervised"
+def _paradigms(settings: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
+    """Of the stages that the log tells of."""
+    logged = {name.split("/")[1] for line in lines for name in line if name.startswith("labeled/")}
+    told = paradigm_of({stage: value for stage, value in stage_paradigms(settings).items() if stage in logged})
+    return told if told == "supervised" else f"{told} guidance"
 
 
 def _figures(results: Mapping[str, Any]) -> Table:

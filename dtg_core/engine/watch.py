@@ -70,6 +70,8 @@ class Watch:
 
     def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
         """Warnings after an evaluation."""
+        if all(rule.paradigm == "none" for rule in self.guidance.stages.values()):
+            return []
         if done <= self.guidance.start_step:
             self.supervised_ap = teacher_ap
         elif teacher_ap is not None and self.supervised_ap is not None and teacher_ap < FALL * self.supervised_ap:

@@ -36,6 +36,7 @@ import measure_guidance  # noqa: E402
 import predict  # noqa: E402
 import show_guidance  # noqa: E402
 import show_views  # noqa: E402
+import try_backbones  # noqa: E402
 from hidden_labels import hidden_labels  # noqa: E402
 
 find = partial(predict.find_images, suffixes=IMAGE_SUFFIXES)
@@ -381,6 +382,8 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "hidden labels of 4 images" in shown
     assert all(f"{stage}, clusters over" in shown for stage in stages)
+    assert ("rpn, pseudo boxes over 0.4" in shown) == ("rpn" in stages)
+    assert "rpn, clusters over 0.4" not in shown  # its tau is 0.5
     other = "rpn" if detector == "gfl" else "head"
     with pytest.raises(UserError, match="no such stage"):
         show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--stage", other])
@@ -511,3 +514,13 @@ def test_a_supervised_run_is_measured_as_dense():
     assert {rule.paradigm for rule in measure_guidance.guided(settings).guidance.stages.values()} == {"dense"}
     mixed = replace(settings, guidance=replace(settings.guidance, stages=rules | {"rpn": replace(rules["rpn"], paradigm="sparse")}))
     assert measure_guidance.guided(mixed) == mixed
+
+
+def test_a_backbone_that_does_not_fit_keeps_the_others_from_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    small = ["views.short_edge=[64,64]", "views.long_edge=64", "data.shapes_labeled=4", "data.shapes_unlabeled=6", "data.shapes_val=3"]
+    assert try_backbones.main(["test_rresnet", "test_resnet", "--steps", "1", "--set", *small]) == 2
+    shown = capsys.readouterr()
+    assert [line.split("|")[2].strip() for line in shown.out.splitlines()[2:]] == ["test_resnet"]
+    (error,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert "test_rresnet" in error

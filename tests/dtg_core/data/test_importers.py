@@ -95,6 +95,68 @@ def test_voc(folder: Path, zero_based: tuple[str, ...], first: int) -> None:
     assert index.labels.tolist() == [1, 0, 1]
 
 
+def test_files_may_share_their_classes(folder: Path) -> None:
+    (folder / "names.txt").write_text("dog\nbird\ncat\n")
+    (folder / "labels/a/1.xml").write_text(voc(("cat", 1, 1, 5, 5, 0), ("dog", 5, 6, 7, 8, 0)))
+    index = run(folder, "voc", "--names", str(folder / "names.txt"))
+    assert index.class_names == ("dog", "bird", "cat")
+    assert index.labels.tolist() == [2, 0]
+    (folder / "names.txt").write_text("cat\n")
+    with pytest.raises(UserError, match=r"1\.xml object 2: the class 'dog' is not among the 1 names"):
+        run(folder, "voc", "--names", str(folder / "names.txt"), "--overwrite")
+
+
+def test_voc_tells_the_size_that_boxes_were_drawn_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the stored pixels, of those turned by EXIF, and of neither; where it is missing, of those turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    for name in "1234":
+        Image.new("RGB", (100, 50)).save(folder / f"images/b/{name}.jpg", exif=exif)
+    (folder / "images/b/1.png").unlink()
+    for name, size in (("1", (100, 50)), ("2", (50, 100)), ("3", (200, 100)), ("4", None)):
+        text = voc(("dog", 1, 1, 40, 40, 0))
+        told = "" if size is None else f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        (folder / f"labels/b/{name}.xml").write_text(text.replace("<object>", f"{told}<object>", 1))
+    index = run(folder, "voc", "--only-labeled")
+    assert index.file_names == [f"b/{name}.jpg" for name in "1234"]
+    assert index.sizes.tolist() == [[50, 100], [100, 50], [100, 50], [100, 50]]  # (height, width)
+    err = capsys.readouterr().err
+    assert "1 image of 4 looked at is not turned" in err
+    assert "1 image has another size than the JSON says; the file's is taken, so check that its boxes fit (b/3.jpg)" in err
+    assert index.image(0).size == (100, 50)
+    assert index.image(1).size == (50, 100)
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc"])
+def test_images_without_a_file_may_stay_out(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """So that they can be unlabelled ones: without the flag they are labelled as empty."""
+    text = "1 0.5 0.5 0.2 0.4" if kind == "yolo" else voc(("dog", 1, 1, 5, 5, 0))
+    (folder / "labels/a" / ("1.txt" if kind == "yolo" else "1.xml")).write_text(text)
+    assert run(folder, kind, "--only-labeled").file_names == ["a/1.png"]
+    assert "2 images have no annotation file and are left out (a/2.png, b/1.png)" in capsys.readouterr().err
+    assert run(folder, kind, "--overwrite").file_names == ["a/1.png", "a/2.png", "b/1.png"]
+    assert "--only-labeled leaves them out" in capsys.readouterr().err
+
+
+def test_rules_hold_for_the_images_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4")
+    with pytest.raises(UserError, match="no object found for 0 images"):
+        run(folder, "yolo", "--set", "data.rules.max_pixels=4999")
+    Image.new("RGB", (100, 51)).save(folder / "images/a/2.png")
+    assert run(folder, "yolo", "--set", "data.rules.max_pixels=5000").file_names == ["a/1.png", "b/1.png"]
+    told = "1 image cannot be used and is left out (a/2.png: it is too large (100 x 51 px) - shrink it, or raise data.rules.max_pixels)"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["names:\n  1: cat\n  2: dog\n", "names:\n  0: cat\n  2: dog\n"])
+def test_yolo_names_with_gaps(folder: Path, text: str) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4")
+    (folder / "names.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"names\.yaml: its names have the numbers [01], 2 - number them from 0"):
+        import_annotations.main(["--format", "yolo", "--images", str(folder / "images"), "--labels", str(folder / "labels"),
+                                 "--names", str(folder / "names.yaml"), "--output", str(folder / "own.json")])  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "problem"),
     [
@@ -176,8 +238,10 @@ def test_mistakes(folder: Path) -> None:
     run(folder, "yolo")
     with pytest.raises(UserError, match="exists - give another --output, or --overwrite"):
         run(folder, "yolo")
-    with pytest.raises(UserError, match="--names"):
-        run(folder, "voc", "--names", "x")
+    with pytest.raises(UserError, match="x: it cannot be read"):
+        run(folder, "voc", "--names", "x", "--overwrite")
+    with pytest.raises(UserError, match="--zero-based"):
+        run(folder, "yolo", "--zero-based", "--overwrite")
     with pytest.raises(UserError, match="no such folder"):
         run(folder, "voc", "--labels", str(folder / "none"))
     with pytest.raises(UserError, match="is a file, not a folder"):

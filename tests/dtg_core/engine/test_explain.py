@@ -226,3 +226,4 @@ def test_predictions_on_small_and_large_images():
     assert small.size == (960, 480)
     assert (np.asarray(small)[:, 0] != 0).any()  # the first box' left side
     assert draw_found(Image.new("RGB", (1200, 30)), found, ["a", "b"]).size == (1200, 30)
+    assert draw_found(Image.new("RGB", (900, 3)), found, ["a", "b"]).size == (960, 3)  # a strip is not blown up

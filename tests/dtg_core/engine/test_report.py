@@ -68,6 +68,16 @@ def test_stages_that_are_guided_have_a_picture(data, tmp_path, paradigm, kinds):
     assert (tmp_path / "run" / "report.html").read_text().count("data:image/jpeg") == len(kinds)
 
 
+def test_the_title_tells_how_each_stage_is_guided():
+    """What stages were told counts, not the run's paradigm, which they may all have left; other detectors' are not told."""
+    stages = {f"guidance.stages.{stage}.paradigm": kind for stage, kind in (("head", "dense"), ("rpn", "none"), ("rcnn", "none"))}
+    lines = [{"step": 1, "labeled/rpn/cls": 1.0, "labeled/rcnn/cls": 1.0}]
+    assert report._paradigms({"paradigm": "dense", **stages}, lines) == "supervised"
+    assert report._paradigms({"paradigm": "dense", **stages}, [{"step": 1, "labeled/head/cls": 1.0}]) == "dense guidance"
+    stages["guidance.stages.rcnn.paradigm"] = "sparse"
+    assert report._paradigms({"paradigm": "dense", **stages}, lines) == "rpn none, rcnn sparse guidance"
+
+
 def test_without_a_validation_set_there_are_curves_and_guidance(data, tmp_path):
     arguments = runs.command(data, "gfl", tmp_path / "run", steps=3)
     place = arguments.index("--val")

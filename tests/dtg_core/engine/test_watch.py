@@ -182,3 +182,9 @@ def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.Cap
     report.close()
     assert "teacher  AP -  AP50 1.00  AP75 -" in capsys.readouterr().err
     assert next(read_metrics(tmp_path / "metrics.jsonl"))["teacher/AP"] is None
+
+
+def test_overfitting_without_guidance_is_no_matter_of_guidance() -> None:
+    rule = replace(GuidanceConfig().stages["head"], paradigm="none")
+    one = Watch(GuidanceConfig(start_step=500, stages={"head": rule}), 2.0, str)
+    assert not [text for step, figure in ((500, 40.0), (1500, 20.0)) for text in one.evaluation(step, figure)]
