@@ -117,16 +117,17 @@ def _sized(
                (name for name in names if stems[os.path.splitext(name)[0]] > 1))
     for name in names:
         path = labels / f"{os.path.splitext(name)[0]}{suffix}"
-        if not path.is_file():
+        labeled = path.is_file()
+        if not labeled:
             report.add(labels, LEFT_OUT if only_labeled else NO_FILE, [name])
-            if only_labeled:
-                continue
+        if only_labeled and not labeled:
+            continue
         try:
             size = image_size(folder / name, rules)[1]
         except UserError as error:
             report.add(folder, "images cannot be used and are left out", [str(error).replace(f"{folder / name}: ", f"{name}: ", 1)])
             continue
-        yield name, size, path if path.is_file() else None
+        yield name, size, path if labeled else None
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> Record:
