@@ -50,7 +50,7 @@ class StageRule:
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
     # tau of each class (sparse: pseudo_score) follows the teacher, so that it finds as many objects in an unlabelled image as a
-    # labelled one has; how far its logit moves in a step for a relative error of 1. 0: it stays
+    # labelled one has; how far its logit moves in a step for an error as large as what is wanted, at least one object. 0: it stays
     tau_rate: float = 0.0
     # the sparse-to-dense baseline (Sec. 3.1)
     pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is over this

@@ -48,7 +48,7 @@ def parser() -> Parser:
     add("--size", type=int, metavar="PX", help="side of the square views (default: the config's)")
     add("--images", metavar="L+U", help="labelled and unlabelled images of a step (default: the config's)")
     add("--paradigm", type=one_of(PARADIGMS), default="dense", metavar="dense|sparse|supervised", help="default: dense")
-    add("--against", type=one_of(PARADIGMS), metavar="dense|sparse|supervised", help="also time this paradigm's step, in turn")
+    add("--against", type=one_of(("dense", "sparse")), metavar="dense|sparse", help="also time this paradigm's step, in turn")
     add("--candidates", type=int, default=100, metavar="N", help="candidates of an image in each stage (default: 100)")
     add("--repeats", type=int, default=20, metavar="N", help="timed repeats (default: 20)")
     add("--json", metavar="FILE|-", help="write the figures; -: to the standard output, instead of the table")
@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
     if arguments.against == arguments.paradigm:
         raise UserError(f"--against: is the paradigm itself (found {arguments.against}) - name another")
+    if arguments.against and arguments.paradigm == "supervised":
+        raise UserError("--against: a supervised step has other images than a guided one - leave it out, or change --paradigm")
     settings = _settings(arguments)
     if arguments.json not in (None, "-"):
         require_new([Path(arguments.json)], arguments.overwrite, "--json")

@@ -178,7 +178,9 @@ def _draw(
     images = content["images"]
     if arguments.protocol == "ubteacher":
         order = sorted(range(len(images)), key=lambda row: images[row]["id"])
-        usable = np.array([row for row in order if counts[row].any()], np.int64)
+        # The file's numbers are of detectron2's list: images with an annotation that is no crowd, however small.
+        boxed = {annotation["image_id"] for annotation in content["annotations"] if annotation.get("iscrowd", 0) == 0}
+        usable = np.array([row for row in order if images[row]["id"] in boxed], np.int64)
         return draw_from_file(arguments.indices, percent, fold, usable)
     if arguments.group_by:
         return draw_groups(groups, wanted, fold)

@@ -7,6 +7,7 @@ Its settings are those of train.py; look at it before a long run on your own dat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from common import Parser, add_overwrite, load_settings, main_guard, require_new, train_parser
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.pictures import views_sheet
 
-    index = open_sources(settings.data, True).labeled
+    index = open_sources(replace(settings.data, val=None), True).labeled
     rows = [row for row in range(len(index)) if len(index.objects(row)[0])][: arguments.count]
     picture = views_sheet(index, rows, settings.views, settings.run.seed)
     with writing(output):

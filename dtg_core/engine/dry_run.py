@@ -57,17 +57,17 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
     student.train()
     reading = training = 0.0
     broken = False
+    parts = min(config.optim.accumulate, 2)  # of micro-batches; with several, each passes the student twice
     for step in (full, full + 1):  # the first one also warms up; its times are overwritten
         began = time.perf_counter()
         batch = data[step]
         reading = time.perf_counter() - began
-        figures = train_step(
-            student, teacher, optimizer, [batch.to(accelerator.device)], config, accelerator, thresholds=thresholds
-        )
+        moved = [batch.to(accelerator.device)] * parts
+        figures = train_step(student, teacher, optimizer, moved, config, accelerator, thresholds=thresholds)
         broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
         training = time.perf_counter() - began - reading
+    reading, training = reading * config.optim.accumulate, training * config.optim.accumulate / parts
     step_seconds = max(training, reading / config.data.workers) if config.data.workers else training + reading
-    step_seconds += (config.optim.accumulate - 1) * step_seconds
     size = _checkpoint_bytes(module, teacher, optimizer)
     free = shutil.disk_usage(_existing(folder)).free
     if free < size * CHECKPOINTS:

@@ -63,6 +63,12 @@ def replay(
     teacher.to(accelerator.device)
     student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
     state = load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
+    captured = state["stamp"].get("mixed_precision", accelerator.mixed_precision)
+    if captured != accelerator.mixed_precision:
+        raise UserError(f"{file}: captured with mixed_precision {captured}, this is {accelerator.mixed_precision} - launch it with "
+                        f"--mixed_precision {captured}")
+    if accelerator.scaler is not None and state.get("scaler"):
+        accelerator.scaler.load_state_dict(state["scaler"])
     stages, objects = cast(Detector, detector).stages, sources.labeled.objects_per_image()
     thresholds = Thresholds(config.guidance.stages, stages, objects, accelerator.device)
     thresholds.restore(state.get("thresholds", {}))

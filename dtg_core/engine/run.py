@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from dtg_core.data.plan import MicroBatches, eval_batches, items_of, steps_loade
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import write_text, writing
 from dtg_core.engine.checkpoint import (
+    checkpoint_name,
     discard_newer,
     load_checkpoint,
     load_weights,
@@ -41,6 +43,7 @@ from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.guidance.thresholds import Thresholds
+from dtg_core.losses import weigh
 from dtg_core.models.student import student_and_teacher
 from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
@@ -98,9 +101,11 @@ class Fit:
             The exit status: 0, ``GAVE_UP`` or 128 and the number of a signal.
         """
         start = self._resume(resume, insist) if resume else 0
-        if start > self.config.run.steps and on_main(self.accelerator, self._weights_step) != start:
-            raise UserError(f"{self.folder.path}: is at step {start} and not finished, and run.steps={self.config.run.steps} is "
-                            "less - raise --steps")
+        if start >= self.config.run.steps and on_main(self.accelerator, self._weights_step) != start:
+            if start > self.config.run.steps:
+                raise UserError(f"{self.folder.path}: is at step {start} and not finished, and run.steps={self.config.run.steps} "
+                                "is less - raise --steps")
+            self.evaluation_due = True  # it was stopped where it ends by now
         if start >= self.config.run.steps and not self.evaluation_due:
             self._say(f"{self.folder.path}: finished already, at step {start} - raise --steps to go on")
             return 0
@@ -193,12 +198,11 @@ class Fit:
         lines, times = clock.lap(done)
         if self.report is None:
             return
-        branches = {
-            branch: sum(value for name, value in means.items() if name.startswith(f"{branch}/"))
-            for branch in ("labeled", "unlabeled")
-        }
+        losses = {branch: {name: torch.tensor(value) for name, value in means.items() if name.startswith(f"{branch}/")}
+                  for branch in ("labeled", "unlabeled")}  # fmt: skip
+        branches = {branch: float(weigh(found, self.config.guidance.stages, 1.0)) for branch, found in losses.items() if found}
         means["lr"] = learning_rate(done - 1, self.config.optim)
-        if branches["unlabeled"]:
+        if branches.get("unlabeled"):
             means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
             means["loss_ratio"] = branches["unlabeled"] / max(branches["labeled"], 1e-12)
         self.report.line(done, means | times, {name: value for name, value in branches.items() if value} | _objects(means))
@@ -393,6 +397,7 @@ class Fit:
         told, state = describe(batches, losses, self.accelerator), self._state()
         if self.accelerator.is_main_process:
             try:
+                shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)  # of an earlier try, which would be kept
                 saved = save_checkpoint(folder, step, self.module, self.teacher, self._plain_optimizer(), state, keep=1)
                 (folder / "step.json").write_text(json.dumps({**told, "checkpoint": saved.name}, indent=1) + "\n")
             except OSError as error:

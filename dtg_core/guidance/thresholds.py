@@ -20,8 +20,8 @@ from dtg_core.protocol import Stage
 
 #: A teacher that finds less than there is would else end in noise, and one that finds more in silence. Starts may lie beyond.
 LOWEST, HIGHEST = 0.1, 0.99
-#: Times the wanted number, beyond which finding still more moves a threshold no further. A lower limit would bias those of
-#: classes that come in crowds, which few images hold.
+#: Times the wanted number, or one object where less is wanted, beyond which finding still more moves a threshold no further. A
+#: lower limit would bias those of classes that come in crowds, which few images hold.
 FLOOD = 20.0
 
 
@@ -56,7 +56,7 @@ class Thresholds:
         return {name: stage.logits.sigmoid() for name, stage in self._stages.items()}
 
     def follow(self, found: Mapping[str, Tensor], images: int) -> None:
-        """Move by ``tau_rate`` times the relative error, in logits.
+        """Move by ``tau_rate`` times the error relative to what is wanted, or to one object where less is, in logits.
 
         Args:
             found: [C] objects of each class that the teacher has found in ``images`` images, by stage; {} before it guides.

@@ -18,6 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 
+import benchmark  # noqa: E402
 import common  # noqa: E402
 import evaluate  # noqa: E402
 from common import (  # noqa: E402
@@ -112,6 +113,15 @@ def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
         settings_of(*arguments)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(("paradigms", "problem"), [
+    (("sparse", "sparse"), "is the paradigm itself"), (("supervised", "dense"), "has other images"),
+    (("dense", "supervised"), "unknown value 'supervised'"),
+])  # fmt: skip
+def test_steps_are_timed_against_steps_on_the_same_images(paradigms: tuple[str, str], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        benchmark.main(["--detector", "gfl", "--paradigm", paradigms[0], "--against", paradigms[1]])
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])

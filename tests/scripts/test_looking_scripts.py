@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, Terminal
 from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
+from runs import write_coco
 from safetensors.torch import save_file
 
 from dtg_core.config import DataConfig, DataRules
@@ -362,6 +363,9 @@ def test_show_views(tmp_path, monkeypatch, capsys):
         show_views.main(["--output", str(tmp_path)])
     with pytest.raises(UserError, match=r"data\.images: is of no use without labelled images"):
         show_views.main(["--images", str(tmp_path), "--output", str(tmp_path / "w.png")])
+    labeled = write_coco(tmp_path / "labeled", 3, 0)
+    unread = ["--set", "data.val=none.json"]
+    assert show_views.main(["--labeled", str(labeled), "--output", str(tmp_path / "x.png"), *unread]) == 0
     own = (tmp_path / "new" / "v.png").read_bytes()
     with pytest.raises(UserError, match="exists - give another --output, or --overwrite"):
         show_views.main(["--output", str(tmp_path / "new" / "v.png")])

@@ -59,6 +59,11 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
         "guidance/head/matched", "loss_ratio", "unlabeled_weight", "lr", "step_seconds", "data_seconds", "skipped",
     } <= set(found[-2])  # fmt: skip
     assert found[-2]["step_seconds"] >= found[-2]["data_seconds"] > 0
+    beta = {"unlabeled/head/rank": 3.0}
+    parts = {branch: sum(value * beta.get(name, 1.0) for name, value in found[-2].items() if name.startswith(f"{branch}/"))
+             for branch in ("labeled", "unlabeled")}  # fmt: skip
+    assert found[-2]["unlabeled/head/rank"] > 0
+    assert found[-2]["loss_ratio"] == pytest.approx(parts["unlabeled"] / parts["labeled"], rel=1e-4)
     _, told = load_weights(output / "weights" / "teacher.safetensors")
     assert told["class_names"] == ["green", "red"]
     assert "test_efficientnet" in told["config"]
@@ -239,6 +244,19 @@ def test_a_bare_environment(data: TinyData, tmp_path: Path) -> None:
     assert lines(tmp_path / "run") == lines(tmp_path / "other")
 
 
+def test_what_is_captured_is_of_the_last_try(data: TinyData, tmp_path: Path) -> None:
+    """Two tries from one checkpoint that give up at the same step."""
+    settings, captured = ["optim.name=sgd", "run.max_skipped=2"], []
+    for lr, flags in (("0.001", ["--stop-at", "2"]), ("1e12", ["--resume", "auto"]), ("2e12", ["--resume", "auto"])):
+        arguments = command(data, "gfl", tmp_path / "run", *settings, f"optim.lr={lr}", steps=50)
+        ended = run([*arguments, *flags, *(["--resume-with-changes"] if "--resume" in flags else [])], tmp_path / "logs")
+        assert ended.status == (3 if "--resume" in flags else 0), ended.err
+        captured += [(path.parent.name, path.read_bytes()) for path in (tmp_path / "run/nonfinite").glob("*/student.safetensors")]
+    (first, weights_then), (second, weights_now) = captured
+    assert first == second
+    assert weights_then != weights_now
+
+
 def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> None:
     """A learning rate that blows the weights up: the same steps are skipped, the teacher stays finite, the step repeats."""
     output = tmp_path / "run"
@@ -258,6 +276,9 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     assert replayed.status == 3, replayed.err
     assert "not finite again" in replayed.out
     assert f"step {told['step']}" in replayed.out
+    other = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert other.status == 2, other.err
+    assert "captured with mixed_precision no, this is bf16" in other.err
     for wrong in (output / "config.yaml", output / "nonfinite" / "stepp.json", output / "nonfinite"):
         odd = run(["--replay", str(wrong)], tmp_path / "logs")
         assert odd.status == 2

@@ -143,6 +143,10 @@ def test_stac_and_ubteacher(tmp_path: Path) -> None:
     labeled = ids_of(source, "fold1_10_labeled.json")
     assert labeled == [content["images"][position]["id"] for position in expected]
 
+    small, *others = content["annotations"]
+    small["bbox"][2:] = [0.5, 0.5]  # all that is left of its image: nothing to train on, but detectron2 counts it
+    content["annotations"] = [small, *(a for a in others if a["image_id"] != small["image_id"])]
+    source.write_text(json.dumps(content))
     boxed = sorted({a["image_id"] for a in content["annotations"] if not a["iscrowd"]})
     indices = tmp_path / "supervision.txt"
     indices.write_text(json.dumps({"10.0": {"0": [0, 5, len(boxed) - 1]}}))

@@ -282,6 +282,19 @@ def test_a_finished_run_says_so(data: TinyData, half: Path, tmp_path: Path) -> N
     assert lines(output) == lines(half)
 
 
+def test_a_run_that_was_stopped_where_it_ends_by_now_is_finished(data: TinyData, half: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    settings = ["run.checkpoint_every=2", "data.labeled_per_device=2"]
+    stopped = run([*command(data, "gfl", output, *settings, steps=9), "--stop-at", "4"], tmp_path / "logs")
+    assert stopped.status == 0, stopped.err
+    assert not (output / "weights").exists()
+    ended = run([*command(data, "gfl", output, *settings, steps=4), "--resume", "auto"], tmp_path / "logs")
+    assert ended.status == 0, ended.err
+    assert "finished already" not in ended.err
+    assert weights(output) == weights(half)
+    assert (output / "results.json").read_text() == (half / "results.json").read_text()
+
+
 def test_killed_in_the_last_evaluation(data: TinyData, half: Path, tmp_path: Path) -> None:
     """The last checkpoint is there, the results are not: resuming evaluates, and nothing stands twice in the metrics."""
     output = shutil.copytree(half, tmp_path / "run")
