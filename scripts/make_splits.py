@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     drawn = []
     for name, wanted, percent in shares(len(images)):
         for fold in folds:
-            positions = _draw(arguments, content, counts, groups, wanted, percent, fold)
+            positions = _draw(arguments, content, groups, wanted, percent, fold)
             if arguments.min_per_class:
                 positions = fill_classes(positions, groups, counts, names, arguments.min_per_class, fold)
             _look_at_size(arguments, f"fold{fold}_{name}", len(positions), wanted, groups)
@@ -168,8 +168,7 @@ def _folds(text: str) -> range:
 
 
 def _draw(
-    arguments: argparse.Namespace, content: dict[str, Any], counts: np.ndarray, groups: np.ndarray, wanted: int,
-    percent: float, fold: int,
+    arguments: argparse.Namespace, content: dict[str, Any], groups: np.ndarray, wanted: int, percent: float, fold: int
 ) -> np.ndarray:
     import numpy as np
 

@@ -301,8 +301,8 @@ def _read(file: Path, run: Path) -> str:
 
 def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How each stage was guided, from settings by dotted key; those of other detectors are among them if the settings name them."""
-    stages = (key.split(".") for key in settings if key.startswith("guidance.stages.") and key.endswith(".paradigm"))
-    return {stage: settings[f"{first}.{second}.{stage}.{last}"] for first, second, stage, last in stages}
+    return {key.split(".")[2]: value for key, value in settings.items()
+            if key.startswith("guidance.stages.") and key.endswith(".paradigm")}  # fmt: skip
 
 
 def paradigm_of(stages: Mapping[str, Any]) -> str:

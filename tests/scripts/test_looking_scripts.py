@@ -520,7 +520,7 @@ def test_a_supervised_run_is_measured_as_dense():
     assert measure_guidance.guided(mixed) == mixed
 
 
-def test_a_backbone_that_does_not_fit_keeps_the_others_from_nothing(tmp_path, monkeypatch, capsys):
+def test_the_others_are_tried_beside_a_backbone_that_does_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
     small = ["views.short_edge=[64,64]", "views.long_edge=64", "data.shapes_labeled=4", "data.shapes_unlabeled=6", "data.shapes_val=3"]
     assert try_backbones.main(["test_rresnet", "test_resnet", "--steps", "1", "--set", *small]) == 2
