@@ -7,8 +7,8 @@ The letters A1 to A30 mark choices that the paper leaves open; docs/method.md ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from dtg_core.settings import Renames, refuse
 
@@ -95,12 +95,14 @@ class DataRules:
     """What is tolerated in images and annotations."""
 
     max_bad_annotations: float = 0.1  # share of a file's annotations that may be unusable; they are left out
-    max_bad_images: float = 0.01  # share of a file's images that may be missing; they are left out
+    max_bad_images: float = 0.01  # share of a file's images that may be missing or unreadable; they are left out
     box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused where it looks like another
+    # Boxes of a file whose images have since been enlarged or shrunk: scale them with the images, or keep them as they are
+    resized: Literal["error", "scale", "keep"] = "error"
     allow_outside_root: bool = False  # whether file names may lead out of the images' folder
     use_json_area: bool = False  # judge small, medium and large by "area" of the JSON (COCO: of masks), not of the boxes
     truncated: Literal["skip", "use", "error"] = "skip"  # image files that are cut off; use: what there is of them
-    float_range: tuple[float, float] | None = None  # values of float and 32-bit images that become black and white
+    float_range: tuple[float, float] | None = None  # values of float, 32-bit and 16-bit images that become black and white
     max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
 
 
@@ -112,6 +114,7 @@ class DataConfig:
     unlabeled: str | None = None  # folder, or COCO JSON whose annotations are ignored
     val: str | None = None  # COCO JSON
     images: str | None = None  # folder that the JSONs' file names are relative to
+    val_images: str | None = None  # that of val's file names; None: images
     unlisted: Literal["ignore", "unlabeled"] = "ignore"  # images beside the labelled ones that their JSON does not list
     labeled_per_device: int = 1
     unlabeled_per_device: int = 4
@@ -253,6 +256,14 @@ RANGES = {
 }
 
 
+C = TypeVar("C", bound=Config)
+
+
+def without_weights(config: C) -> C:
+    """The same, but the backbone starts from random weights, as where other weights are to follow."""
+    return replace(config, backbone=replace(config.backbone, pretrained=False, weights=None))
+
+
 def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     """Rules between values: UserError for what cannot run, and a list of warnings for what was hardly meant."""
     optim, views, guidance, run = config.optim, config.views, config.guidance, config.run
@@ -261,7 +272,7 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     for key, (low, high) in (("views.short_edge", views.short_edge), ("views.erase_patches", views.erase_patches)):
         if low > high:
             refuse(key, f"the lower limit is over the upper one (found [{low}, {high}])", origins)
-    for key in ("unlabeled", "val", "images", "unlisted") if config.data.labeled is None else ():
+    for key in ("unlabeled", "val", "images", "val_images", "unlisted") if config.data.labeled is None else ():
         value = getattr(config.data, key)
         if value != getattr(DataConfig(), key):
             refuse(f"data.{key}", "is of no use without labelled images, as the embedded data set would be trained on "

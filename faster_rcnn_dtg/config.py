@@ -9,7 +9,7 @@ from typing import Literal
 class RPNConfig:
     """Region proposal network."""
 
-    loss: Literal["bce", "focal"] = "bce"  # focal: Eq. 2 read literally (A10)
+    loss: Literal["bce", "focal"] = "bce"  # of labelled and unlabelled images; focal is a part of Eq. 2 to the letter (A10)
     positive_iou: float = 0.7  # an anchor is positive from this IoU on
     negative_iou: float = 0.3  # and negative below this one
     low_quality_iou: float | None = 0.3  # an object's best anchors are positive from this IoU on; None: never

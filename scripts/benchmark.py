@@ -27,8 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, PARADIGMS, Parser, add_overwrite, main_guard, one_of, require_new, write_json
+from common import DETECTORS, PARADIGMS, Parser, add_overwrite, build_detector, main_guard, one_of, require_new, write_json
 
+from dtg_core.config import without_weights
 from dtg_core.errors import UserError
 from dtg_core.settings import check_ranges, load_config
 from dtg_core.settings_text import yaml_scalar
@@ -42,7 +43,7 @@ IMAGES = 16  # of the embedded data set, labelled and unlabelled
 def parser() -> Parser:
     result = Parser("Measure the cost of a training step.")
     add = result.add_argument
-    add("--detector", type=one_of(tuple(DETECTORS)), metavar="{gfl,faster_rcnn}", help="needed unless --data")
+    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="needed unless --data")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: the paper's values)")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
     add("--size", type=int, metavar="PX", help="side of the square views (default: the config's)")
@@ -105,7 +106,7 @@ def _settings(arguments: argparse.Namespace) -> RunSettings:
     data = settings.data
     if data.labeled is None:
         data = replace(data, shapes_labeled=IMAGES, shapes_unlabeled=IMAGES, shapes_val=1)
-    return replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None), data=data)
+    return replace(without_weights(settings), data=data)
 
 
 def _step(arguments: argparse.Namespace, settings: RunSettings) -> tuple[dict[str, Any], list[str]]:
@@ -118,7 +119,7 @@ def _step(arguments: argparse.Namespace, settings: RunSettings) -> tuple[dict[st
     accelerator = Accelerator()
     sources = open_sources(settings.data, False)
     torch.manual_seed(settings.run.seed)
-    detector = DETECTORS[settings.detector](settings, len(sources.labeled.class_names))
+    detector = build_detector(settings, len(sources.labeled.class_names))
     kinds: dict[str | None, Any] = {None: None, "supervised": "none", "dense": "dense", "sparse": "sparse"}
     figures = benchmark(
         settings, detector, sources, accelerator, kinds[arguments.paradigm], arguments.repeats, arguments.candidates,

@@ -30,6 +30,7 @@ def parser() -> Parser:
     add("--annotations", required=True, metavar="JSON", help="labelled images, COCO format")
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to")
     add("--val", metavar="JSON", help="validation set, checked and compared with the labelled one")
+    add("--val-images", metavar="DIR", help="folder of the images of --val, if it is another")
     add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
@@ -47,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
     rules = rules_of(arguments)
     if arguments.output:
         require_new([arguments.output], arguments.overwrite)
-    data = DataConfig(labeled=arguments.annotations, images=arguments.images, val=arguments.val, unlabeled=arguments.unlabeled,
-                      rules=rules)  # fmt: skip
+    data = DataConfig(labeled=arguments.annotations, images=arguments.images, val=arguments.val, val_images=arguments.val_images,
+                      unlabeled=arguments.unlabeled, rules=rules)  # fmt: skip
     report = Report()
     problem = None
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -36,23 +37,17 @@ PARADIGMS = ("dense", "sparse", "supervised")
 # Detectors -------------------------------------------------------------------------------------------------------------
 
 
-def _gfl(settings: RunSettings, num_classes: int) -> nn.Module:
-    import gfl_dtg
-
-    return gfl_dtg.build(settings.gfl, settings.backbone, num_classes)
-
-
-def _faster_rcnn(settings: RunSettings, num_classes: int) -> nn.Module:
-    import faster_rcnn_dtg
-
-    return faster_rcnn_dtg.build(settings.faster_rcnn, settings.backbone, num_classes)
-
-
-#: The one lookup of a detector by its name: ``DETECTORS[settings.detector](settings, num_classes)``.
-DETECTORS: dict[str, Callable[[RunSettings, int], nn.Module]] = {"gfl": _gfl, "faster_rcnn": _faster_rcnn}
-
 #: The stages of each detector, the keys of ``guidance.stages`` that matter to it.
 STAGES = {"gfl": ("head",), "faster_rcnn": ("rpn", "rcnn")}
+DETECTORS = tuple(STAGES)
+
+
+def build_detector(settings: RunSettings, num_classes: int) -> nn.Module:
+    """The detector of ``settings`` with its first weights."""
+    from dtg_core.engine.predict import PACKAGES
+
+    package = importlib.import_module(PACKAGES[settings.detector][0])
+    return package.build(getattr(settings, settings.detector), settings.backbone, num_classes)
 
 
 # Command line ----------------------------------------------------------------------------------------------------------
@@ -163,7 +158,7 @@ def train_parser() -> Parser:
     """The command line of ``train.py``."""
     parser = Parser("Train a detector on few labelled and many unlabelled images.")
     add = parser.add_argument
-    add("--detector", type=one_of(tuple(DETECTORS)), metavar="{gfl,faster_rcnn}", help="needed unless the config names it")
+    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="needed unless the config names it")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--paradigm", type=one_of(PARADIGMS), metavar="dense|sparse|supervised", help="guidance of every stage")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
@@ -173,6 +168,7 @@ def train_parser() -> Parser:
     add("--unlabeled", metavar="DIR|ANNOTATIONS.json", help="unlabelled images (data.unlabeled)")
     add("--val", metavar="ANNOTATIONS.json", help="images to evaluate on (data.val)")
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to (data.images)")
+    add("--val-images", metavar="DIR", help="that of the names in --val, if it is another (data.val_images)")
     add("--output", metavar="DIR", help="run folder (run.output)")
     add("--init", metavar="WEIGHTS", help="weights file or run folder that student and teacher start from (run.init)")
     add("--reset-head", action="store_const", const=True, help="with --init: train the class layers from scratch (run.reset_head)")
@@ -191,8 +187,8 @@ def train_parser() -> Parser:
 #: Flags that are another spelling of a key.
 _FLAG_KEYS = {
     "detector": "detector", "backbone": "backbone.name", "steps": "run.steps", "seed": "run.seed", "labeled": "data.labeled",
-    "unlabeled": "data.unlabeled", "val": "data.val", "images": "data.images", "output": "run.output",
-    "init": "run.init", "reset_head": "run.reset_head", "paradigm": "paradigm",
+    "unlabeled": "data.unlabeled", "val": "data.val", "images": "data.images", "val_images": "data.val_images",
+    "output": "run.output", "init": "run.init", "reset_head": "run.reset_head", "paradigm": "paradigm",
 }
 
 
@@ -231,7 +227,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
 
 def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
     """A note on what ``--set`` has given that the run's detector and paradigm do not read."""
-    from dtg_core.engine.compare import SILENT, effective
+    from dtg_core.engine.effective import SILENT, effective
 
     every = dotted(flatten(settings))
     idle = {text.partition("=")[0] for text in given} & every.keys() - effective(every, STAGES).keys() - SILENT - {"paradigm"}

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     rules_of(arguments)  # a mistake is told before the weights are read
 
     from dtg_core.data.plan import eval_batches, items_of
-    from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics
+    from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics, unseen
     from dtg_core.engine.predict import find_weights, load_detector
 
     require_device(arguments.device)
@@ -88,9 +88,13 @@ def main(argv: Sequence[str]) -> int:
     loader = eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, workers=workers)
     batches = progress(items_of(loader), len(loader), "batch")
     found = find(loaded.detector, index, batches, loaded.device, run.score_threshold)
+    unread = unseen(index, found)
+    if len(unread) > index.rules.max_bad_images * len(index) or len(unread) == len(index):
+        raise UserError(f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - mend them, take "
+                        "them out, or raise data.rules.max_bad_images")
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
-    results = {"weights": weights.name, "images": len(index), **metrics}
+    results = {"weights": weights.name, "images": len(index) - len(unread), **metrics}
     texts = json.dumps(results, indent=1), json.dumps(coco_results(index, found))
     with writing(output), ExitStack() as drafts:  # both files or none
         for name, text in zip(FILES, texts):
@@ -109,7 +113,7 @@ def _data_set(loaded: Predictor, data: DataConfig, annotations: Path | None, ima
         index = load_coco(annotations, images, rules=data.rules)
     else:
         flags = "--annotations and --images"
-        require_own_files(data, {"val": flags, "labeled": flags, "images": flags}, run)
+        require_own_files(data, {"val": flags, "labeled": flags, "images": flags, "val_images": flags}, run)
         found = open_sources(replace(data, unlabeled=None), True).val
         if found is None:
             raise UserError("--annotations: missing, and the run had no validation set - give a COCO JSON")

@@ -4,7 +4,7 @@
     python scripts/import_annotations.py --format voc --images DIR --labels DIR --output own.json
 
 Images without a file of labels become images without objects, or stay out with ``--only-labeled``. File names in the JSON are
-relative to ``--images``.
+relative to ``--images``. Folders with ``train/images`` and ``train/labels``, as YOLO's often are, are given by both flags.
 """
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def parser() -> Parser:
     add("--format", type=one_of(("yolo", "voc")), required=True, metavar="yolo|voc", help="what is imported")
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, with any subfolders")
     add("--labels", type=Path, required=True, metavar="DIR", help="folder of the .txt or .xml files, arranged like the "
-                                                                  "images")
-    add("--names", type=Path, metavar="FILE", help="the classes: data.yaml, or a .txt with one name a line; VOC: "
-                                                       "only if several files shall have the same")
+                                                                  "images, or in folders called labels beside images")
+    add("--names", type=Path, metavar="FILE", help="the classes: data.yaml, whose kpt_shape tells that boxes have "
+                                                       "keypoints, or a .txt with one name a line; VOC: only if several "
+                                                       "files shall have the same")
     add("--zero-based", action="store_true", help="VOC coordinates count from 0, not from 1")
     add("--only-labeled", action="store_true", help="leave out images without a file of labels, as unlabelled ones")
     add("--output", type=Path, required=True, metavar="JSON", help="file to write")

@@ -10,6 +10,9 @@ A setting is "NAME: KEY=VALUE ...". Keys are those of a stage's rule: ``tau`` fo
 Without --compare the run's dense and sparse rules are measured, with tau and pseudo_score even where they have followed in
 training (``tau_rate``). Stages that the run did not guide at all are dense.
 
+Each image is drawn once, in batches of one size, so --images and --batch are the most: where there are few images, both are less.
+A single batch has no standard error. With --step the images may come from two passes, and some of them twice; this is told.
+
 Its bias: true labels are assigned by the detector's own rule and reduced by its own divisors, as sparse guidance does. So compare
 settings of one paradigm; between paradigms only training decides. And it sees one step: with a threshold that is too high cosines
 are high too, because pushing everything down resembles what true labels ask of an overfitted detector, but in training scores
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 from common import Parser, add_overwrite, main_guard, progress, require_device, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 
 if TYPE_CHECKING:
     from dtg_core.config import Config
@@ -39,10 +42,10 @@ BIAS = ("bias: the true labels are assigned and reduced by the detector's own ru
         "of one paradigm, and let training decide between paradigms. One step is seen: a threshold that is too high looks good "
         "here and lets scores sink in training, so clusters or pseudo boxes should be about as many as true objects.")
 LEGEND = ("class, box, rank, all: cosine of the unlabelled loss' gradient with that of the true labels (rank: with their class "
-          "loss'), its standard error over batches, and x the ratio of their norms. right: share of the samples trained toward an "
-          "object whose target box overlaps a true one of the class by 0.5 or more, IoU: of those. found, missed: share of the "
-          "samples of true objects that are labelled so, or called background. An image has positives, clusters of a size, and "
-          "pseudo boxes.")
+          "loss'), its standard error over batches (a single one has none), and x the ratio of their norms. right: share of the "
+          "samples trained toward an object whose target box overlaps a true one of the class by 0.5 or more, IoU: of those. "
+          "found, missed: share of the samples of true objects that are labelled so, or called background. An image has "
+          "positives, clusters of a size, and pseudo boxes.")
 
 
 def parser() -> Parser:
@@ -54,8 +57,8 @@ def parser() -> Parser:
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (embedded data: known)")
     add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
-    add("--images", type=int, default=128, metavar="N", help="images to measure on (default: 128)")
-    add("--batch", type=int, default=16, metavar="N", help="images of one gradient (default: 16)")
+    add("--images", type=int, default=128, metavar="N", help="images to measure on at most, each once (default: 128)")
+    add("--batch", type=int, default=16, metavar="N", help="images of one gradient at most (default: 16)")
     add("--step", type=int, default=0, metavar="N", help="draw images and views from this step on (default: 0)")
     add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
     add_overwrite(result)
@@ -92,23 +95,28 @@ def main(argv: Sequence[str]) -> int:
     truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
     if truth is None:
         raise UserError("--truth: missing - give a COCO JSON with the labels of the unlabelled images")
-    data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.batch)
+    most = min(arguments.images, len(images))  # an image twice would make batches alike and standard errors too small
+    number = -(-most // arguments.batch)
+    size = most // number  # of all batches, as each counts as much in the means
+    data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, size)
     hull = settings.views.box_hull
-    steps = range(arguments.step, arguments.step + -(-arguments.images // arguments.batch))
+    steps = range(arguments.step, arguments.step + number)
     seen = progress(steps, unit="batch")
     pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
     objects: list[int] = []  # true ones of each batch
+    names: set[object] = set()  # of the images
 
     def with_truth(pair: PairBatch) -> tuple[PairBatch, Targets]:
         targets = objects_in(pair.student, truth, hull)
         objects.append(len(targets.labels))
+        names.update(pair.student.image_ids)
         return pair, targets
 
     batches = map(with_truth, pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}
     found = measure(detector, cast("Detector", student.detector), batches, rules, hull)
 
-    count = len(steps) * arguments.batch
+    count = number * size
     content = {"weights": str(arguments.weights), "objects": sum(objects) / count}
     content |= as_json(found, arguments.compare or DEFAULT, arguments.set, count)
     if arguments.json == "-":
@@ -116,10 +124,19 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if arguments.json:
         write_json(Path(arguments.json), content)
-    several = "" if len(steps) == 1 else "es"
-    print(f"{count} images in {len(steps)} batch{several}, with {sum(objects) / count:.1f} true objects each\n")
+    batched = "1 batch" if number == 1 else f"{number} batches of {size}"
+    print(f"{drawn(count, len(names), len(images))} in {batched}, with {sum(objects) / count:.1f} true objects each\n")
     print(f"{table(found, stages)}\n\n{LEGEND}\n{BIAS}")
     return 0
+
+
+def drawn(count: int, different: int, there: int) -> str:
+    """How many images were drawn, of those that there are."""
+    if different < count:  # in a second pass through them, or in the place of unreadable ones
+        share = f"{different} different ones of {there}"
+    else:
+        share = "all there are" if count == there else f"of {there}"
+    return f"{counted(count, 'image')} ({share})"
 
 
 def guided(settings: Config) -> Config:

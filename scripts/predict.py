@@ -1,13 +1,18 @@
 """Boxes on your own images and videos: pictures, one COCO results JSON and one CSV.
 
-    python scripts/predict.py RUN_OR_WEIGHTS PATH... --output DIR [--score 0.3]
+    python scripts/predict.py RUN_OR_WEIGHTS PATH... --output DIR [--score 0.3] [--annotations JSON]
 
 A PATH is an image, a video (with the extra ``video``), a folder or a quoted pattern such as "photos/**/*.jpg". ``DIR/pictures``
 keeps the paths relative to what was given; frame 1 of ``trip/clip.mp4`` is ``trip/clip.mp4/000001.jpg``. ``DIR/detections.json``
-and ``DIR/detections.csv`` hold the classes' names and ids of the training data.
+(COCO's results format) and ``DIR/detections.csv`` hold the classes' names and ids of the training data.
 
-DIR is a new folder, or that of an earlier prediction; ``--overwrite`` writes over its files and deletes none, so pictures that are
-not made again stay. Ctrl-C leaves the lists of what is done.
+``DIR/images.json`` is the COCO data set, without annotations, that ``detections.json`` belongs to: the classes and every image that
+was read, also one without boxes. The ids of images are those of ``--annotations``, a COCO JSON that lists them by name; else their
+places among all that were given, in the order of the names in a folder, where a frame of a video counts as one.
+
+DIR is a new folder, or that of an earlier prediction, in none of the folders given: drawn pictures among photos would be taken for
+more of them. ``--overwrite`` writes over its files and deletes none, so pictures that are not made again stay. Ctrl-C leaves the
+lists of what is done.
 
 Exit status: 0; 1 when no file could be read, or with ``--strict`` when one could not; 2 after a mistake that is told in one line;
 130 after Ctrl-C.
@@ -22,11 +27,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from common import Parser, add_overwrite, add_rules, main_guard, one_of, progress, require_device, require_new, rules_of
 
@@ -37,10 +43,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dtg_core.config import DataRules
-    from dtg_core.data.report import Report
     from dtg_core.engine.predict import Found, Predictor
 
-LISTS = "detections.json", "detections.csv"
+T = TypeVar("T")
+LISTS = "detections.json", "detections.csv", "images.json"
 COLUMNS = ("file", "class", "category_id", "score", "x1", "y1", "x2", "y2")
 SAVED_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # pictures of other formats become PNG
 
@@ -63,6 +69,7 @@ def parser() -> Parser:
     add("paths", nargs="+", metavar="PATH", help="images, videos, folders, or quoted patterns")
     add("--output", type=Path, required=True, metavar="DIR", help="where pictures and lists go")
     add_overwrite(result)
+    add("--annotations", type=Path, metavar="JSON", help="COCO JSON that has the images' ids (default: they are numbered)")
     add_rules(result)
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
         help="of a run folder (default: teacher)")
@@ -86,7 +93,9 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.files import IMAGE_SUFFIXES
     from dtg_core.data.video import VIDEO_SUFFIXES
 
+    require_apart(arguments.paths, arguments.output)
     names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    ids = image_ids(arguments.annotations, root, names) if arguments.annotations else {}
     require_own_folder(arguments.output)
     require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite)
 
@@ -97,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     with writing(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
         rules = rules_of(arguments, predictor.settings.data.rules)
-        found = images(root, names, rules, done := Done())
+        found = images(root, names, ids, rules, done := Done())
         predict(predictor, found, names, arguments.output, arguments.score, arguments.batch, not arguments.no_pictures, done)
     if done.interrupted:
         print(f"interrupted after {how_far(done, names)}; written to {arguments.output}", file=sys.stderr)
@@ -107,6 +116,25 @@ def main(argv: Sequence[str]) -> int:
     if done.images and not done.boxes:
         print(f"hint: {lower_score(predictor, done.first, arguments.score, arguments.batch)}", file=sys.stderr)
     return 1 if done.failed and (arguments.strict or not done.images) else 0
+
+
+def require_apart(paths: Sequence[str], output: Path) -> None:
+    """UserError where ``output`` lies in a folder that is given or searched by a pattern: what reads that folder later, as
+    ``train.py --unlabeled``, would take drawn pictures for more photos."""
+    target = os.path.realpath(output)
+    for path in paths:
+        if os.path.isdir(path) or "**" in path:
+            root = root_of(path)
+            real = os.path.realpath(root)
+            if real != target and os.path.commonpath((real, target)) == real:
+                raise UserError(f"--output {output}: lies in the images' folder {root} - give an --output beside it")
+
+
+def root_of(path: str) -> str:
+    """A folder itself, that of a file, or the one that a pattern begins with."""
+    if os.path.isdir(path):
+        return path
+    return os.path.dirname(path if os.path.exists(path) else re.split(r"[*?[]", path)[0]) or "."
 
 
 def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) -> tuple[list[str], Path]:
@@ -119,7 +147,7 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
         UserError: nothing is found under a path, or ``output`` is an input folder or holds one. A folder without images is
             only told where other paths have some.
     """
-    from dtg_core.data.files import list_images
+    from dtg_core.data.files import OWN, instead_of, list_images, passed_over
     from dtg_core.data.report import Report
 
     report = Report()
@@ -128,12 +156,12 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
     roots: list[str] = []
     empty: list[str] = []
     for path in paths:
+        root = root_of(path)
         if os.path.isdir(path):
-            root, found = path, [os.path.join(path, name) for name in list_images(Path(path), report, suffixes)]
+            found = [os.path.join(path, name) for name in list_images(Path(path), report, suffixes)]
         elif os.path.exists(path):
-            root, found = os.path.dirname(path) or ".", [path]
+            found = [path]
         else:
-            root = os.path.dirname(re.split(r"[*?[]", path)[0]) or "."
             found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
         if os.path.commonpath((target, os.path.realpath(root))) == target:
             raise UserError(f"{output}: holds the images themselves - give another --output")
@@ -145,25 +173,57 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
             empty.append(path)
         else:
             raise UserError(f"{path}: no image there - give images, folders of images, or a quoted pattern")
-    if not files and (kinds := passed_over(report, empty[0], suffixes)):
-        raise UserError(f"{empty[0]}: no image there, only {kinds} files - convert them to JPEG or PNG, or give images")
     if not files:
-        raise UserError(f"{empty[0]}: no image there - give images, folders of images, or a quoted pattern")
+        kinds, told = passed_over(report, Path(empty[0]), suffixes)
+        other = "convert them to JPEG or PNG, or give images" if kinds else "give images, folders of images, or a quoted pattern"
+        raise UserError(f"{empty[0]}: no image there{told} - {instead_of(kinds, other)}")
     for path in empty:
-        kinds = passed_over(report, path, suffixes)
-        print(printable(f"warning: {path}: no image there{f', only {kinds} files' if kinds else ''}"), file=sys.stderr)
+        print(printable(f"warning: {path}: no image there{passed_over(report, Path(path), suffixes)[1]}"), file=sys.stderr)
+    for finding in report.findings.values():
+        if finding.kind == OWN:
+            print(f"warning: {finding}", file=sys.stderr)
     common = os.path.commonpath([*roots, *map(os.path.dirname, files)])  # a pattern may lead out of its root by ..
     return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common)
 
 
-def passed_over(report: Report, folder: str, suffixes: frozenset[str]) -> str:
-    """The kinds of files in ``folder`` that ``report`` says are no images; empty if there is none."""
-    from dtg_core.data.files import SKIPPED
+def image_ids(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Ids of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` beside it.
 
-    files = [Path(item) for finding in report.findings.values() if finding.file == str(Path(folder)) for item in finding.items]
-    shown = [file for file in files if not file.name.startswith(".") and file.name.lower() not in SKIPPED]
-    kinds = sorted({file.suffix.lower() for file in shown} - suffixes - {""})  # of suffixes: links that lead nowhere
-    return ", ".join([*kinds[:5], *(["..."] if len(kinds) > 5 else [])])
+    Args:
+        annotations: the JSON; nothing but its list of images is looked at. root: of ``names``, those of the images.
+
+    Raises:
+        UserError: it has no such list, or one that leaves an id in doubt, or lacks an image.
+    """
+    from dtg_core.data.strict_json import read_json
+
+    content = read_json(annotations, lambda record: {key: record[key] for key in ("images", "id", "file_name") if key in record})
+    records = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{annotations}: no list of images in it (found {type(content).__name__}) - give a COCO JSON")
+    odd = next((number for number, record in enumerate(records) if not is_image(record)), None)
+    if odd is not None:
+        raise UserError(f"{annotations}: images[{odd}] has no 'id' or no 'file_name' - add it")
+    for key in ("id", "file_name"):
+        value, times = Counter(record[key] for record in records).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"{annotations}: {times} images have the {key} {value!r} - mend it, so that each has its own")
+    ids = {os.path.normpath(record["file_name"]): record["id"] for record in records}
+    found: dict[str, Any] = {}
+    for folder in (root, annotations.parent, annotations.parent / "images"):
+        way = os.path.relpath(os.path.realpath(root), os.path.realpath(folder))
+        keys = {name: os.path.normpath(os.path.join(way, name)) for name in names}
+        found = max(found, {name: ids[key] for name, key in keys.items() if key in ids}, key=len)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{annotations}: does not list {missing[0]!r} ({len(missing)} of {counted(len(names), 'file')}) - give the "
+                        "folder that its file names are relative to, or leave --annotations out")
+    return found
+
+
+def is_image(record: object) -> bool:
+    """Whether an entry of a JSON's list of images has an id and a file name."""
+    return isinstance(record, dict) and type(record.get("id")) in (int, float, str) and type(record.get("file_name")) is str
 
 
 def require_own_folder(output: Path) -> None:
@@ -178,10 +238,10 @@ def require_own_folder(output: Path) -> None:
 
 
 def predict(
-    predictor: Predictor, items: Iterable[tuple[str, Image.Image]], names: Sequence[str], output: Path, score: float, batch: int,
-    pictures: bool, done: Done,
+    predictor: Predictor, items: Iterable[tuple[Any, str, Image.Image]], names: Sequence[str], output: Path, score: float,
+    batch: int, pictures: bool, done: Done,
 ) -> None:
-    """Write everything, or what is done before Ctrl-C; ``done`` tells how far it is."""
+    """Write everything of ``items``, as of ``images``, or what is done before Ctrl-C; ``done`` tells how far it is."""
     from dtg_core.engine.pictures import draw_found
     from dtg_core.engine.signals import StopSignals
 
@@ -190,19 +250,23 @@ def predict(
     drafts = [draft(path) for path in lists]  # renamed when they are whole
     with (
         open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table,
-        progress(total=total_of(names)) as bar,
+        open(drafts[2], "w", encoding="utf-8") as seen, progress(total=total_of(names)) as bar,
     ):  # fmt: skip
         rows = csv.writer(table)
         rows.writerow(COLUMNS)
         results.write("[")
+        seen.write('{"info": {"description": "what detections.json was found in"}, "images": [')
         try:
             for some in batches(items, batch):
-                done.first = done.first or [image for _, image in some]
-                for (name, image), found in zip(some, predictor.predict([image for _, image in some], score, batch)):
+                decoded = [image for _, _, image in some]
+                done.first = done.first or decoded
+                for (image_id, name, image), found in zip(some, predictor.predict(decoded, score, batch)):
                     with StopSignals(patient=True) as stop:  # so that lists and pictures agree
+                        size = {"width": image.width, "height": image.height}
+                        append(seen, {"id": image_id, "file_name": name, **size}, done.images == 0)
                         done.images += 1
-                        for entry, row in entries(predictor, found, name, done.images):
-                            results.write((",\n" if done.boxes else "\n") + json.dumps(entry))
+                        for entry, row in entries(predictor, found, name, image_id):
+                            append(results, entry, done.boxes == 0)
                             rows.writerow(row)
                             done.boxes += 1
                         if pictures:
@@ -213,8 +277,15 @@ def predict(
         except KeyboardInterrupt:
             done.interrupted = True
         results.write("\n]\n")
+        classes = [{"id": key, "name": name} for key, name in zip(predictor.category_ids, predictor.class_names)]
+        seen.write(f'\n], "annotations": [], "categories": {json.dumps(classes)}}}\n')
     for made, path in zip(drafts, lists):
         os.replace(made, path)
+
+
+def append(file: TextIO, entry: dict[str, Any], first: bool) -> None:
+    """Write an entry of a JSON list on a line of its own."""
+    file.write(("\n" if first else ",\n") + json.dumps(entry))
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -234,13 +305,13 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         tqdm.write(f"no picture: {printable(f'{path}: cannot be written ({reason or error})')}", file=sys.stderr)
 
 
-def entries(predictor: Predictor, found: Found, name: str, number: int) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
-    """The objects of image ``number`` for the JSON, and the rows for the CSV."""
+def entries(predictor: Predictor, found: Found, name: str, image_id: Any) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """The objects of an image for the JSON, and the rows for the CSV."""
     for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
         x1, y1, x2, y2 = (round(value, 3) for value in box)
         category = predictor.category_ids[label]
         entry = {
-            "image_id": number, "file_name": name, "category_id": category,
+            "image_id": image_id, "file_name": name, "category_id": category,
             "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)], "score": round(score, 6),
         }  # fmt: skip
         yield entry, (text(name), predictor.class_names[label], category, f"{score:.6f}", x1, y1, x2, y2)
@@ -259,26 +330,34 @@ def how_far(done: Done, names: Sequence[str]) -> str:
     return counted(done.images, "image") if total is None else f"{done.images + done.failed} of {counted(total, 'image')}"
 
 
-def images(root: Path, names: Sequence[str], rules: DataRules, done: Done) -> Iterator[tuple[str, Image.Image]]:
-    """Names and images that can be read, of videos frame by frame; what cannot be read is told and counted in ``done``."""
+def images(
+    root: Path, names: Sequence[str], ids: Mapping[str, Any], rules: DataRules, done: Done
+) -> Iterator[tuple[Any, str, Image.Image]]:
+    """Ids, names and images that can be read, of videos frame by frame; what cannot be read is told and counted in ``done``.
+
+    What has no id in ``ids`` is numbered from 1; images that cannot be read have their numbers too, so that mending one changes no
+    other's.
+    """
     from tqdm import tqdm
 
     from dtg_core.data.images import read_image
     from dtg_core.data.video import VIDEO_SUFFIXES, read_frames
 
+    numbers = count(1)
     for name in names:
         try:
             if Path(name).suffix.lower() in VIDEO_SUFFIXES:
                 for number, frame in enumerate(read_frames(root / name), 1):
-                    yield f"{name}/{number:06d}.jpg", frame
+                    yield next(numbers), f"{name}/{number:06d}.jpg", frame
             else:
-                yield name, read_image(root / name, rules=rules)
+                image_id = ids.get(name, next(numbers))
+                yield image_id, name, read_image(root / name, rules=rules)
         except UserError as error:
             done.failed += 1
             tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)  # above the bar
 
 
-def batches(items: Iterable[tuple[str, Image.Image]], size: int) -> Iterator[list[tuple[str, Image.Image]]]:
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of ``size`` items, the last one shorter."""
     rest = iter(items)
     while some := list(islice(rest, size)):

@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common import DETECTORS, check_devices, is_supervised, load_settings, main_guard, train_parser, without_effect
+from common import build_detector, check_devices, is_supervised, load_settings, main_guard, train_parser, without_effect
 
+from dtg_core.config import without_weights
 from dtg_core.errors import UserError
 from dtg_core.settings_text import to_yaml
 
@@ -188,22 +189,20 @@ def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[n
     from dtg_core.engine.initial import start_from
     from dtg_core.engine.predict import find_weights
 
-    classes, make = sources.labeled.class_names, DETECTORS[settings.detector]
-    bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
+    classes, bare = sources.labeled.class_names, without_weights(settings)
     if resumed or settings.run.init is None:
-        return make(bare if resumed else settings, len(classes)), []
-    detector = make(bare, len(classes))
+        return build_detector(bare if resumed else settings, len(classes)), []
+    detector = build_detector(bare, len(classes))
     path = find_weights(Path(settings.run.init))
-    return detector, start_from(path, detector, partial(make, bare), classes, settings.run.reset_head)
+    return detector, start_from(path, detector, partial(build_detector, bare), classes, settings.run.reset_head)
 
 
 def _try_detector(settings: RunSettings) -> None:
     """UserError for a backbone that the detector cannot use; without memory or weights, so that it can come before the data."""
     import torch
 
-    bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
     with torch.device("meta"):
-        DETECTORS[settings.detector](bare, 1)
+        build_detector(without_weights(settings), 1)
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:
@@ -220,8 +219,7 @@ def _replay(arguments: argparse.Namespace, settings: RunSettings, sources: Sourc
     from dtg_core.engine.replay import replay
     from dtg_core.engine.run import GAVE_UP
 
-    bare = replace(settings, backbone=replace(settings.backbone, pretrained=False, weights=None))
-    detector = DETECTORS[settings.detector](bare, len(sources.labeled.class_names))
+    detector = build_detector(without_weights(settings), len(sources.labeled.class_names))
     again, lines = replay(arguments.replay, settings, detector, sources, accelerator)
     print("\n".join([*lines, "not finite again" if again else "finite this time"]))
     return GAVE_UP if again else 0

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common import DETECTORS, Parser, load_settings, main_guard, one_of, train_parser
+from common import DETECTORS, Parser, build_detector, load_settings, main_guard, one_of, train_parser
 
 from dtg_core.errors import UserError
 
@@ -32,7 +32,7 @@ FAMILIES = {
 def parser() -> Parser:
     result = Parser("Train backbones for a few steps each.")
     result.add_argument("names", nargs="*", metavar="NAME", help="timm models (default: one of each of eleven families)")
-    result.add_argument("--detector", type=one_of(tuple(DETECTORS)), default="gfl", metavar="gfl|faster_rcnn",
+    result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="gfl|faster_rcnn",
                         help="on each backbone (default: gfl)")
     result.add_argument("--steps", type=int, default=20, metavar="N", help="of each (default: 20)")
     result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")
@@ -74,26 +74,24 @@ def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
 
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
-    from dtg_core.engine.loop import make_optimizer, train_step
-    from dtg_core.models.student import student_and_teacher
+    from dtg_core.engine.loop import prepare, train_step
 
     sources = open_sources(settings.data, supervised=False)
     torch.manual_seed(0)
-    student, teacher = student_and_teacher(DETECTORS[settings.detector](settings, len(sources.labeled.class_names)), settings)
     accelerator = Accelerator()
-    teacher.to(accelerator.device)
-    module, optimizer = accelerator.prepare(student, make_optimizer(student, settings.optim, accelerator))
+    detector = build_detector(settings, len(sources.labeled.class_names))
+    made = prepare(settings, detector, sources.labeled.objects_per_image(), accelerator)
     data = StepData(sources.labeled, sources.unlabeled, settings.views, 0, settings.data.labeled_per_device,
                     settings.data.unlabeled_per_device)  # fmt: skip
     losses, times = [], []
-    module.train()
+    made.student.train()
     for step in range(settings.run.steps):
         batch = data[step].to(accelerator.device)
         began = time.perf_counter()
-        figures = train_step(module, teacher, optimizer, [batch], settings, accelerator)
+        figures = train_step(made.student, made.teacher, made.optimizer, [batch], settings, accelerator)
         losses.append(sum(float(value) for key, value in figures.items() if key.startswith("labeled/")))
         times.append(time.perf_counter() - began)
-    return sum(parameter.numel() for parameter in student.parameters()), statistics.median(times), losses
+    return sum(parameter.numel() for parameter in made.module.parameters()), statistics.median(times), losses
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def write_weights(folder: Path, detector: str = "gfl", settings: RunSettings | N
     settings = settings or tiny_settings(detector)
     for seed, which in enumerate(("teacher", "student")):
         torch.manual_seed(seed)
-        model = common.DETECTORS[detector](settings, len(CLASSES))
+        model = common.build_detector(settings, len(CLASSES))
         with torch.no_grad():  # scores of an untrained head hardly differ
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))

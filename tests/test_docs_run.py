@@ -27,9 +27,10 @@ SHORT = {
     "train.py": ["--set", *TINY, *FEW, "run.steps=3", "run.evaluate_every=0"],
     "measure_guidance.py": ["--images", "4", "--batch", "2"],
     "show_views.py": ["--count", "2", "--set", *FEW],
-    "show_guidance.py": ["--count", "2"],
+    "show_guidance.py": ["--count", "2", "--measure", "4"],
     "benchmark.py": ["--backbone", "test_resnet", "--size", "64", "--repeats", "1", "--set", *FEW],
-    "export.py": ["--score", "0.001"],
+    "export.py": ["--score", "0.001", "--format", "torch_export"],
+    "try_backbones.py": ["--set", *FEW],
     "study.py": ["--dry-run"],
     "retinanet.py": ["run.steps=2", "run.log_every=1", *SMALL, *FEW],
 }

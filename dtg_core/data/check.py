@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -94,6 +95,9 @@ _kept: CocoIndex  # of a worker process, which gets it once: that of COCO takes 
 def _keep(index: CocoIndex) -> None:
     global _kept
     _kept = index
+    # Ctrl-C reaches every process of a terminal. A worker ends by it at once, without a traceback; one that ignored the signal
+    # would first look at all images that wait for it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _look_kept(row: int) -> Look:

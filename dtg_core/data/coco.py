@@ -12,14 +12,22 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dtg_core.config import DataRules
-from dtg_core.data.files import list_images, missing_files, nearest_name, no_folder, require_plain_names
+from dtg_core.data.files import (
+    instead_of,
+    list_images,
+    missing_files,
+    nearest_name,
+    no_folder,
+    passed_over,
+    require_plain_names,
+)
 from dtg_core.data.images import image_size
 from dtg_core.data.index import CocoIndex, starts, subset, unlabeled_index
 from dtg_core.data.report import Report
@@ -31,7 +39,7 @@ log = logging.getLogger(__name__)
 SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
 NEARLY_ALL = 0.95  # of a file's boxes, for a guess at their format
 LARGEST = 1e9  # px; numbers beyond are no coordinates
-GIVE_IMAGES = "give the images' folder by --images, or by data.images"
+GIVE_IMAGES = "give the images' folder by --images (data.images), that of --val by --val-images (data.val_images)"
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
 
 
@@ -62,9 +70,10 @@ def load_coco(
     missing = missing_files(root, names, json_path, rules)
     notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
+        remedy = "restore them, take them out of the JSON, or raise data.rules.max_bad_images"
         raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in "
                         f"{root}{nearest_name(root, names[missing[0]])} "
-                        f"({len(missing)} of {len(names)} are missing) - {GIVE_IMAGES}")
+                        f"({len(missing)} of {len(names)} are missing) - {GIVE_IMAGES if len(missing) == len(names) else remedy}")
     index = unlabeled_index(root, names, ids, rules)
     if need_labels:
         index = _with_objects(index, content, np.isin(np.arange(len(names)), missing), json_path, notes)
@@ -122,7 +131,8 @@ def _with_objects(
     """Sizes, boxes and classes from a JSON's content; ``missing`` [n] bool are images without a file."""
     annotations = _list_of(content, "annotations", path)
     class_names, category_ids = _classes(_list_of(content, "categories", path), path, report)
-    sizes = _sizes(index, content["images"], missing, path, report)
+    frame = _frame(index, content["images"], missing, path, report)
+    sizes = frame.sizes
 
     rows = _matched(annotations, "image_id", index.image_ids, path)
     labels = _matched(annotations, "category_id", category_ids, path)
@@ -136,6 +146,7 @@ def _with_objects(
     broken = ~(np.abs(boxes) < LARGEST).all(1)  # True for NaN
     boxes[broken] = math.nan
     usable = ~unknown & ~broken
+    boxes *= frame.scale[rows]
     # Also of unknown images, so that what an annotation is counted as does not depend on the order of the checks.
     boxes = _corners(boxes, sizes[rows], usable & (sizes[rows] > 0).all(1), index.rules, path)
     thin = usable & ~(boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -180,6 +191,7 @@ def _with_objects(
     return replace(
         index,
         sizes=sizes,
+        as_stored=frame.as_stored,
         boxes=clipped[order].astype(np.float32),
         labels=labels[order],
         box_start=starts(np.bincount(rows[order], minlength=len(index))),
@@ -280,10 +292,24 @@ def _odd_ids(annotations: list[dict[str, Any]]) -> list[int]:
 # Images and classes ----------------------------------------------------------------------------------------------------
 
 
-def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray, path: Path, report: Report) -> np.ndarray:
-    """[n, 2] int32, (height, width): the JSON's where it says any, else the files'.
+@dataclass(frozen=True)
+class _Frame:
+    """The pixels in which the boxes of a file's images are given."""
 
-    If one of a sample of the files differs from the JSON, all files are asked, and theirs is taken.
+    sizes: np.ndarray  # [n, 2] int32, (height, width)
+    scale: np.ndarray  # [n, 4] float64, what a box (x, y, width, height) is multiplied by to be in them
+    as_stored: bool  # EXIF turns no image
+
+
+def _frame(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray, path: Path, report: Report) -> _Frame:
+    """Sizes are the JSON's where it says any, else the files'.
+
+    If one of a sample of the files differs from the JSON, all files are asked, and theirs is taken. Where the images of that
+    sample that EXIF would lay on their side have their stored sizes in the JSON, EXIF turns none of the file's, also none by half
+    a turn, which no size tells.
+
+    Raises:
+        UserError: most images are the JSON's at another scale, and the rules do not say what then becomes of their boxes.
     """
     told = np.array([[_pixels(record.get(key), key, number, path) for key in ("height", "width")]
                      for number, record in enumerate(records)], np.int64)  # fmt: skip
@@ -294,19 +320,46 @@ def _sizes(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     sample = known[np.linspace(0, max(len(known) - 1, 0), min(SAMPLE, len(known))).astype(np.int64)]
     seen = _real_sizes(index, sample)
     names = index.file_names
+    lying = {row: tuple(told[row].tolist()) == stored for row, (stored, upright) in seen.items() if stored != upright}
     report.add(path, f"images of {len(seen)} looked at are not turned by their EXIF orientation, as their size in the JSON is the "
                      "stored one, while EXIF does turn unlabelled images - save the files turned, or write upright sizes and boxes",
-               (names[row] for row, (stored, upright) in seen.items() if tuple(told[row].tolist()) == stored != upright))
+               (names[row] for row, as_stored in lying.items() if as_stored))
     if any(tuple(told[row].tolist()) not in sizes for row, sizes in seen.items()):
         seen = _real_sizes(index, known)
     differ = {row: sizes for row, sizes in seen.items() if tuple(told[row].tolist()) not in sizes}
+    scale = _rescaled(told, differ, len(seen), index.rules, path, report)
     for row, (_, upright) in (differ | _real_sizes(index, unknown)).items():
         told[row] = upright
     report.add(path, "images have no usable width and height in the JSON; the file's are taken",
                (names[row] for row in unknown))
     report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
-               (names[row] for row in differ))
-    return told.astype(np.int32)
+               (names[row] for row in differ if (scale[row] == 1).all()))
+    return _Frame(told.astype(np.int32), scale, bool(lying) and all(lying.values()))
+
+
+def _rescaled(
+    told: np.ndarray, differ: dict[int, tuple[tuple[int, int], tuple[int, int]]], looked: int, rules: DataRules, path: Path,
+    report: Report,
+) -> np.ndarray:
+    """[n, 4] factors of the boxes, from sizes ``told`` [n, 2] by the JSON and those of the ``differ``ing of ``looked`` files."""
+    scale = np.ones((len(told), 4))
+    alike = {}  # files with the JSON's sides times one factor
+    for row, (_, upright) in differ.items():
+        factor = np.array(upright) / told[row]
+        if abs(told[row] * factor.mean() - upright).max() <= 1:
+            alike[row] = factor
+    if 2 * len(alike) <= looked or rules.resized == "keep":
+        return scale
+    row, factor = next(iter(alike.items()))
+    if rules.resized == "error":
+        height, width = told[row].tolist()
+        raise UserError(f"{path}: images are not of the size that it says but {factor.mean():.3g} times as large ({len(alike)} of "
+                        f"{looked} looked at, images[{row}]: {width} x {height} px in the JSON), so their boxes may be at the "
+                        "wrong scale - set data.rules.resized=scale to scale the boxes too, or =keep if they fit the files")
+    for row, factor in alike.items():
+        scale[row] = factor[[1, 0, 1, 0]]
+    report.add(path, "images have another size than the JSON says; their boxes are scaled with them", (str(row) for row in alike))
+    return scale
 
 
 def _real_sizes(index: CocoIndex, rows: np.ndarray) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
@@ -453,12 +506,15 @@ def list_folder(folder: Path, rules: DataRules | None = None, report: Report | N
     """All images under a folder, sorted by path, without boxes, classes and known sizes; hidden files are skipped.
 
     Raises:
-        UserError: it is not a folder, or has no images.
+        UserError: it is not a folder, or has no images, with the kinds of files that it has instead.
     """
-    folder = Path(folder)
+    folder, notes = Path(folder), Report() if report is None else report
     if not folder.is_dir():
-        raise UserError(f"{folder}: {no_folder(folder)} - give a folder of images")
-    names = list_images(folder, Report() if report is None else report)
+        kinds = {folder.suffix.lower()} if folder.exists() else set[str]()
+        raise UserError(f"{folder}: {no_folder(folder)} - {instead_of(kinds, 'give a folder of images')}")
+    names = list_images(folder, notes)
     if not names:
-        raise UserError(f"{folder}: it has no images - give a folder of images, or use --paradigm supervised")
+        kinds, told = passed_over(notes, folder)
+        remedy = instead_of(kinds, "give a folder of images, or use --paradigm supervised")
+        raise UserError(f"{folder}: it has no images{told} - {remedy}")
     return unlabeled_index(folder, names, names, rules or DataRules())

@@ -5,25 +5,36 @@ import contextlib
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dtg_core.config import DataRules
 from dtg_core.data.report import Report
+from dtg_core.data.video import VIDEO_SUFFIXES
 from dtg_core.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
+HEIC_SUFFIXES = frozenset((".heic", ".heif"))
 SKIPPED = frozenset(("__macosx", "thumbs.db", "desktop.ini"))  # and hidden ones, such as .ipynb_checkpoints
+PREDICTION = "detections.json", "detections.csv"  # the lists of predict.py, ``.tmp`` until they are whole
 LONGEST = 4095  # bytes of a path
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 FILE, LINK, OTHER = range(3)
+# What ``list_images`` reports.
+OWN = "of its folders are passed over, as this program has written them"
+VIDEO = "files are skipped, as video instead of frames"
+HEIC = "files are skipped, as HEIC instead of JPEG"
+JUNK = "files are skipped, as hidden or as no image"
 
 
 def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[str]:
-    """Image files under a folder, or those of other lower-case ``suffixes``, relative to it and sorted; links are followed,
-    hidden and known junk files are skipped."""
+    """Image files under a folder, or those of other lower-case ``suffixes``, relative to it and sorted; links are followed.
+
+    Hidden and known junk files are skipped, and folders in it that hold a run, a study or a prediction: their pictures have boxes
+    drawn on them.
+    """
     names: list[str] = []
-    junk: list[str] = []
+    skipped: dict[str, list[str]] = {OWN: [], VIDEO: [], HEIC: [], JUNK: []}
     seen: set[str] = set()  # real folders, so that links in a circle end
     waiting = [""]
     while waiting:
@@ -37,19 +48,61 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
             entries = list(os.scandir(where))
         except OSError as error:
             raise UserError(f"{where}: the folder cannot be read ({error.strerror}) - check its permissions") from error
+        if prefix and _is_own(where, {entry.name for entry in entries}):
+            skipped[OWN].append(prefix.rstrip("/"))
+            continue
         for entry in entries:
-            name = prefix + entry.name
+            name, suffix = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(".") or entry.name.lower() in SKIPPED:
-                junk.append(name)
+                skipped[JUNK].append(name)
             elif entry.is_dir():
                 waiting.append(name + "/")
-            elif os.path.splitext(entry.name)[1].lower() not in suffixes or not entry.is_file():
-                junk.append(name)
+            elif suffix not in suffixes or not entry.is_file():
+                skipped[VIDEO if suffix in VIDEO_SUFFIXES else HEIC if suffix in HEIC_SUFFIXES else JUNK].append(name)
             else:
                 names.append(name)
-    report.add(folder, "files are skipped, as hidden or as no image", junk)
+    for kind, items in skipped.items():
+        report.add(folder, kind, sorted(items))
     names.sort()
     return names
+
+
+def _is_own(where: str, names: set[str]) -> bool:
+    """Whether this program has written the folder that holds ``names``: as a study, a prediction, even an unfinished one, or a run,
+    whose config.yaml tells the version of its keys."""
+    if {"study.yaml", "logs"} <= names or all(name in names or f"{name}.tmp" in names for name in PREDICTION):
+        return True
+    config = os.path.join(where, "config.yaml")
+    if "config.yaml" not in names or names.isdisjoint((".lock", "metrics.jsonl")) or not os.path.isfile(config):
+        return False
+    with contextlib.suppress(OSError), open(config, "rb") as file:
+        return re.search(rb"^schema:", file.read(), re.MULTILINE) is not None
+    return False
+
+
+def passed_over(report: Report, folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[set[str], str]:
+    """What ``list_images`` has reported of a folder without images: the suffixes of its files, and all in words that follow "no
+    images", such as ", only .heic, .mp4 files"; empty if there is nothing."""
+    kinds: set[str] = set()
+    for kind in (VIDEO, HEIC, JUNK):
+        finding = report.findings.get((str(folder), kind))
+        paths = [Path(item) for item in finding.items] if finding else []
+        kinds |= {path.suffix.lower() for path in paths if path.name[0] != "." and path.name.lower() not in SKIPPED}
+    kinds -= suffixes | {""}  # of suffixes: links that lead nowhere
+    shown = ", ".join([*sorted(kinds)[:5], *(["..."] if len(kinds) > 5 else [])])
+    told = [f"{shown} files"] if kinds else []
+    if (str(folder), OWN) in report.findings:
+        told.append("what this program has written")
+    return kinds, f", only {' and '.join(told)}" if told else ""
+
+
+def instead_of(kinds: Collection[str], other: str) -> str:
+    """What to do with files of these suffixes, which are no images; ``other`` where none of them is known."""
+    remedies = [
+        ("extract frames, e.g. mkdir frames && ffmpeg -i a.mp4 -vf fps=1 frames/%06d.jpg", VIDEO_SUFFIXES),
+        ("convert HEIC to JPEG", HEIC_SUFFIXES),
+    ]
+    return ", and ".join(remedy for remedy, suffixes in remedies if not suffixes.isdisjoint(kinds)) or other
 
 
 def no_folder(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Any image file as upright 8-bit RGB, or a UserError that says why not.
 
-EXIF orientation is applied, 16 bits are divided by 257, transparency is laid over white, of several frames the first is
-taken.
+EXIF orientation is applied, 16 bits are divided by 257 unless a range is given, transparency is laid over white, of several
+frames the first is taken.
 """
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, Ind
 # What can be odd about an image that is used all the same.
 ALPHA = "images with transparency are laid over white"
 DEEP = "images of more than 8 bits are scaled to 8"
+DARK = "images of 16 bits have no value over 4095 and come out nearly black - set data.rules.float_range=[0, 4095] if that is white"
 FRAMES = "images of several frames are used by their first"
 BAD_EXIF = "images have EXIF data that cannot be read, which is ignored"
-UNTURNED = "images are not turned by their EXIF orientation, because their size in the JSON is the stored one"
+UNTURNED = "images are not turned by their EXIF orientation, because the sizes in their JSON are the stored ones"
 
 
 def read_image(
-    path: Path, size: tuple[int, int] | None = None, rules: DataRules | None = None, odd: set[str] | None = None
+    path: Path, size: tuple[int, int] | None = None, rules: DataRules | None = None, odd: set[str] | None = None,
+    as_stored: bool = False,
 ) -> Image.Image:
     """Decode an image.
 
@@ -42,6 +44,7 @@ def read_image(
             EXIF orientation, it is not turned, because then the boxes were drawn on the stored pixels.
         rules: how truncated, float and huge files are taken; None: the defaults.
         odd: collects what is odd about the image.
+        as_stored: never turn it, since the boxes of its data set were drawn on stored pixels.
 
     Raises:
         UserError: the file is missing or no readable image; NeedsSetting where it is float or 32 bits deep without a
@@ -61,7 +64,7 @@ def read_image(
             odd.add(FRAMES)
         orientation = _orientation(image, odd)
         stored = image.height, image.width
-        if orientation >= 5 and size == stored and size != stored[::-1]:
+        if orientation > 1 and (as_stored or (orientation >= 5 and size == stored and size != stored[::-1])):
             odd.add(UNTURNED)
         elif orientation > 1:
             image = ImageOps.exif_transpose(image)
@@ -74,6 +77,12 @@ def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, i
     with _opened(path, rules or DataRules()) as image:
         stored = image.height, image.width
         return stored, stored[::-1] if _orientation(image, set()) >= 5 else stored
+
+
+def is_turned(path: Path, rules: DataRules | None = None) -> bool:
+    """Whether EXIF turns or mirrors the image, from the head of the file. Raises UserError as ``read_image`` does."""
+    with _opened(path, rules or DataRules()) as image:
+        return _orientation(image, set()) > 1
 
 
 @contextlib.contextmanager
@@ -133,6 +142,8 @@ def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> 
         odd.add(DEEP)
         deep = np.asarray(image).astype(np.float64)
         low, high = _levels(image.mode, deep, path, rules)
+        if (low, high) == SIXTEEN_BITS and image.mode.startswith("I;16") and deep.max(initial=0) < 4096:
+            odd.add(DARK)
         unit = np.nan_to_num((deep - low) / (high - low)).clip(0, 1)
         return Image.fromarray((unit * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -146,10 +157,10 @@ def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> 
 def _levels(mode: str, deep: np.ndarray, path: Path, rules: DataRules) -> tuple[float, float]:
     """The values of black and white, which do not depend on the image: its like should be as bright. NeedsSetting where nobody
     knows them."""
-    if mode.startswith("I;16"):
-        return SIXTEEN_BITS
     if rules.float_range is not None:
         return rules.float_range
+    if mode.startswith("I;16"):
+        return SIXTEEN_BITS
     if mode == "I" and ((deep >= SIXTEEN_BITS[0]) & (deep <= SIXTEEN_BITS[1])).all():  # 16 bits also come in the 32-bit mode
         return SIXTEEN_BITS
     kind = "floats" if mode == "F" else "whole numbers beyond 16 bits"

@@ -16,15 +16,17 @@ from xml.etree import ElementTree
 
 from dtg_core.config import DataRules
 from dtg_core.data.files import list_images, no_folder
-from dtg_core.data.images import image_size
+from dtg_core.data.images import image_size, is_turned
 from dtg_core.data.report import Report
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 from dtg_core.settings import plain_yaml
 
 Record = dict[str, Any]
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
 NO_FILE = "images have no annotation file and are taken to show no object - --only-labeled leaves them out"
 LEFT_OUT = "images have no annotation file and are left out"
+TURNED = ("images have an EXIF orientation, and their labels count as drawn on the turned image - if they were drawn on the stored "
+          "pixels, take the orientation out of the files")
 
 
 def import_yolo(
@@ -33,31 +35,40 @@ def import_yolo(
     """COCO records of YOLO labels.
 
     Args:
-        images: folder. labels: folder with a ``.txt`` for each image, at the same place and with the same stem; each line is
-            "class x y width height" (the box's center and sides as shares of the image) or "class x y x y x y ..." (a
-            polygon).
-        names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``.
+        images: folder. labels: folder with a ``.txt`` for each image, see ``_label_file``; each line is "class x y width
+            height" (the box's center and sides as shares of the image), the same with keypoints, or "class x y x y x y ..."
+            (a polygon).
+        names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``; its ``kpt_shape`` tells
+            that lines have keypoints, which are left out.
         report: takes what was left out.
         only_labeled: leave images without a file of labels out; otherwise they show no object, as in YOLO.
         rules: which images can be used; None: the defaults.
     """
-    class_names = _class_names(names)
+    class_names, keypoints, rules = _class_names(names), _keypoints(names), rules or DataRules()
     records: list[Record] = []
     annotations: list[Record] = []
-    for name, (height, width), path in _sized(images, labels, ".txt", report, rules or DataRules(), only_labeled):
+    kinds: dict[tuple[int, bool], list[str]] = {}  # of lines: columns and whether they can be a pose, with the places of long ones
+    for name, (height, width), path in _sized(images, labels, ".txt", report, rules, only_labeled):
         records.append({"id": len(records) + 1, "file_name": name, "width": width, "height": height})
         if path is None:
             continue
+        report.add(images, TURNED, [name] if is_turned(images / name, rules) else [])
         for number, line in enumerate(_text(path).splitlines(), 1):
             if not line.strip():
                 continue
-            found = _yolo_line(line.split(), f"{path}:{number}", len(class_names))
+            place = f"{path}:{number}"
+            values = _yolo_numbers(line.split(), place)
+            if values:
+                kinds.setdefault((len(values), _is_pose(values)), []).extend([place] if len(values) > 5 else [])
+            found = _yolo_object(values, place, len(class_names), keypoints) if values else None
             if found is None:
-                report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [f"{path}:{number}"])
+                report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [place])
                 continue
             label, (x1, y1, x2, y2) = found
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
             annotations.append(_annotation(len(annotations), len(records), label + 1, box))
+    if keypoints is None and len(kinds) == 1:
+        _doubt_polygons(kinds, labels, report)
     return _coco(records, annotations, class_names, labels)
 
 
@@ -68,7 +79,7 @@ def import_voc(
     """COCO records of Pascal VOC's XML files.
 
     Args:
-        images: folder. annotations: folder with an ``.xml`` for each image, at the same place and with the same stem.
+        images: folder. annotations: folder with an ``.xml`` for each image, see ``_label_file``.
         report: takes what was left out.
         zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
         names: the classes, as of ``import_yolo``, for files that share them; None: those that occur, by the alphabet.
@@ -116,18 +127,26 @@ def _sized(
     report.add(folder, "images share their annotation file with others, as they differ in the suffix only",
                (name for name in names if stems[os.path.splitext(name)[0]] > 1))
     for name in names:
-        path = labels / f"{os.path.splitext(name)[0]}{suffix}"
-        labeled = path.is_file()
-        if not labeled:
+        path = _label_file(labels, name, suffix)
+        if path is None:
             report.add(labels, LEFT_OUT if only_labeled else NO_FILE, [name])
-        if only_labeled and not labeled:
+        if only_labeled and path is None:
             continue
         try:
             size = image_size(folder / name, rules)[1]
         except UserError as error:
             report.add(folder, "images cannot be used and are left out", [str(error).replace(f"{folder / name}: ", f"{name}: ", 1)])
             continue
-        yield name, size, path if labeled else None
+        yield name, size, path
+
+
+def _label_file(labels: Path, name: str, suffix: str) -> Path | None:
+    """At the image's place with the same stem, or else where its last folder called images is one called labels, as
+    Ultralytics has it; None: there is none."""
+    stem = os.path.splitext(name)[0]
+    before, found, after = f"/{stem}".rpartition("/images/")
+    stems = [stem, f"{before}/labels/{after}"[1:]] if found else [stem]
+    return next((path for path in (labels / f"{each}{suffix}" for each in stems) if path.is_file()), None)
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> Record:
@@ -154,12 +173,10 @@ def _text(path: Path) -> str:
 
 
 def _class_names(path: Path) -> list[str]:
-    text = _text(path)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not _is_yaml(path):
+        names = [line.strip() for line in _text(path).splitlines() if line.strip()]
     else:
-        content = plain_yaml(text, str(path))
-        found = content.get("names") if isinstance(content, dict) else None
+        found = _value(path, "names")
         if isinstance(found, dict):
             if set(found) != set(map(str, range(len(found)))):
                 numbers = ", ".join(list(map(str, found))[:5])
@@ -172,11 +189,32 @@ def _class_names(path: Path) -> list[str]:
     return names
 
 
+def _is_yaml(path: Path) -> bool:
+    return path.suffix.lower() in (".yaml", ".yml")
+
+
+def _value(path: Path, key: str) -> Any:
+    """Of a YAML file, None where it has no such key."""
+    content = plain_yaml(_text(path), str(path))
+    return content.get(key) if isinstance(content, dict) else None
+
+
 # YOLO ------------------------------------------------------------------------------------------------------------------
 
 
-def _yolo_line(words: list[str], place: str, classes: int) -> tuple[int, tuple[float, float, float, float]] | None:
-    """Label and corners as shares of the image; None for a line that is left out."""
+def _keypoints(names: Path) -> int | None:
+    """How many numbers of keypoints follow a line's box, None where the file does not say."""
+    shape = _value(names, "kpt_shape") if _is_yaml(names) else None
+    if shape is None:
+        return None
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(side) is int for side in shape)) \
+            or shape[0] < 1 or shape[1] not in (2, 3):
+        raise UserError(f"{names}: its kpt_shape is {shape} - write [number of keypoints, 2 or 3]")
+    return shape[0] * shape[1]
+
+
+def _yolo_numbers(words: list[str], place: str) -> list[float] | None:
+    """The numbers of a line, class first; None for a line that is left out."""
     if any("," in word for word in words):
         raise UserError(f"{place}: it has commas - separate the numbers by spaces")
     if len(words) == 6:
@@ -185,11 +223,39 @@ def _yolo_line(words: list[str], place: str, classes: int) -> tuple[int, tuple[f
         values = [float(word) for word in words]
     except ValueError:
         return None
-    if len(values) < 5 or not all(map(math.isfinite, values)) or not values[0].is_integer():
-        return None
+    return values if len(values) >= 5 and all(map(math.isfinite, values)) and values[0].is_integer() else None
+
+
+def _is_pose(values: list[float]) -> bool:
+    """Whether a line can be a box with keypoints x, y and visibility."""
+    points = values[5:]
+    return len(points) > 0 and len(points) % 3 == 0 and set(points[2::3]) <= {0, 1, 2}
+
+
+def _doubt_polygons(kinds: dict[tuple[int, bool], list[str]], labels: Path, report: Report) -> None:
+    """Polygons hardly ever have all the same number of corners, boxes with keypoints do; with two numbers a keypoint nothing
+    tells them from oriented boxes, though."""
+    [((columns, pose), places)] = kinds.items()
+    remedy = "give the data.yaml with their kpt_shape by --names"
+    if pose:
+        points = counted((columns - 5) // 3, "keypoint")
+        raise UserError(f"{labels}: every line has {columns} columns, as boxes with {points} have - {remedy}")
+    if columns > 5 and columns % 2:
+        report.add(labels, f"lines of {columns} columns count as polygons - for boxes with keypoints {remedy}", places)
+
+
+def _yolo_object(
+    values: list[float], place: str, classes: int, keypoints: int | None
+) -> tuple[int, tuple[float, float, float, float]] | None:
+    """Label and corners as shares of the image; None for a line that is left out."""
     label, numbers = int(values[0]), values[1:]
     if not 0 <= label < classes:
         raise UserError(f"{place}: the class {label} is not among the {classes} names, which count from 0 - add its name")
+    if keypoints is not None:
+        if len(numbers) not in (4, 4 + keypoints):
+            raise UserError(f"{place}: it has {len(values)} columns, but 5, or {5 + keypoints} by kpt_shape, are wanted - mend the "
+                            "line, or kpt_shape")
+        numbers = numbers[:4]
     if not all(-SLACK <= value <= 1 + SLACK for value in numbers):
         return None
     if len(numbers) == 4:

@@ -34,6 +34,7 @@ class CocoIndex:
     class_names: tuple[str, ...]  # C
     category_ids: list[Any]  # C, as the user wrote them
     areas: np.ndarray | None = None  # [B] float64, the JSON's own; None: those of the boxes
+    as_stored: bool = False  # boxes were drawn on stored pixels, so EXIF turns no image
     rules: DataRules = field(default_factory=DataRules)
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class CocoIndex:
         Raises UserError when it cannot be read, or has not the size that its boxes were made for.
         """
         height, width = self.sizes[row].tolist()
-        image = read_image(self.path(row), (height, width), self.rules, odd)
+        image = read_image(self.path(row), (height, width), self.rules, odd, self.as_stored)
         if height and image.size != (width, height):
             found = f"{image.width} x {image.height}"
             raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - mend one of them")

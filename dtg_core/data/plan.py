@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dtg_core.config import ViewsConfig
-from dtg_core.data.geometry import FILL
+from dtg_core.config import Config, ViewsConfig
 from dtg_core.data.index import CocoIndex
+from dtg_core.data.sources import Sources
 from dtg_core.data.views import (
-    CANVAS_MULTIPLE,
     View,
     collate,
     collate_pair,
@@ -146,6 +145,14 @@ class StepData(Dataset[StepBatch]):
                         "disk")
 
 
+def step_data(config: Config, sources: Sources, part: int, parts: int) -> StepData:
+    """The batches of one part of a run's steps; processes times micro-batches are the parts."""
+    return StepData(
+        sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
+        config.data.unlabeled_per_device, part, parts, unlabeled_from=config.guidance.start_step,
+    )  # fmt: skip
+
+
 class MicroBatches(Dataset[StepBatch]):
     """The micro-batches of one process; item i is part i % K of step i // K.
 
@@ -162,8 +169,9 @@ class MicroBatches(Dataset[StepBatch]):
         return self.parts[part][step]
 
 
-class EvalData(Dataset[ViewBatch]):
-    """Batches of test views; over all processes each image comes once. ``ViewBatch.image_ids`` says which they are.
+class EvalData(Dataset[ViewBatch | None]):
+    """Batches of test views; over all processes each image that can be read comes once. ``ViewBatch.image_ids`` says which they
+    are. A batch of which none can be read is None.
 
     Where sizes are known, the images of a batch have one canvas, so that figures do not depend on what shares a batch.
     """
@@ -182,22 +190,20 @@ class EvalData(Dataset[ViewBatch]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, item: int) -> ViewBatch:
-        rows = self.batches[item].tolist()
-        views = [test_view(self._image(row), *self.index.objects(row), self.views) for row in rows]
-        return collate(views, [0] * len(rows), [self.index.image_ids[row] for row in rows])
+    def __getitem__(self, item: int) -> ViewBatch | None:
+        rows = [(row, image) for row in self.batches[item].tolist() if (image := self._image(row)) is not None]
+        views = [test_view(image, *self.index.objects(row), self.views) for row, image in rows]
+        return collate(views, [0] * len(rows), [self.index.image_ids[row] for row, _ in rows]) if rows else None
 
-    def _image(self, row: int) -> Image.Image:
-        """An image, empty where it cannot be read: then its objects count as not found, but the evaluation comes to its
-        end."""
+    def _image(self, row: int) -> Image.Image | None:
+        """An image, None where it cannot be read."""
         try:
             return self.index.image(row)
         except NeedsSetting:
             raise
         except UserError as error:
-            log.warning("%s; an empty image takes its place", printable(str(error)))
-            height, width = self.index.sizes[row].tolist()
-            return Image.new("RGB", (width or CANVAS_MULTIPLE, height or CANVAS_MULTIPLE), FILL)
+            log.warning("%s; it is not evaluated", printable(str(error)))
+            return None
 
 
 def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: int) -> DataLoader[StepBatch]:
@@ -256,8 +262,8 @@ def _end_workers() -> None:
 
 def eval_batches(
     index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
-) -> DataLoader[ViewBatch]:
-    """Test views of this process' share of the images; over all processes each image comes once."""
+) -> DataLoader[ViewBatch | None]:
+    """Test views of this process' share of the images, see ``EvalData``."""
     data = EvalData(index, views, batch, rank, world_size)
     return DataLoader(
         data, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_signals

@@ -54,7 +54,7 @@ def open_sources(config: DataConfig, supervised: bool, report: Report | None = N
 
 def _val(config: DataConfig, labeled: CocoIndex, images: Path | None, report: Report) -> CocoIndex:
     assert config.val is not None
-    val = load_coco(Path(config.val), images, rules=config.rules, report=report)
+    val = load_coco(Path(config.val), Path(config.val_images) if config.val_images else images, rules=config.rules, report=report)
     if not (~val.crowd).any():
         raise UserError(f"{config.val}: no usable box to evaluate against - give a labelled set, or leave --val out")
     if set(val.class_names) != set(labeled.class_names):
@@ -105,4 +105,4 @@ def _embedded(config: DataConfig) -> DataConfig:
         seed=config.shapes_seed,
     )
     return replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None,
-                   unlisted="ignore")
+                   val_images=None, unlisted="ignore")

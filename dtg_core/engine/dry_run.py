@@ -7,7 +7,6 @@ import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +15,11 @@ from torch import nn
 from dtg_core.config import Config
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
-from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.engine.loop import prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.guidance.thresholds import Thresholds
-from dtg_core.models.student import student_and_teacher
-from dtg_core.protocol import Detector
 
 CHECKPOINTS = 3  # kept at once while a new one is written
 
@@ -42,19 +38,14 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         UserError: the disk has no room for the checkpoints, or an image of the batches cannot be used.
     """
     keep_freed_memory()
-    module, teacher = student_and_teacher(detector, config)
-    teacher.to(accelerator.device)
-    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
+    made = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
     data = StepData(
         sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
         config.data.unlabeled_per_device, accelerator.process_index, accelerator.num_processes,
     )
     guidance = config.guidance
     full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
-    thresholds = Thresholds(
-        guidance.stages, cast(Detector, detector).stages, sources.labeled.objects_per_image(), accelerator.device
-    )
-    student.train()
+    made.student.train()
     reading = training = 0.0
     broken = False
     parts = min(config.optim.accumulate, 2)  # of micro-batches; with several, each passes the student twice
@@ -63,12 +54,13 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         batch = data[step]
         reading = time.perf_counter() - began
         moved = [batch.to(accelerator.device)] * parts
-        figures = train_step(student, teacher, optimizer, moved, config, accelerator, thresholds=thresholds)
+        figures = train_step(
+            made.student, made.teacher, made.optimizer, moved, config, accelerator, thresholds=made.thresholds
+        )
         broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
         training = time.perf_counter() - began - reading
-    reading, training = reading * config.optim.accumulate, training * config.optim.accumulate / parts
-    step_seconds = max(training, reading / config.data.workers) if config.data.workers else training + reading
-    size = _checkpoint_bytes(module, teacher, optimizer)
+    training, reading, whole = forecast(training, reading, parts, config)
+    size = _checkpoint_bytes(made.module, made.teacher, made.optimizer)
     free = shutil.disk_usage(_existing(folder)).free
     if free < size * CHECKPOINTS:
         raise UserError(f"{folder}: the disk has {free / 1e9:.2f} GB left, and the run needs about "
@@ -84,12 +76,24 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         f"{processes} {'process' if processes == 1 else 'processes'}",
         f"step: {training:.2f} s training, {reading:.2f} s reading with one process",
         *(["losses were not finite - lower optim.lr, or check the data"] if broken else []),
-        f"run: about {timedelta(seconds=round(step_seconds * config.run.steps))} for {config.run.steps} steps, evaluation "
+        f"run: about {timedelta(seconds=round(whole))} for {config.run.steps} steps, evaluation "
         "not counted",
         f"memory: {peak_memory(accelerator.device) / 1e9:.1f} GB of the {'GPU' if on_gpu else 'process'} at most",
         f"disk: {size / 1e6:.0f} MB a checkpoint, {free / 1e9:.1f} GB free",
         "dry run: nothing was written",
     ]
+
+
+def forecast(training: float, reading: float, parts: int, config: Config) -> tuple[float, float, float]:
+    """Seconds that a step takes to train and, with one process, to read, and that the whole run takes.
+
+    Args:
+        training: seconds of a step with ``parts`` micro-batches. reading: of a micro-batch. config: of the run.
+    """
+    accumulate, workers = config.optim.accumulate, config.data.workers
+    training, reading = training / parts * accumulate, reading * accumulate
+    step = max(training, reading / workers) if workers else training + reading
+    return training, reading, step * config.run.steps
 
 
 def _broken(figures: Figures, scaled: bool) -> bool:

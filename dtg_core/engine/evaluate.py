@@ -10,7 +10,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dtg_core.boxes import clip, project
-from dtg_core.errors import UserError
 from dtg_core.structures import Detections, ViewBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dtg_core.data.index import CocoIndex
-
-Backend = Literal["pycocotools", "faster_coco_eval"]
 
 #: COCO's twelve figures, in the evaluator's order.
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -69,13 +66,13 @@ class Found:
         return np.sort(np.concatenate([*self.seen, np.zeros(0, np.int64)])), rows[np.argsort(rows[:, 6], kind="stable")]
 
 
-def coco_metrics(index: CocoIndex, found: Found, backend: Backend = "pycocotools") -> dict[str, Any]:
+def coco_metrics(index: CocoIndex, found: Found, faster: bool = True) -> dict[str, Any]:
     """COCO's metric of detections.
 
     Args:
         index: the ground truth; crowd boxes count as COCO counts them.
-        found: detections of images of ``index``, each image once; an image without an entry has no detection.
-        backend: ``faster_coco_eval`` gives the same figures sooner, when it is installed.
+        found: detections of images of ``index``, each image once; objects of images that were not seen do not count.
+        faster: by faster-coco-eval where it is installed, which gives the same figures sooner; else by pycocotools.
 
     Returns:
         {"AP": .., ... the twelve FIGURES in 0..100, None where there is no object to find, "classes": {name: AP or None}}.
@@ -83,11 +80,11 @@ def coco_metrics(index: CocoIndex, found: Found, backend: Backend = "pycocotools
     Raises:
         ValueError: an image given twice, an unknown image or class, a value that is not finite.
     """
-    return metrics_and_curves(index, found, backend)[0]
+    return metrics_and_curves(index, found, faster)[0]
 
 
 def metrics_and_curves(
-    index: CocoIndex, found: Found, backend: Backend = "pycocotools"
+    index: CocoIndex, found: Found, faster: bool = True
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
     """``coco_metrics``, and the curves that lie behind it.
 
@@ -97,13 +94,14 @@ def metrics_and_curves(
     """
     seen, rows = found.merged()
     _check(index, seen, rows)
-    coco, coco_eval = _evaluator(backend)
+    coco, coco_eval = _evaluator(faster)
     with contextlib.redirect_stdout(io.StringIO()):  # the evaluators print
         truth, results = coco(), coco()
         truth.dataset, results.dataset = _truth(index), _results(index, rows)
         truth.createIndex()
         results.createIndex()
         evaluation = coco_eval(truth, results, "bbox")
+        evaluation.params.imgIds = (seen + 1).tolist()
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -133,7 +131,7 @@ def coco_results(index: CocoIndex, found: Found) -> list[dict[str, Any]]:
 
 @torch.no_grad()  # not inference mode: anchors are cached, and training could not use those made in it
 def find(
-    detector: nn.Module, index: CocoIndex, batches: Iterable[ViewBatch], device: torch.device, score_threshold: float,
+    detector: nn.Module, index: CocoIndex, batches: Iterable[ViewBatch | None], device: torch.device, score_threshold: float,
     accelerator: Accelerator | None = None,
 ) -> Found:
     """Run a detector over views of the images of ``index`` and gather what all processes found.
@@ -141,7 +139,7 @@ def find(
     Args:
         detector: satisfies ``dtg_core.protocol.Detector``; in evaluation mode meanwhile.
         index: whose ``image_ids`` the views name.
-        batches: this process' share of the images, on the CPU.
+        batches: this process' share of the images, on the CPU; None where no image of a batch can be read.
         device: where the detector is.
         score_threshold: of kept detections.
         accelerator: gives autocast for the network, and the other processes.
@@ -154,6 +152,8 @@ def find(
     detector.eval()
     try:
         for views in batches:
+            if views is None:
+                continue
             moved = views.to(device, non_blocking=True)
             with accelerator.autocast() if accelerator is not None else contextlib.nullcontext():
                 outputs = detector.run(moved)  # type: ignore[operator]
@@ -167,10 +167,10 @@ def find(
         detector.train(training)
     if accelerator is None or accelerator.num_processes == 1:
         return found
-    return _gathered(found, failure, accelerator)
+    return _gathered(found, failure)
 
 
-def _gathered(found: Found, failure: Exception | None, accelerator: Accelerator) -> Found:
+def _gathered(found: Found, failure: Exception | None) -> Found:
     """Join all processes' parts; a failure of one becomes an error of all."""
     from accelerate.utils import gather_object
 
@@ -181,6 +181,11 @@ def _gathered(found: Found, failure: Exception | None, accelerator: Accelerator)
         if problem is not None:
             raise RuntimeError(f"evaluation failed on process {process}: {problem}")
     return Found([seen for seen, _, _ in parts], [rows for _, rows, _ in parts])
+
+
+def unseen(index: CocoIndex, found: Found) -> list[str]:
+    """The files of ``index`` that could not be read, or were not given to ``find``."""
+    return [index.file_names[row] for row in np.setdiff1d(np.arange(len(index)), found.merged()[0]).tolist()]
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -195,19 +200,17 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {name:<{width}}  AP {shown(value)}" for name, value in metrics["classes"].items())])
 
 
-def _evaluator(backend: Backend) -> tuple[Any, Any]:
+def _evaluator(faster: bool) -> tuple[Any, Any]:
     """The (COCO, COCOeval) classes of a package."""
-    if backend == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+    if faster:
+        with contextlib.suppress(ImportError):
+            from faster_coco_eval import COCO, COCOeval_faster
 
-        return COCO, COCOeval
-    try:
-        from faster_coco_eval import COCO as FasterCOCO
-        from faster_coco_eval import COCOeval_faster
-    except ImportError as error:
-        raise UserError("faster-coco-eval: not installed - install the extra 'fast', or use pycocotools") from error
-    return FasterCOCO, COCOeval_faster
+            return COCO, COCOeval_faster
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    return COCO, COCOeval
 
 
 def _check(index: CocoIndex, seen: NDArray[np.int64], rows: NDArray[np.float64]) -> None:

@@ -96,8 +96,8 @@ class RunFolder:
         """Make or re-open the folder. Raises UserError as ``require_free`` does, and when the folder is in use."""
         self.require_free(resume, overwrite)
         self.claim()
-        if overwrite:
-            for entry in self.path.iterdir():
+        with writing(self.path):
+            for entry in self.path.iterdir() if overwrite else ():
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 

@@ -1,7 +1,7 @@
 """The training step. ``train_step`` is the whole method: teach, student, weigh, update, average.
 
-Everything a step needs follows from its number: the batch (data/plan.py), the schedules and the random draws. So a run
-resumes at any step without replaying the steps before.
+The batch (data/plan.py), the schedules and the random draws follow from the step's number, and all that steps change is in
+``Training``. So a run resumes at any step without replaying the steps before.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from dtg_core.config import Config, OptimConfig
@@ -21,7 +22,7 @@ from dtg_core.guidance import teach
 from dtg_core.guidance.paradigms import NO_THRESHOLDS, Figures
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
-from dtg_core.models.student import StudentModule
+from dtg_core.models.student import StudentModule, student_and_teacher
 from dtg_core.models.teacher import update_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import LossTerm, StepBatch, Supervision
@@ -40,6 +41,35 @@ def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelera
     return torch.optim.SGD(
         parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused, foreach=not fused
     )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training changes, on its device."""
+
+    module: StudentModule
+    student: nn.Module  # ``module``, wrapped where several processes share the work
+    teacher: nn.Module
+    optimizer: torch.optim.Optimizer  # Accelerate's wrapper
+    thresholds: Thresholds
+
+    @property
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, whose state a checkpoint holds."""
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
+
+def prepare(config: Config, detector: nn.Module, objects: ArrayLike, accelerator: Accelerator) -> Training:
+    """Student, teacher, optimizer and thresholds at step 0.
+
+    Args:
+        config: of the run. detector: the student's, with its first weights. objects: [C] labelled objects of an image on average.
+    """
+    module, teacher = student_and_teacher(detector, config)
+    teacher.to(accelerator.device)
+    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
+    thresholds = Thresholds(config.guidance.stages, cast(Detector, detector).stages, objects, accelerator.device)
+    return Training(module, student, teacher, optimizer, thresholds)
 
 
 def train_step(

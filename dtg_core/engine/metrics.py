@@ -10,16 +10,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
 
+from dtg_core.config import RunConfig
 from dtg_core.drafts import write_text
 from dtg_core.errors import nearest
 from dtg_core.settings_text import yaml_scalar
+
+T = TypeVar("T")
+SHOWN = ("AP", "AP50", "AP75")
 
 
 class MetricsWriter:
@@ -170,11 +174,82 @@ class Progress:
         if self.bar is not None:
             _never_fail(self.bar.close)
 
-    def __enter__(self) -> Progress:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class RunReport:
+    """What the main process tells while training: metrics.jsonl, trackers and the terminal.
+
+    Args:
+        folder: of the run. run: steps and trackers. settings: flat, shown with the run. start: step. evaluates_again: the line of
+        that step's evaluation is dropped.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig, settings: Mapping[str, Any], start: int, evaluates_again: bool) -> None:
+        first = "teacher/AP"
+        self.metrics = MetricsWriter(folder / "metrics.jsonl", start, first if evaluates_again else None)
+        self.trackers = Trackers(run.trackers, folder, settings)
+        self.progress = Progress(run.steps, start)
+
+    def line(self, done: int, values: Mapping[str, float], shown: Mapping[str, float]) -> None:
+        """Figures of training; ``shown`` go to the terminal."""
+        self.metrics.write(done, values)
+        self.trackers.write(done, values)
+        self.progress.report(shown)
+
+    def evaluation(self, done: int, results: Mapping[str, Any]) -> None:
+        whose = [name for name in ("teacher", "student") if name in results]
+        values = {f"{who}/{name}": results[who][name] for who in whose for name in SHOWN}
+        self.metrics.write(done, values)
+        self.trackers.write(done, {name: value for name, value in values.items() if value is not None})
+        for who in whose:
+            figures = "  ".join(f"{name} {_number(results[who][name])}" for name in SHOWN)
+            self.progress.say(f"step {done}  {who:7}  {figures}")
+
+    def close(self) -> None:
+        self.progress.close()
+        self.trackers.close()
+
+
+class Clock:
+    """Time of a step, and the part of it that was spent waiting for data, between log lines."""
+
+    def __init__(self, start: int) -> None:
+        self.done, self.since, self.data = start, time.perf_counter(), 0.0
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """``batches``, with the time that they take noted."""
+        iterator, nothing = iter(batches), object()
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, nothing)
+            self.data += time.perf_counter() - began
+            if batch is nothing:
+                return
+            yield cast(T, batch)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not time of a step."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
+    def lap(self, done: int) -> tuple[int, dict[str, float]]:
+        """Steps since the last lap, and their mean times in seconds."""
+        now, steps = time.perf_counter(), done - self.done
+        times = {"step_seconds": (now - self.since) / max(steps, 1), "data_seconds": self.data / max(steps, 1)}
+        self.done, self.since, self.data = done, now, 0.0
+        return steps, times
+
+
+def guidance_figures(means: Mapping[str, float]) -> dict[str, float]:
+    """The guidance figures that are worth a place on the terminal: "head candidates"."""
+    kinds = ("candidates", "clusters", "pseudo_boxes")
+    names = [name for name in means if name.startswith("guidance/") and name.endswith(kinds)]
+    return {" ".join(name.split("/")[1:]): means[name] for name in names}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -67,14 +67,12 @@ class Canvas:
     def pen(self) -> ImageDraw.ImageDraw:
         return ImageDraw.Draw(self.image)
 
-    def box(self, box: Sequence[float] | Tensor | np.ndarray, color: Color, width: int = 2, text: str = "") -> None:
-        """A rectangle, with a dark rim when its line is wide, and a label at its upper left corner."""
+    def box(self, box: Sequence[float] | Tensor | np.ndarray, color: Color, width: int = 2) -> None:
+        """A rectangle, with a dark rim when its line is wide."""
         x1, y1, x2, y2 = (float(value) * self.scale for value in box)
         if width > 2:
             self.pen.rectangle((x1 - 1, y1 - 1, max(x1, x2) + 1, max(y1, y2) + 1), outline=INK, width=width + 2)
         self.pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=width)
-        if text:
-            self.label(x1, y1, text, color)
 
     def label(self, x: float, y: float, text: str, color: Color) -> None:
         """Text on a ground of ``color`` above (x, y), in pixels of the canvas; it stays inside of the image."""
@@ -140,8 +138,8 @@ def _draw_boxes(canvas: Canvas, found: Found, class_names: Sequence[str], width:
 # Sheets ----------------------------------------------------------------------------------------------------------------
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], header: Sequence[str] = (), side: int = TILE) -> Image.Image:
-    """Tiles of at most ``side`` px width in rows and columns, with a line of text over each column."""
+def sheet(rows: Sequence[Sequence[Image.Image]], header: Sequence[str] = ()) -> Image.Image:
+    """Tiles in rows and columns, with a line of text over each column."""
     head = 24 if header else 0
     heights = [max(tile.height for tile in row) for row in rows]
     columns = max((len(row) for row in rows), default=0)

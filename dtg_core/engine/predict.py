@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dtg_core.boxes import clip, project
-from dtg_core.config import RENAMED, Config
+from dtg_core.config import RENAMED, Config, without_weights
 from dtg_core.data.images import read_image
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import collate, test_canvas, test_view
@@ -124,8 +124,7 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
         raise UserError(f"{path}: does not say which detector it belongs to - give weights/*.safetensors of a run folder")
     name, class_names = metadata["detector"], tuple(metadata["class_names"])
     package, settings = _settings(path, name, metadata["config"])
-    bare = replace(settings.backbone, pretrained=False, weights=None)
-    detector = package.build(getattr(settings, name), bare, len(class_names))
+    detector = package.build(getattr(settings, name), without_weights(settings).backbone, len(class_names))
     load_into(detector, tensors, path)
     where = pick_device(device)
     thresholds = {name: torch.tensor(scores, device=where) for name, scores in metadata.get("thresholds", {}).items()}

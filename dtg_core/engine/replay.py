@@ -4,31 +4,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
 from dtg_core.config import Config
-from dtg_core.data.plan import StepData
+from dtg_core.data.plan import step_data
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import load_checkpoint
-from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.engine.loop import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.guidance.thresholds import Thresholds
-from dtg_core.models.student import student_and_teacher
-from dtg_core.protocol import Detector
 from dtg_core.structures import StepBatch, ViewBatch
-
-
-def step_data(config: Config, sources: Sources, part: int, parts: int) -> StepData:
-    """The batches of one part of the steps; processes times micro-batches are the parts."""
-    return StepData(
-        sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
-        config.data.unlabeled_per_device, part, parts, unlabeled_from=config.guidance.start_step,
-    )  # fmt: skip
 
 
 def describe(batches: Sequence[StepBatch], losses: Figures, accelerator: Accelerator) -> dict[str, Any]:
@@ -59,19 +48,16 @@ def replay(
     """
     told = _read(file)
     step, parts = told["step"], told["parts"]
-    module, teacher = student_and_teacher(detector, config)
-    teacher.to(accelerator.device)
-    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
-    state = load_checkpoint(file.parent / told["checkpoint"], module, teacher, getattr(optimizer, "optimizer", optimizer))
+    training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
+    student, teacher = training.student, training.teacher
+    state = load_checkpoint(file.parent / told["checkpoint"], training.module, teacher, training.plain_optimizer)
     captured = state["stamp"].get("mixed_precision", accelerator.mixed_precision)
     if captured != accelerator.mixed_precision:
         raise UserError(f"{file}: captured with mixed_precision {captured}, this is {accelerator.mixed_precision} - launch it with "
                         f"--mixed_precision {captured}")
     if accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
-    stages, objects = cast(Detector, detector).stages, sources.labeled.objects_per_image()
-    thresholds = Thresholds(config.guidance.stages, stages, objects, accelerator.device)
-    thresholds.restore(state.get("thresholds", {}))
+    training.thresholds.restore(state.get("thresholds", {}))
 
     batches = [step_data(config, sources, part, len(parts))[step] for part in range(len(parts))]
     again = describe(batches, {}, accelerator)["parts"]
@@ -79,7 +65,9 @@ def replay(
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
     student.train()
     moved = [batch.to(accelerator.device) for batch in batches]
-    figures = train_step(student, teacher, optimizer, moved, config, accelerator, thresholds=thresholds)
+    figures = train_step(
+        student, teacher, training.optimizer, moved, config, accelerator, thresholds=training.thresholds
+    )
     shown = [f"{name} {float(value):.6g}" for name, value in figures.items() if name.count("/") == 2]
     return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
 

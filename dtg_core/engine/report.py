@@ -22,7 +22,7 @@ from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import draft_of, write_text
 from dtg_core.engine import evaluate
-from dtg_core.engine.compare import paradigm_of, stage_paradigms
+from dtg_core.engine.effective import paradigm_of, stage_paradigms
 from dtg_core.engine.explain import explain
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table

@@ -5,9 +5,9 @@ import contextlib
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from dtg_core.config import RENAMED, Config
-from dtg_core.data.plan import MicroBatches, eval_batches, items_of, steps_loader
+from dtg_core.data.plan import MicroBatches, eval_batches, items_of, step_data, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import write_text, writing
 from dtg_core.engine.checkpoint import (
@@ -29,12 +29,12 @@ from dtg_core.engine.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from dtg_core.engine.evaluate import Found, find, metrics_and_curves
+from dtg_core.engine.evaluate import Found, find, metrics_and_curves, unseen
 from dtg_core.engine.folder import RunFolder
-from dtg_core.engine.loop import Window, make_optimizer, train_step
+from dtg_core.engine.loop import Window, prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory
-from dtg_core.engine.metrics import MetricsWriter, Progress, Trackers
-from dtg_core.engine.replay import describe, step_data
+from dtg_core.engine.metrics import Clock, RunReport, guidance_figures
+from dtg_core.engine.replay import describe
 from dtg_core.engine.report import save_pictures, write_report
 from dtg_core.engine.resume import check_stamp, digest, stamp
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
@@ -42,10 +42,7 @@ from dtg_core.engine.signals import StopSignals
 from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
-from dtg_core.models.student import student_and_teacher
-from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
 from dtg_core.structures import StepBatch
@@ -54,7 +51,6 @@ T = TypeVar("T")
 
 #: Exit statuses of a run beside 0; a signal's is 128 and its number.
 GAVE_UP = 3
-SHOWN = ("AP", "AP50", "AP75")
 MOST_UNSAVED = 3  # checkpoints in a row that may fail: whoever trains on for days without one loses them all
 
 
@@ -73,10 +69,8 @@ class Fit:
         self.config, self.sources, self.folder = config, sources, folder
         self.accelerator, self.metadata = accelerator, metadata
         keep_freed_memory()
-        self.module, teacher = student_and_teacher(detector, config)
-        self.teacher = teacher.to(accelerator.device)
-        optimizer = make_optimizer(self.module, config.optim, accelerator)
-        self.student, self.optimizer = accelerator.prepare(self.module, optimizer)
+        objects = sources.labeled.objects_per_image()
+        self.training = prepare(config, detector, objects, accelerator)
         self.stamp = stamp(config, sources, accelerator.num_processes, accelerator.mixed_precision)
 
         self.window = Window()  # since the last log line
@@ -84,9 +78,7 @@ class Fit:
         self.skipped_in_a_row = 0
         self.unsaved_in_a_row = 0  # checkpoints that the disk has refused; of the main process
         self.recent: Sequence[StepBatch] = ()
-        objects = sources.labeled.objects_per_image()
         self.watch = Watch(config.guidance, float(objects.sum()), self._score_histogram)
-        self.thresholds = Thresholds(config.guidance.stages, cast(Detector, detector).stages, objects, accelerator.device)
         self.report: RunReport | None = None
         self.given_up: set[str] = set()  # of pictures and report.html, what has failed
 
@@ -112,10 +104,9 @@ class Fit:
         if stop_at is not None and start >= stop_at:
             self._say(f"{self.folder.path}: at step {start} already, not before --stop-at {stop_at}")
             return 0
-        main = self.accelerator.is_main_process
-        if main:
+        if self.accelerator.is_main_process:
             self._write("config.yaml", to_yaml(self.config))
-        self.report = RunReport(self.folder.path, self.config, start, self.evaluation_due) if main else None
+            self.report = RunReport(self.folder.path, self.config.run, flatten(self.config), start, self.evaluation_due)
         try:
             with StopSignals() as signals:
                 status = self._train(start, signals, stop_at)
@@ -140,11 +131,12 @@ class Fit:
                 return self._finish(signals)
             if not self._evaluate(start, signals):
                 return 128 + signals.agreed
-        clock = Clock(start)
+        clock, training = Clock(start), self.training
         for batches in clock.waiting(self._batches(start)):
             done, self.recent = batches[0].step + 1, batches
             figures = train_step(
-                self.student, self.teacher, self.optimizer, batches, self.config, self.accelerator, signals, self.thresholds
+                training.student, training.teacher, training.optimizer, batches, self.config, self.accelerator, signals,
+                training.thresholds,
             )
             self.window.add(figures)
             if self.report:
@@ -183,7 +175,7 @@ class Fit:
             step_data(config, self.sources, part, all_parts) for part in range(first_part, first_part + parts)
         ])
         loader = items_of(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
-        self.student.train()
+        self.training.student.train()
         for step in range(start, config.run.steps):
             with self._reading(step):
                 batches = [next(loader) for _ in range(parts)]
@@ -205,7 +197,7 @@ class Fit:
         if branches.get("unlabeled"):
             means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
             means["loss_ratio"] = branches["unlabeled"] / max(branches["labeled"], 1e-12)
-        self.report.line(done, means | times, {name: value for name, value in branches.items() if value} | _objects(means))
+        self.report.line(done, means | times, {name: value for name, value in branches.items() if value} | guidance_figures(means))
         for warning in self.watch.line(done, lines, means):
             self._say(warning)
 
@@ -222,19 +214,21 @@ class Fit:
         }  # fmt: skip
         found: dict[str, Found] = {}
         curves: dict[str, Any] = {}
-        for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
+        for which, detector in (("teacher", self.training.teacher), ("student", self.training.module.detector)):
             batches = items_of(eval_batches(
                 self.sources.val, self.config.views, self.config.run.evaluate_batch, self.accelerator.process_index,
                 self.accelerator.num_processes, self.config.data.workers,
             ))
             with self._reading(done):
                 found[which] = find(
-                    detector, self.sources.val, _until(batches, lambda: signals.received > 0), self.accelerator.device,
+                    detector, self.sources.val, takewhile(lambda _: not signals.received, batches), self.accelerator.device,
                     self.config.run.score_threshold, self.accelerator,
                 )  # fmt: skip
             signals.agreed = self._greatest(signals.received)
             if signals.agreed:
                 return False
+            if unread := unseen(self.sources.val, found[which]):
+                results["unread"] = len(unread)
             results[which], curves[which] = on_main(
                 self.accelerator, partial(metrics_and_curves, self.sources.val, found[which])
             )
@@ -252,11 +246,11 @@ class Fit:
         """Write report.html, after an evaluation with new pictures."""
         if self.report is None:
             return
-        folder = self.folder.path
+        folder, training = self.folder.path, self.training
         if evaluated is not None:
             self._draw("pictures", lambda: save_pictures(
-                folder / "pictures", evaluated, self.teacher, self.module.detector, self.sources, self.config, found,
-                self.accelerator.device, self.thresholds.scores(),
+                folder / "pictures", evaluated, training.teacher, training.module.detector, self.sources, self.config, found,
+                self.accelerator.device, training.thresholds.scores(),
             ))  # fmt: skip
         self._draw("report.html", lambda: write_report(folder))
 
@@ -277,7 +271,7 @@ class Fit:
         pair = self.recent[0].unlabeled
         if pair is None:
             return "no unlabelled image"
-        samples, predictions = self.teacher.run(pair.teacher)[stage]  # type: ignore[operator]
+        samples, predictions = self.training.teacher.run(pair.teacher)[stage]  # type: ignore[operator]
         scores = predictions.logits.amax(2)[samples.usable(pair.teacher.sizes)].sigmoid().float().cpu()
         counts = torch.histc(scores, 10, 0, 1).int().tolist()
         tenths = ", ".join(f"{index / 10:.1f}: {count}" for index, count in enumerate(counts) if count)
@@ -294,7 +288,7 @@ class Fit:
             return 0
         notes: list[str] = []
         state = load_checkpoint(
-            chosen, self.module, self.teacher, self._plain_optimizer(),
+            chosen, self.training.module, self.training.teacher, self.training.plain_optimizer,
             check=lambda state: notes.extend(check_stamp(state.get("stamp", {}), self.stamp, insist)),
         )  # fmt: skip
         for note in notes:
@@ -303,7 +297,7 @@ class Fit:
             self._say(f"resuming from {chosen} at step {state['step']}")
         self.window = Window(dict(state["window"]["sums"]), dict(state["window"]["counts"]))
         self.watch.restore(state["watch"])
-        self.thresholds.restore(state.get("thresholds", {}))
+        self.training.thresholds.restore(state.get("thresholds", {}))
         self.evaluation_due = state["evaluation_due"] and self._evaluated_step() != state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -332,7 +326,7 @@ class Fit:
             "stamp": self.stamp,
             "window": {"sums": self.window.floats(self.accelerator), "counts": self.window.counts},
             "watch": self.watch.state(),
-            "thresholds": self.thresholds.state(),
+            "thresholds": self.training.thresholds.state(),
             "evaluation_due": self.evaluation_due,
             "skipped_in_a_row": self.skipped_in_a_row,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -343,9 +337,13 @@ class Fit:
         state = self._state()
         on_main(self.accelerator, lambda: self._write_checkpoint(done, state))
 
+    def _checkpoint(self, folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+        training = self.training
+        return save_checkpoint(folder, step, training.module, training.teacher, training.plain_optimizer, state, keep)
+
     def _write_checkpoint(self, done: int, state: Mapping[str, Any]) -> None:
         try:
-            save_checkpoint(self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), state)
+            self._checkpoint(self.folder.checkpoints, done, state)
             self.unsaved_in_a_row = 0
         except OSError as error:
             self.unsaved_in_a_row += 1
@@ -371,9 +369,7 @@ class Fit:
         except UserError as error:
             if done and self.accelerator.num_processes == 1:  # several cannot: the others are in the midst of the next step
                 with contextlib.suppress(OSError):
-                    save_checkpoint(
-                        self.folder.checkpoints, done, self.module, self.teacher, self._plain_optimizer(), self._state()
-                    )
+                    self._checkpoint(self.folder.checkpoints, done, self._state())
             raise UserError(f"{error}{self._continues()}") from error
 
     def _continues(self) -> str:
@@ -381,9 +377,9 @@ class Fit:
         return "; --resume auto continues" if self.folder.has_checkpoint else ""
 
     def _write_weights(self) -> None:
-        thresholds = {name: scores.tolist() for name, scores in self.thresholds.scores().items()}
+        thresholds = {name: scores.tolist() for name, scores in self.training.thresholds.scores().items()}
         followed = {"thresholds": thresholds} if thresholds else {}
-        for which, detector in (("teacher", self.teacher), ("student", self.module.detector)):
+        for which, detector in (("teacher", self.training.teacher), ("student", self.training.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
                 save_weights(path, detector, {**self.metadata, **followed, "which": which})
@@ -398,7 +394,7 @@ class Fit:
         if self.accelerator.is_main_process:
             try:
                 shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)  # of an earlier try, which would be kept
-                saved = save_checkpoint(folder, step, self.module, self.teacher, self._plain_optimizer(), state, keep=1)
+                saved = self._checkpoint(folder, step, state, keep=1)
                 (folder / "step.json").write_text(json.dumps({**told, "checkpoint": saved.name}, indent=1) + "\n")
             except OSError as error:
                 self._say(f"warning: {folder}: not written ({error.strerror})")
@@ -436,9 +432,6 @@ class Fit:
                 "data.unlabeled_per_device and data.labeled_per_device (optim.accumulate keeps the batch), lower "
                 f"views.short_edge and views.long_edge, or use --mixed_precision bf16{self._continues()}")
 
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
-
     def _evaluated_step(self) -> int | None:
         """The step of results.json."""
         try:
@@ -472,67 +465,6 @@ class Fit:
             print(message, file=sys.stderr, flush=True)
 
 
-class RunReport:
-    """What the main process tells while training: metrics.jsonl, trackers and the terminal."""
-
-    def __init__(self, folder: Path, config: Config, start: int, evaluates_again: bool) -> None:
-        first = "teacher/AP"
-        self.metrics = MetricsWriter(folder / "metrics.jsonl", start, first if evaluates_again else None)
-        self.trackers = Trackers(config.run.trackers, folder, flatten(config))
-        self.progress = Progress(config.run.steps, start)
-
-    def line(self, done: int, values: Mapping[str, float], shown: Mapping[str, float]) -> None:
-        """Figures of training; ``shown`` go to the terminal."""
-        self.metrics.write(done, values)
-        self.trackers.write(done, values)
-        self.progress.report(shown)
-
-    def evaluation(self, done: int, results: Mapping[str, Any]) -> None:
-        whose = [name for name in ("teacher", "student") if name in results]
-        values = {f"{who}/{name}": results[who][name] for who in whose for name in SHOWN}
-        self.metrics.write(done, values)
-        self.trackers.write(done, {name: value for name, value in values.items() if value is not None})
-        for who in whose:
-            figures = "  ".join(f"{name} {_number(results[who][name])}" for name in SHOWN)
-            self.progress.say(f"step {done}  {who:7}  {figures}")
-
-    def close(self) -> None:
-        self.progress.close()
-        self.trackers.close()
-
-
-class Clock:
-    """Time of a step, and the part of it that was spent waiting for data, between log lines."""
-
-    def __init__(self, start: int) -> None:
-        self.done, self.since, self.data = start, time.perf_counter(), 0.0
-
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """``batches``, with the time that they take noted."""
-        iterator, nothing = iter(batches), object()
-        while True:
-            began = time.perf_counter()
-            batch = next(iterator, nothing)
-            self.data += time.perf_counter() - began
-            if batch is nothing:
-                return
-            yield cast(T, batch)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not time of a step."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def lap(self, done: int) -> tuple[int, dict[str, float]]:
-        """Steps since the last lap, and their mean times in seconds."""
-        now, steps = time.perf_counter(), done - self.done
-        times = {"step_seconds": (now - self.since) / max(steps, 1), "data_seconds": self.data / max(steps, 1)}
-        self.done, self.since, self.data = done, now, 0.0
-        return steps, times
-
-
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Let the main process act and give its result to all. When it fails, the others end with status 2 instead of waiting."""
     outcome: list[Any] = [None, None]
@@ -549,21 +481,3 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     elif outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def _until(batches: Iterable[T], stop: Callable[[], bool]) -> Iterator[T]:
-    for batch in batches:
-        if stop():
-            return
-        yield batch
-
-
-def _objects(means: Mapping[str, float]) -> dict[str, float]:
-    """The guidance figures that are worth a place on the terminal: "head candidates"."""
-    kinds = ("candidates", "clusters", "pseudo_boxes")
-    names = [name for name in means if name.startswith("guidance/") and name.endswith(kinds)]
-    return {" ".join(name.split("/")[1:]): means[name] for name in names}
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

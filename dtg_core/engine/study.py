@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from dtg_core.config import RENAMED
 from dtg_core.engine.checkpoint import checkpoint_name
-from dtg_core.engine.compare import BATCH, effective
+from dtg_core.engine.effective import BATCH, effective
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError

@@ -16,7 +16,7 @@ from runs import DETECTORS, TINY, TinyData, command, errors, run, weights, write
 
 from common import check_devices  # isort: skip
 
-from dtg_core.config import SCHEMA, BackboneConfig, Config, cross_check
+from dtg_core.config import SCHEMA, BackboneConfig, Config, DataConfig, OptimConfig, RunConfig, cross_check
 from dtg_core.engine import dry_run as dry_run_module
 from dtg_core.engine.folder import RunFolder
 from dtg_core.errors import UserError
@@ -46,6 +46,17 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
     assert "not finite" not in process.out
     assert not output.parent.exists()
     assert tree(data.labeled.parent) == before
+
+
+@pytest.mark.parametrize(("workers", "accumulate", "parts", "expected"), [
+    (0, 1, 1, (2, 3, 50)),  # a step of 2 + 3 s
+    (0, 4, 2, (4, 12, 160)),  # two micro-batches were trained on and one was read, of four
+    (2, 1, 1, (2, 3, 20)),  # reading takes 1.5 s, while a step trains for 2 s
+    (2, 4, 2, (4, 12, 60)),  # reading takes 6 s
+])  # fmt: skip
+def test_forecast_with_a_pencil(workers: int, accumulate: int, parts: int, expected: tuple[float, float, float]) -> None:
+    config = Config(data=DataConfig(workers=workers), optim=OptimConfig(accumulate=accumulate), run=RunConfig(steps=10))
+    assert dry_run_module.forecast(2, 3, parts, config) == expected
 
 
 @pytest.mark.parametrize(("loss", "scaled", "told"), [(1.0, True, False), (1.0, False, True), (float("nan"), True, True)])
@@ -311,7 +322,8 @@ def moved(now: dict[str, bytes], before: dict[str, bytes]) -> list[str]:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_init_starts_teacher_and_student(data: TinyData, tmp_path: Path, name: str) -> None:
-    assert run(command(data, name, tmp_path / "first", "run.seed=5"), tmp_path / "logs").status == 0
+    two = command(data, name, tmp_path / "first", "run.seed=5", "data.val=null", steps=2)  # after one, they would be the same
+    assert run(two, tmp_path / "logs").status == 0
     first = weights(tmp_path / "first")
     for source in (tmp_path / "first", tmp_path / "first" / "weights" / "teacher.safetensors"):
         process = run(start(data, name, tmp_path / "second", "--init", str(source), "--overwrite"), tmp_path / "logs")
@@ -329,7 +341,7 @@ def test_init_starts_teacher_and_student(data: TinyData, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_fault_56_head_of_other_classes(data: TinyData, tmp_path: Path, name: str) -> None:
-    assert run(command(data, name, tmp_path / "first"), tmp_path / "logs").status == 0
+    assert run(command(data, name, tmp_path / "first", "data.val=null", steps=1), tmp_path / "logs").status == 0
     first = weights(tmp_path / "first")
     for number, names in enumerate((["green", "red", "blue"], ["green", "yellow"])):
         content = json.loads(data.labeled.read_text())

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, Terminal
-from looking import CLASSES, tiny_settings, write_weights
+from looking import CLASSES, IDS, tiny_settings, write_weights
 from PIL import Image
+from pycocotools.coco import COCO
 from runs import write_coco
 from safetensors.torch import save_file
 
@@ -25,6 +26,7 @@ from dtg_core.config import DataConfig, DataRules
 from dtg_core.data.coco import list_folder
 from dtg_core.data.files import IMAGE_SUFFIXES
 from dtg_core.data.index import subset
+from dtg_core.data.report import Report
 from dtg_core.data.video import read_frames
 from dtg_core.engine import pictures as drawing
 from dtg_core.engine.checkpoint import load_weights
@@ -173,7 +175,9 @@ def lists_of(out: Path) -> tuple[set[str], set[str]]:
     """The files that the JSON and the CSV name."""
     with open(out / "detections.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(path.name for path in out.iterdir()) == ["detections.csv", "detections.json", "pictures"]
+    assert sorted(path.name for path in out.iterdir()) == ["detections.csv", "detections.json", "images.json", "pictures"]
+    with open(out / "images.json") as file:
+        assert {image["file_name"] for image in json.load(file)["images"]} == {row["file"] for row in rows}
     return {entry["file_name"] for entry in json.loads((out / "detections.json").read_text())}, {row["file"] for row in rows}
 
 
@@ -221,7 +225,6 @@ def test_predict_finds_what_is_meant(photos, tmp_path, monkeypatch):
     assert find([str(photos / "a.png"), str(photos / "trip")], out)[0] == whole
     assert find([str(photos), str(photos / "a.png")], out)[0] == whole  # once each
     monkeypatch.chdir(photos)
-    assert find(["."], Path("trip"))[0] == ["a.png"]  # results of the time before are no input
     with pytest.raises(UserError, match="no image there"):
         find(["*.gif"], out)
 
@@ -238,8 +241,15 @@ def test_predict_goes_on_after_empty_folders(photos, tmp_path, capsys):
         find([str(tmp_path / "empty")], tmp_path / "out")
     for name in ("1.HEIC", "sub/2.heic", "3.heif"):
         (tmp_path / "empty" / name).touch()
-    with pytest.raises(UserError, match=r"empty: no image there, only \.heic, \.heif files - convert them to JPEG or PNG"):
+    with pytest.raises(UserError, match=r"empty: no image there, only \.heic, \.heif files - convert HEIC to JPEG"):
         find([str(tmp_path / "empty")], tmp_path / "out")
+    (tmp_path / "empty" / "a.mp4").touch()  # where no videos are taken, as by export.py
+    with pytest.raises(UserError, match=r"only \.heic, \.heif, \.mp4 files - extract frames, e\.g\. .*, and convert HEIC to JPEG"):
+        find([str(tmp_path / "empty")], tmp_path / "out")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.dng").touch()
+    with pytest.raises(UserError, match=r"raw: no image there, only \.dng files - convert them to JPEG or PNG, or give images"):
+        find([str(tmp_path / "raw")], tmp_path / "out")
     with pytest.raises(UserError, match="absent: no image there"):  # mistyped
         find([str(photos), str(tmp_path / "absent")], tmp_path / "out")
 
@@ -353,6 +363,88 @@ def test_predict_never_writes_among_the_images(photos, monkeypatch, output):
         find(["trip" if output == "trip" else "."], Path(output))
 
 
+def test_predict_writes_into_no_folder_of_images(photos, tmp_path, monkeypatch):
+    """Not even deep in it: drawn pictures would be photos of the next training."""
+    monkeypatch.chdir(photos)
+    (tmp_path / "link").symlink_to(photos)
+    told = "lies in the images' folder {} - give an --output beside it"
+    for path, output in ((".", "pred"), (".", "trip"), (str(photos), "trip/new/pred"), ("../link", "pred"), ("**/*.jpg", "pred")):
+        with pytest.raises(UserError) as caught:
+            predict.main([str(tmp_path / "none"), path, "--output", output])  # before the detector is loaded
+        assert str(caught.value) == f"--output {output}: {told.format('.' if '*' in path else path)}"
+    for path, output in (("trip", "pred"), ("a.png", "pred"), ("*.png", "pred"), (".", "../photos2")):
+        predict.require_apart([path], Path(output))
+
+
+def test_predict_passes_over_earlier_predictions(run, photos, tmp_path, capsys):
+    assert predict.main([str(run), str(photos), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    (tmp_path / "out").rename(photos / "trip" / "out")
+    (photos / "trip" / "notes.txt").touch()
+    capsys.readouterr()
+    assert find([str(photos)], tmp_path / "out") == (["a.png", "trip/b.jpg", "trip/day 2/c.tif"], photos)
+    told = f"{photos}: 1 of its folders is passed over, as this program has written it (trip/out)"
+    assert capsys.readouterr().err == f"warning: {told}\n"
+    for which in ("detections.json", "detections.csv"):  # it did not end
+        (photos / "trip" / "out" / which).rename(photos / "trip" / "out" / f"{which}.tmp")
+    report = Report()
+    assert len(list_folder(photos, None, report)) == 3
+    assert report.lines() == [told, f"{photos}: 1 file is skipped, as hidden or as no image (trip/notes.txt)"]
+
+
+def test_ids_of_images_can_be_resolved(run, photos, tmp_path):
+    """Numbers are places among all images, whether they can be read or not; an image without boxes is listed too."""
+    (photos / "trip" / "a_broken.jpg").write_bytes(b"no image")
+    Image.new("RGB", (30, 20)).save(photos / "z.png")
+    arguments = [str(run), str(photos), "--output", str(tmp_path / "out"), "--device", "cpu", "--score"]
+    assert predict.main([*arguments, "0.01"]) == 0
+    listed = json.loads((tmp_path / "out" / "images.json").read_text())
+    images = [(image["id"], image["file_name"], image["width"], image["height"]) for image in listed["images"]]
+    assert images == [(1, "a.png", 64, 48), (3, "trip/b.jpg", 64, 48), (4, "trip/day 2/c.tif", 64, 48), (5, "z.png", 30, 20)]
+    assert listed["categories"] == [{"id": number, "name": name} for number, name in zip(IDS, CLASSES)]
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {(entry["image_id"], entry["file_name"]) for entry in results} <= {image[:2] for image in images}
+    truth = COCO(str(tmp_path / "out" / "images.json"))
+    loaded = truth.loadRes(str(tmp_path / "out" / "detections.json"))
+    assert (loaded.getImgIds(), loaded.getCatIds()) == ([1, 3, 4, 5], IDS)
+    assert len(loaded.getAnnIds()) == len(results) > 0
+    assert predict.main([*arguments, "0.999", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "images.json").read_text()) == listed
+    Image.new("RGB", (30, 20)).save(photos / "trip" / "a_broken.jpg")
+    assert predict.main([*arguments, "0.999", "--overwrite"]) == 0
+    mended = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [image for image in mended if image["id"] != 2] == listed["images"]
+
+
+@pytest.mark.parametrize(("place", "above"), [("photos/own.json", ""), ("own.json", "photos/"), ("lists/own.json", "")])
+def test_ids_of_images_by_file_name(run, photos, tmp_path, place, above):
+    names = {"a.png": 70, "trip/b.jpg": "b", "./trip/day 2/c.tif": 5, "elsewhere.jpg": 9}
+    own = tmp_path / place
+    own.parent.mkdir(exist_ok=True)
+    own.write_text(json.dumps({"images": [{"id": value, "file_name": above + name} for name, value in names.items()]}))
+    arguments = [str(run), str(photos), "--output", str(tmp_path / "out"), "--score", "0.01", "--device", "cpu"]
+    assert predict.main([*arguments, "--annotations", str(own)]) == 0
+    listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [(image["id"], image["file_name"]) for image in listed] == [(70, "a.png"), ("b", "trip/b.jpg"), (5, "trip/day 2/c.tif")]
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {entry["image_id"] for entry in results} == {70, "b", 5}
+
+
+@pytest.mark.parametrize(("images", "told"), [
+    ([{"id": 1, "file_name": "a.png"}], r"does not list 'trip/b\.jpg' \(2 of 3 files\) - give the folder .*, or leave --annotations out"),
+    ([], "no list of images in it"), ({"id": 1}, "no list of images in it"),
+    ([{"id": 1, "file_name": "a.png"}, {"file_name": "b.png"}], r"images\[1\] has no 'id' or no 'file_name' - add it"),
+    ([{"id": True, "file_name": "a.png"}], r"images\[0\] has no 'id'"), ([3], r"images\[0\] has no 'id'"),
+    ([{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}], "2 images have the id 1 - mend it"),
+    ([{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}], "2 images have the file_name 'a.png' - mend it"),
+])  # fmt: skip
+def test_ids_that_are_not_there_or_in_doubt(photos, tmp_path, images, told):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"images": images}))
+    with pytest.raises(UserError, match=rf"own\.json: {told}"):
+        predict.main([str(tmp_path / "none"), str(photos), "--output", str(tmp_path / "out"), "--annotations", str(own)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_show_views(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path))
     small = ["data.shapes_labeled=3", "data.shapes_unlabeled=1", "data.shapes_val=1"]
@@ -454,10 +546,10 @@ def test_hidden_labels_are_read_by_the_runs_rules(photos, tmp_path):
 def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
     weights, stages = write_weights(tmp_path / "run", detector), {"gfl": ["head"], "faster_rcnn": ["rpn", "rcnn"]}[detector]
-    flags = [str(weights), "--images", "3", "--batch", "2", "--device", "cpu"]
+    flags = [str(weights), "--batch", "2", "--device", "cpu"]
     assert measure_guidance.main(flags) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^4 images in 2 batches, with [1-9]\.\d true objects each$", shown, re.MULTILINE)
+    assert re.search(r"^4 images \(all there are\) in 2 batches of 2, with [1-9]\.\d true objects each$", shown, re.MULTILINE)
     assert all(word in shown for word in ("dense", "sparse", "bias: ", *stages))
 
     settings = ["literal:", f"none over: tau=0.999 {stages[-1]}.rank=false"]
@@ -475,6 +567,32 @@ def test_measure_guidance(detector, tmp_path, monkeypatch, capsys):
     assert "rank" not in empty["gradients"]
     assert measure_guidance.main([*flags, "--compare", settings[0], "--set", f"guidance.stages.{stages[-1]}.rank=false", "--json", "-"]) == 0
     assert "rank" not in json.loads(capsys.readouterr().out)["settings"]["literal"]["stages"][stages[-1]]["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told", "count"),
+    [
+        (["--images", "128"], "4 images (all there are) in 1 batch,", 4),
+        (["--images", "4", "--batch", "4"], "4 images (all there are) in 1 batch,", 4),
+        (["--images", "128", "--batch", "3"], "4 images (all there are) in 2 batches of 2,", 4),
+        (["--images", "3", "--batch", "2"], "2 images (of 4) in 2 batches of 1,", 2),
+        (["--images", "2"], "2 images (of 4) in 1 batch,", 2),
+        (["--images", "1"], "1 image (of 4) in 1 batch,", 1),
+        (["--images", "3", "--step", "2"], "3 images (2 different ones of 4) in 1 batch,", 3),
+    ],
+)
+def test_measure_guidance_draws_no_image_twice(run, tmp_path, monkeypatch, capsys, flags, told, count):
+    """Otherwise batches are not independent, and standard errors over them too small."""
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "found.json"
+    assert measure_guidance.main([str(run), "--device", "cpu", "--json", str(file), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(told)
+    found = json.loads(file.read_text())
+    assert found["images"] == count
+    errors = [setting["all"]["error"] for setting in found["settings"].values()]
+    assert [error is None for error in errors] == ["1 batch" in told] * 2
+    assert ("±" in shown) == ("1 batch" not in told)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from runs import DETECTORS, ROOT, TinyData, command, lines, run, weights
+from torch import nn
 
 from dtg_core.engine.checkpoint import load_weights
+from dtg_core.structures import LossTerm
 
 sys.path[:0] = [str(ROOT / "scripts")]
 from run_settings import RunSettings  # noqa: E402
@@ -165,21 +169,6 @@ def test_faults_16_boxes_that_no_view_shows_are_counted(data: TinyData, tmp_path
            "(in 0.png)" in ended.err
 
 
-def test_a_worker_that_dies_is_told(data: TinyData, tmp_path: Path) -> None:
-    def prepare() -> None:
-        from dtg_core.data.plan import StepData
-
-        def die(self: StepData, step: int) -> None:
-            os._exit(9)
-
-        StepData.__getitem__ = die  # type: ignore[assignment,method-assign]
-
-    ended = run(command(data, "gfl", tmp_path / "run", "data.workers=1"), tmp_path / "logs", prepare=prepare)
-    assert ended.status == 2
-    assert "data.workers=1: a worker that makes batches has died" in ended.err
-    assert "Traceback" not in ended.err
-
-
 def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
         import torch
@@ -258,24 +247,42 @@ def test_what_is_captured_is_of_the_last_try(data: TinyData, tmp_path: Path) -> 
 
 
 def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> None:
-    """A learning rate that blows the weights up: the same steps are skipped, the teacher stays finite, the step repeats."""
+    """A loss that is not finite from step 3 on: the step at which the run gives up comes to the same losses again, so with its
+    weights, its micro-batches and the thresholds that had followed the teacher until then."""
+
+    def prepare() -> None:
+        from dtg_core.engine import loop
+
+        forward = loop._forward
+
+        def spoilt(student: nn.Module, lesson: loop.Lesson, seed: int, accelerator: Accelerator) -> dict[str, LossTerm]:
+            terms = forward(student, lesson, seed, accelerator)
+            if lesson.batch.step >= 3:
+                terms["labeled/rpn/box"] = replace(terms["labeled/rpn/box"], total=terms["labeled/rpn/box"].total * math.nan)
+            return terms
+
+        loop._forward = spoilt
+
     output = tmp_path / "run"
-    settings = ["optim.name=sgd", "optim.lr=1e20", "run.max_skipped=3", "data.labeled_per_device=2"]
-    ended = run(command(data, "gfl", output, *settings, steps=50), tmp_path / "logs")
+    settings = ["guidance.stages.rpn.tau_rate=0.2", "optim.accumulate=2", "run.max_skipped=3", "data.labeled_per_device=2"]
+    ended = run(command(data, "faster_rcnn", output, *settings, steps=50), tmp_path / "logs", prepare=prepare)
     assert ended.status == 3, ended.err
     assert "not finite 3 times in a row" in ended.err
     assert "Traceback" not in ended.err
     told = json.loads((output / "nonfinite" / "step.json").read_text())
     assert {"step", "parts", "losses", "checkpoint"} <= set(told)
-    (part,) = told["parts"]
-    assert len(part["labeled"]) == 2
-    assert set(part["labeled"][0]) == {"image_id", "seed"}
+    assert [{kind: len(images) for kind, images in part.items()} for part in told["parts"]] == [{"labeled": 2, "unlabeled": 2}] * 2
+    assert set(told["parts"][0]["labeled"][0]) == {"image_id", "seed"}
+    assert [name for name, loss in told["losses"].items() if loss == "nan"] == ["labeled/rpn/box"]
     assert not (output / "weights").exists()
 
-    replayed = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs")
+    replayed = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", prepare=prepare)
     assert replayed.status == 3, replayed.err
     assert "not finite again" in replayed.out
-    assert f"step {told['step']}" in replayed.out
+    assert f"step {told['step']}, 2 parts" in replayed.out
+    losses = dict(re.findall(r"^(\w+/\w+/\w+) (\S+)$", replayed.out, re.MULTILINE))
+    assert losses == {name: f"{float(loss):.6g}" for name, loss in told["losses"].items()}
+    print(losses)
     other = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert other.status == 2, other.err
     assert "captured with mixed_precision no, this is bf16" in other.err
@@ -319,6 +326,7 @@ def test_micro_batches_are_divided_once(data: TinyData, tmp_path: Path, flags: l
     ended = run([*command(data, "gfl", tmp_path / "run", "optim.accumulate=2", steps=2), *flags], tmp_path / "logs", prepare=prepare)
     assert ended.status == 0, ended.err
     assert set(re.findall("divided by .*", ended.out)) == {"divided by 1"}
+    assert ("batch: 2 labelled and 4 unlabelled images, over 1 process" in ended.out) == bool(flags)
 
 
 def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path) -> None:

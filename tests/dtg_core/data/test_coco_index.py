@@ -227,6 +227,13 @@ def test_pixel_formats(tmp_path: Path) -> None:
     assert pixel(Image.new("L", (2, 2), 77)) == (77, 77, 77)
     assert pixel(Image.new("1", (2, 2), 1)) == (255, 255, 255)
     assert pixel(Image.fromarray(np.full((2, 2), 200 * 257, np.uint16))) == (200, 200, 200)
+    odd: set[str] = set()
+    Image.fromarray(np.full((2, 2), 2048, np.uint16)).save(tmp_path / "deep.png")  # 12 bits
+    assert np.asarray(read_image(tmp_path / "deep.png", odd=odd)).max() == 8
+    assert any("nearly black" in kind for kind in odd)
+    wide = read_image(tmp_path / "deep.png", rules=DataRules(float_range=(0, 4095)), odd=(odd := set()))
+    assert np.asarray(wide).max() == 128
+    assert not any("nearly black" in kind for kind in odd)
     assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == (255, 255, 255)
     assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 255))) == (255, 0, 0)
     assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)

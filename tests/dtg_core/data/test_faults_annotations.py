@@ -350,6 +350,48 @@ def test_fault_12_size_swapped_by_exif(folder: Path) -> None:
     assert line.endswith("(1.png)")
 
 
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_fault_12_half_turns_follow_the_other_images(folder: Path, as_stored: bool) -> None:
+    """The size of an image that lies on its side tells in which frame a file's boxes were drawn; that of one upside down does not."""
+    turned, content = np.zeros((2, 48, 64, 3), np.uint8), clean()
+    turned[:, 0, 0] = 255
+    for name, orientation, pixels in (("1.png", 3, turned[0]), ("2.png", 6, turned[1])):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(folder / name, exif=exif)
+    if not as_stored:
+        changed("images", 1, "width", to=48)(content)
+        changed("images", 1, "height", to=64)(content)
+    index = load_coco(write(folder, content), report=Report())
+    corner = (0, 0) if as_stored else (47, 63)
+    assert np.asarray(index.image(0))[corner].tolist() == [255, 255, 255]
+    assert index.image(1).size == ((64, 48) if as_stored else (48, 64))
+
+
+def resized(content: Json, factor: float) -> None:
+    """The JSON of the same images when they were ``factor`` times as large."""
+    every("images", lambda i: {"width": round(i["width"] * factor), "height": round(i["height"] * factor)})(content)
+    every("annotations", lambda a: {"bbox": [value * factor for value in a["bbox"]]})(content)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3])
+def test_images_that_were_resized_after_labelling(folder: Path, factor: float) -> None:
+    wanted = load_coco(write(folder, clean()))
+    content = clean()
+    resized(content, factor)
+    path = write(folder, content)
+    with pytest.raises(UserError, match=r"data\.json: images are not of the size.*12 of 12 looked at.*data\.rules\.resized=scale"):
+        load_coco(path)
+    report = Report()
+    index = load_coco(path, rules=DataRules(resized="scale"), report=report)
+    np.testing.assert_allclose(index.boxes, wanted.boxes, atol=1e-4)
+    np.testing.assert_array_equal(index.sizes, wanted.sizes)
+    assert "12 images have another size than the JSON says; their boxes are scaled with them" in report.lines()[0]
+    every("annotations", lambda a: {"bbox": [value / factor for value in a["bbox"]]})(content)
+    kept = load_coco(write(folder, content), rules=DataRules(resized="keep"), report=Report())
+    np.testing.assert_allclose(kept.boxes, wanted.boxes, atol=1e-4)
+
+
 def test_fault_12_a_wrong_size_is_replaced(folder: Path) -> None:
     content = clean()
     changed("images", 2, "height", to=480)(content)
@@ -540,11 +582,33 @@ def test_fault_33_missing_images(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     status, _, err = check(monkeypatch, capsys, "--annotations", path)
     assert status == 2
     assert "'5.png' is not in" in err
-    assert "1 of 12 are missing" in err
+    assert "1 of 12 are missing) - restore them, take them out of the JSON, or raise data.rules.max_bad_images" in err
     status, out, err = check(monkeypatch, capsys, "--annotations", path, "--set", "data.rules.max_bad_images=0.1")
     assert (status, err) == (0, "")
     assert "1 image is not in its folder and left out (5.png)" in out
     assert "11 images, 22 objects" in out
+
+
+def test_validation_images_in_a_folder_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layout of COCO itself: annotations, train2017 and val2017 beside each other."""
+    for part in ("annotations", "train", "val"):
+        (folder / part).mkdir()
+    content = clean()
+    for n in range(1, IMAGES + 1):
+        (folder / f"{n}.png").rename(folder / ("train" if n <= 6 else "val") / f"{n}.png")
+    paths = []
+    for part, ids in (("train", range(1, 7)), ("val", range(7, IMAGES + 1))):
+        images = [image for image in content["images"] if image["id"] in ids]
+        own = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+        paths.append(write(folder / "annotations", {**content, "images": images, "annotations": own}, f"{part}.json"))
+    arguments = ["--annotations", paths[0], "--images", folder / "train", "--val", paths[1]]
+    status, _, err = check(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert "6 of 6 are missing) - give the images' folder by --images (data.images), that of --val by --val-images" in err
+    status, _, err = check(monkeypatch, capsys, *arguments, "--val-images", folder / "val")
+    assert (status, err) == (0, "")
 
 
 def test_input_is_not_changed(folder: Path) -> None:

@@ -257,3 +257,84 @@ def test_the_file_is_told_by_its_own_name(folder: Path, capsys: pytest.CaptureFi
     (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0 0.4\n")
     with pytest.raises(UserError, match=r"own\.json: 1 of 1 annotations"):
         run(folder, "yolo", "--overwrite")
+
+
+POSE = "0 0.35 0.3667 0.3 0.3333 0.1 0.1 1 0.9 0.9 {}\n"  # a box and two keypoints, whose last number tells whether they are seen
+
+
+@pytest.mark.parametrize("seen", ["1", "2"])
+def test_yolo_keypoints_are_left_by_the_shape_that_data_yaml_gives(folder: Path, seen: str) -> None:
+    (folder / "labels/a/1.txt").write_text(POSE.format(seen) + "1 0.5 0.5 0.2 0.4\n")
+    (folder / "images/data.yaml").write_text("kpt_shape: [2, 3]\nnames: [cat, dog]\n")
+    index = run(folder, "yolo", "--names", str(folder / "images/data.yaml"))
+    np.testing.assert_allclose(index.boxes, [[20, 10, 50, 26.665], [40, 15, 60, 35]], atol=0.01)
+
+
+@pytest.mark.parametrize("seen", ["0", "1", "2"])
+def test_yolo_keypoints_of_unknown_shape_are_not_guessed(folder: Path, seen: str) -> None:
+    (folder / "labels/a/1.txt").write_text(POSE.format(seen) + "0 x\n")
+    (folder / "labels/b/1.txt").write_text(POSE.format("1.0"))
+    told = r"labels: every line has 11 columns, as boxes with 2 keypoints have - give the data\.yaml with their kpt_shape by --names$"
+    with pytest.raises(UserError, match=told):
+        run(folder, "yolo")
+    (folder / "labels/b/1.txt").write_text("0 0.1 0.2 0.3 0.2 0.2 0.8\n")  # a polygon: so all are
+    assert len(run(folder, "yolo").boxes) == (1 if seen == "2" else 2)
+
+
+def test_lines_of_one_length_may_be_polygons(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As oriented boxes are, or boxes with keypoints of two numbers; no line tells."""
+    (folder / "labels/a/1.txt").write_text("0 0.1 0.2 0.3 0.2 0.3 0.8 0.1 0.8\n" * 2)
+    (folder / "labels/b/1.txt").write_text("1 0.5 0.2 0.7 0.2 0.7 0.8 0.5 0.8\n")
+    np.testing.assert_allclose(run(folder, "yolo").boxes, [[10, 10, 30, 40], [50, 10, 70, 40]], atol=1e-4)
+    told = f"{folder / 'labels'}: 3 lines of 9 columns count as polygons - for boxes with keypoints give the data.yaml with their kpt_shape"
+    assert told in capsys.readouterr().err
+    (folder / "labels/b/1.txt").write_text("1 0.5 0.2 0.7 0.2 0.7 0.8\n")
+    run(folder, "yolo", "--overwrite")
+    assert "columns" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ("[2, 2]", r"1\.txt:1: it has 11 columns, but 5, or 9 by kpt_shape, are wanted - mend the line, or kpt_shape"),
+        ("[2]", r"data\.yaml: its kpt_shape is \[2\] - write"),
+        ("[2, 4]", "write"), ("[0, 3]", "write"), ("[2.5, 2]", "write"), ("x", "write"),
+    ],
+)  # fmt: skip
+def test_shapes_of_keypoints_that_cannot_be(folder: Path, shape: str, problem: str) -> None:
+    (folder / "labels/a/1.txt").write_text(POSE.format("1"))
+    (folder / "images/data.yaml").write_text(f"kpt_shape: {shape}\nnames: [cat, dog]\n")
+    with pytest.raises(UserError, match=problem):
+        run(folder, "yolo", "--names", str(folder / "images/data.yaml"))
+
+
+def test_turned_images_of_yolo_labels_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also mirrored ones and those by half a turn, whose size is the same."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (100, 50)).save(folder / f"images/b/{orientation}.jpg", exif=exif)
+        if orientation < 8:  # an image without labels does not matter
+            (folder / f"labels/b/{orientation}.txt").write_text("1 0.5 0.5 0.2 0.4\n")
+    index = run(folder, "yolo", "--only-labeled")
+    assert index.sizes.tolist() == [[50, 100]] * 5 + [[100, 50]] * 3  # 1.png too
+    np.testing.assert_allclose(index.boxes[-1], [20, 30, 30, 70])
+    assert index.image(6).size == (50, 100)
+    told = f"{folder / 'images'}: 6 images have an EXIF orientation, and their labels count as drawn on the turned image - "
+    assert told in capsys.readouterr().err
+
+
+def test_labels_beside_images(folder: Path) -> None:
+    """As in Ultralytics' trees, where the last folder called images has its labels in one called labels."""
+    places = {"train/images/1": "train/labels/1", "images/x/images/images": "images/x/labels/images", "images/2": "labels/2",
+              "images/3": "images/3", "my_images/4": "my_images/4"}  # fmt: skip
+    lay = folder / "images"
+    for number, (image, label) in enumerate(places.items()):
+        for path in (lay / image, lay / label):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 50)).save(lay / f"{image}.png")
+        (lay / f"{label}.txt").write_text(f"{number % 2} 0.5 0.5 0.{number + 1} 0.4\n")
+    (lay / "labels/3.txt").write_text("0 0.5 0.5 0.9 0.4\n")  # the same place comes first
+    index = run(folder, "yolo", "--images", str(lay), "--labels", str(lay), "--only-labeled")
+    found = dict(zip(index.file_names, (index.boxes[:, 2] - index.boxes[:, 0]).round().tolist()))
+    assert found == {f"{name}.png": width for name, width in zip(places, (10, 20, 30, 40, 50))}

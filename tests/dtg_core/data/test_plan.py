@@ -178,9 +178,11 @@ def test_evaluated_images_share_a_batch_with_their_like(labeled: CocoIndex) -> N
     assert sorted(image_id for batch in batches for image_id in batch.image_ids) == labeled.image_ids
 
 
-def test_evaluation_goes_on_with_an_empty_image(labeled: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_leaves_out_what_cannot_be_read(labeled: CocoIndex, caplog: pytest.LogCaptureFixture) -> None:
     labeled.path(3).write_bytes(b"broken")
-    seen = [image_id for batch in eval_batches(labeled, VIEWS, 2) for image_id in batch.image_ids]
-    assert sorted(seen) == labeled.image_ids
-    assert "3.png" in caplog.text
-    assert "empty image" in caplog.text
+    batches = list(eval_batches(labeled, VIEWS, 1))
+    assert batches.count(None) == 1
+    assert sorted(batch.image_ids[0] for batch in batches if batch) == [name for name in labeled.image_ids if name != "3.png"]
+    seen = [image_id for batch in eval_batches(labeled, VIEWS, 2) for image_id in batch.image_ids]  # beside another of its batch
+    assert len(seen) == len(labeled) - 1
+    assert "3.png: it cannot be read as an image" in caplog.text

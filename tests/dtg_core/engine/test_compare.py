@@ -11,10 +11,9 @@ import pytest
 from conftest import ROOT
 from pages import stands_alone
 
-from dtg_core.engine.compare import FIGURES, compare, draw_curves, effective, tables, to_html, to_markdown
+from dtg_core.engine.compare import FIGURES, compare, draw_curves, tables, to_html, to_markdown
 from dtg_core.errors import UserError
-from dtg_core.settings import plain_yaml
-from dtg_core.settings_text import dotted, to_yaml
+from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import compare as compare_script  # noqa: E402
@@ -134,19 +133,6 @@ def test_it_says_which_settings_differ(tmp_path):
     assert len(over.rows) == 1
     with pytest.raises(UserError, match="alfa"):
         compare(runs, STAGES, ["guidance.alfa"])
-
-
-def test_effective_settings_of_a_detector():
-    settings = dotted(plain_yaml(to_yaml(RunSettings(detector="faster_rcnn")), "text"))
-    kept = effective(settings, STAGES)
-    assert {"faster_rcnn.rpn.pre_nms", "guidance.stages.rpn.tau", "optim.lr"} <= kept.keys()
-    assert not any(key.startswith(("gfl.", "guidance.stages.head.")) for key in kept)
-    assert not {"run.output", "guidance.stages.rcnn.pseudo_score", "paradigm"} & kept.keys()
-    assert any(key.startswith("guidance.stages.head.") for key in effective(settings, {}))  # a detector nobody knows
-    mixed = {**settings, "guidance.stages.rpn.paradigm": "sparse", "guidance.stages.rcnn.paradigm": "none"}
-    of_stages = {key.removeprefix("guidance.stages.") for key in effective(mixed, STAGES) if key.startswith("guidance.stages.")}
-    assert of_stages == {"rpn.paradigm", "rpn.pseudo_score", "rpn.proposals", "rpn.tau_rate", "rcnn.paradigm"}
-    assert {"guidance.stages.rpn.tau_rate", "guidance.stages.rcnn.tau_rate"} <= kept.keys()  # dense guidance reads it too
 
 
 def test_refusals(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_a_full_disk_is_told_once_and_lines_stay_whole(
 
 def test_plain_lines_without_a_terminal() -> None:
     stream = io.StringIO()
-    with Progress(100, 40, stream) as progress:
+    with closing(Progress(100, 40, stream)) as progress:
         progress.advance()
         progress.report({"loss": 1.23456, "AP": 40.0})
         progress.say("checkpoint")
@@ -81,7 +82,7 @@ def test_plain_lines_without_a_terminal() -> None:
 
 def test_a_bar_on_a_terminal() -> None:
     stream = Terminal()
-    with Progress(10, 4, stream) as progress:
+    with closing(Progress(10, 4, stream)) as progress:
         for _ in range(6):
             progress.advance()
         progress.report({"loss": 2.0})
@@ -94,7 +95,7 @@ def test_a_bar_on_a_terminal() -> None:
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_a_closed_stream_stops_nothing(kind: type[io.StringIO]) -> None:
     stream = kind()
-    with Progress(10, 0, stream) as progress:
+    with closing(Progress(10, 0, stream)) as progress:
         stream.close()
         progress.advance()
         progress.report({"loss": 2.0})

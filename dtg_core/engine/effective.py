@@ -1,0 +1,66 @@
+"""Which settings of a run have an effect: what its detector and its paradigms read, and what changes weights or figures."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from dtg_core.config import Config
+
+#: Settings that change no weight and no figure, but for the order of sums.
+SILENT = {
+    "schema", "run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
+    "run.max_skipped", "run.channels_last", "run.compile", "data.workers", "optim.reference_batch", "data.labeled_per_device",
+    "data.unlabeled_per_device", "optim.accumulate",
+}  # fmt: skip
+#: The images of a step, over all processes: what the last three come to.
+BATCH = "images_of_a_step"
+#: The paradigms that read a setting of a stage's rule; dense guidance alone reads the others.
+READERS = {"paradigm": {"dense", "sparse", "none"}, "pseudo_score": {"sparse"}, "proposals": {"sparse"},
+           "tau_rate": {"dense", "sparse"}}  # fmt: skip
+#: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
+UNREAD = {"guidance.stages.rcnn.min_iou"}
+#: Settings that only matter where something is learnt from unlabelled images.
+UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
+                  "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip
+
+
+def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The settings that had an effect: without other detectors' sections and stages, and what the paradigms do not read."""
+    detector = settings.get("detector")
+    core = {field.name for field in fields(Config)} | {BATCH}
+    own = stages.get(str(detector))
+    paradigms = stage_paradigms(settings)
+    paradigms = {stage: value for stage, value in paradigms.items() if own is None or stage in own}
+    supervised = set(paradigms.values()) <= {"none"}
+
+    def matters(key: str) -> bool:
+        parts = key.split(".")
+        if key in SILENT | UNREAD or key == "paradigm":  # the stages' own say more than the run's
+            return False
+        if key == "optim.momentum":
+            return settings.get("optim.name") == "sgd"
+        if len(parts) > 1 and parts[0] not in core and parts[0] != detector:
+            return False
+        if parts[:2] == ["guidance", "stages"]:
+            return paradigms.get(parts[2]) in READERS.get(parts[-1], {"dense"})
+        if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
+            return False
+        embedded = settings.get("data.labeled") is None
+        return not (key.startswith("data.shapes_") and not embedded)
+
+    return {key: value for key, value in settings.items() if matters(key)}
+
+
+def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How each stage was guided, from settings by dotted key; those of other detectors are among them if the settings name them."""
+    return {key.split(".")[2]: value for key, value in settings.items()
+            if key.startswith("guidance.stages.") and key.endswith(".paradigm")}  # fmt: skip
+
+
+def paradigm_of(stages: Mapping[str, Any]) -> str:
+    """"dense", "sparse" or "supervised"; of each stage if they differ."""
+    kinds = set(stages.values())
+    if len(kinds) <= 1:
+        return "supervised" if kinds <= {"none"} else kinds.pop()
+    return ", ".join(f"{stage} {value}" for stage, value in stages.items())

@@ -1,0 +1,42 @@
+"""Which settings have an effect, and that what names settings names ones that there are."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dtg_core.config import StageRule
+from dtg_core.engine.effective import BATCH, READERS, SILENT, UNLABELED_ONLY, UNREAD, effective
+from dtg_core.engine.resume import FREE
+from dtg_core.settings import plain_yaml
+from dtg_core.settings_text import dotted, flatten, to_yaml
+
+sys.path[:0] = [str(ROOT / "scripts")]
+from common import STAGES  # noqa: E402
+from run_settings import RunSettings  # noqa: E402
+
+
+@pytest.mark.parametrize("names", [SILENT, UNREAD, UNLABELED_ONLY, FREE])
+def test_tables_name_settings_that_there_are(names):
+    known = [*flatten(RunSettings()), *(f"{BATCH}.{kind}" for kind in ("labeled", "unlabeled"))]
+    assert [name for name in names if not fnmatch.filter(known, name)] == []
+
+
+def test_readers_are_of_settings_of_a_rule():
+    assert READERS.keys() <= StageRule.__dataclass_fields__.keys()
+
+
+def test_effective_settings_of_a_detector():
+    settings = dotted(plain_yaml(to_yaml(RunSettings(detector="faster_rcnn")), "text"))
+    kept = effective(settings, STAGES)
+    assert {"faster_rcnn.rpn.pre_nms", "guidance.stages.rpn.tau", "optim.lr"} <= kept.keys()
+    assert not any(key.startswith(("gfl.", "guidance.stages.head.")) for key in kept)
+    assert not {"run.output", "guidance.stages.rcnn.pseudo_score", "paradigm"} & kept.keys()
+    assert any(key.startswith("guidance.stages.head.") for key in effective(settings, {}))  # a detector nobody knows
+    mixed = {**settings, "guidance.stages.rpn.paradigm": "sparse", "guidance.stages.rcnn.paradigm": "none"}
+    of_stages = {key.removeprefix("guidance.stages.") for key in effective(mixed, STAGES) if key.startswith("guidance.stages.")}
+    assert of_stages == {"rpn.paradigm", "rpn.pseudo_score", "rpn.proposals", "rpn.tau_rate", "rcnn.paradigm"}
+    assert {"guidance.stages.rpn.tau_rate", "guidance.stages.rcnn.tau_rate"} <= kept.keys()  # dense guidance reads it too
