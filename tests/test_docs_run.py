@@ -40,6 +40,7 @@ SKIPPED = re.compile(r"(.*/)?(pip|python3?) (-m|install)|pdoc |.*multi_gpu")
 OWN, BCCD = "--labeled own.json --images photos/ --val val.json", "--labeled splits/fold1_10_labeled.json --images data/bccd/images"
 RUNS = {  # folder in runs/: flags of its training
     "gfl-dense-seed0": "--paradigm dense", "gfl-sparse-seed0": "--paradigm sparse", "screen": "--paradigm supervised",
+    "screen-rcnn": "--paradigm supervised --detector faster_rcnn",
     "gfl-supervised-own-seed0": f"--paradigm supervised {OWN}",
     "bccd/runs/gfl-supervised-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
     "bccd/runs/faster_rcnn-supervised-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",

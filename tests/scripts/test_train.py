@@ -282,7 +282,6 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     assert f"step {told['step']}, 2 parts" in replayed.out
     losses = dict(re.findall(r"^(\w+/\w+/\w+) (\S+)$", replayed.out, re.MULTILINE))
     assert losses == {name: f"{float(loss):.6g}" for name, loss in told["losses"].items()}
-    print(losses)
     other = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert other.status == 2, other.err
     assert "captured with mixed_precision no, this is bf16" in other.err
