@@ -382,7 +382,9 @@ def test_find_keeps_the_detectors_mode_when_it_fails() -> None:
 
 def _two_processes(folder: str) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # an earlier test in the process that was forked may have left its own
     accelerator = Accelerator(cpu=True)
     index, _ = perfect()
     boxes: dict[Any, list[list[float]]] = {100: [[10, 10, 50, 60]], 107: [[30, 8, 130, 130]], 114: []}

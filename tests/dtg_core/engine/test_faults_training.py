@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,16 @@ def test_fault_62_a_signal_while_waiting_for_data(data: TinyData, tmp_path: Path
     found = newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail)
     assert found is not None
     assert checkpoint_state(found)["step"] <= 10
+
+
+def test_validation_images_that_cannot_be_read_are_counted(data: TinyData, tmp_path: Path) -> None:
+    """They spoil no figure, and the end of a long run is no place to stop."""
+    val = write_coco(tmp_path / "val", 3, 3)
+    next((tmp_path / "val").rglob("*.png")).write_bytes(b"")
+    ended = run(command(replace(data, val=val), "gfl", tmp_path / "run", steps=1), tmp_path / "logs")
+    assert ended.status == 0, ended.err
+    assert "it is not evaluated" in ended.err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["unread"] == 1
 
 
 def full_disk(first: int) -> Callable[[], None]:

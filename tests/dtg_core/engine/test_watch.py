@@ -9,9 +9,8 @@ from typing import Literal
 import pytest
 from runs import TinyData, command, run
 
-from dtg_core.config import GuidanceConfig
-from dtg_core.engine.metrics import MetricsWriter, read_metrics
-from dtg_core.engine.run import RunReport, _number
+from dtg_core.config import GuidanceConfig, RunConfig
+from dtg_core.engine.metrics import MetricsWriter, RunReport, _number, read_metrics
 from dtg_core.engine.watch import PATIENCE, Watch
 
 FINE = {"guidance/head/candidates": 20.0, "guidance/head/clusters": 3.0, "loss_ratio": 0.5, "unlabeled_weight": 4.0}
@@ -174,10 +173,8 @@ def test_lines_that_will_come_again_are_dropped(tmp_path: Path) -> None:
 
 
 def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dtg_core.config import Config
-
     assert _number(None) == "-"
-    report = RunReport(tmp_path, Config(), 0, False)
+    report = RunReport(tmp_path, RunConfig(), {}, 0, False)
     report.evaluation(3, {"teacher": {"AP": None, "AP50": 1.0, "AP75": None}})
     report.close()
     assert "teacher  AP -  AP50 1.00  AP75 -" in capsys.readouterr().err
