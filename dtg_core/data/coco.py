@@ -52,7 +52,7 @@ def load_coco(
     Args:
         json_path: the file.
         images: folder that its file names are relative to. Where the first image is not in it, or for None, it is the
-            JSON's own folder or ``images`` beside it.
+            JSON's own folder, or ``images`` beside it or beside its folder.
         need_labels: False reads the list of images only, as of unlabeled data, and needs no other key.
         rules: what is tolerated; None: the defaults.
         report: takes what was mended or left out; None: it is logged as warnings.
@@ -484,14 +484,15 @@ def _short(value: Any) -> str:
 
 
 def _image_folder(json_path: Path, first: str, images: Path | None, report: Report) -> Path:
-    """The first folder that has the first image: the given one, the JSON's own, or ``images`` beside the JSON.
+    """The first folder that has the first image: the given one, the JSON's own, or ``images`` beside the JSON or beside its folder.
 
     So one ``data.images`` serves a run whose sets lie in different folders. Where several have an image of that name, only the
     user knows which is meant.
     """
     if images is not None and not Path(images).is_dir():
         raise UserError(f"{images}: {no_folder(Path(images))} - {GIVE_IMAGES}")
-    folders = ([Path(images)] if images is not None else []) + [json_path.parent, json_path.parent / "images"]
+    own = json_path.parent
+    folders = ([Path(images)] if images is not None else []) + [own, own / "images", own.parent / "images"]
     found = [folder for folder in folders if os.path.isfile(folder / first)]
     if any(not os.path.samefile(found[0] / first, folder / first) for folder in found[1:]):
         report.add(json_path, f"folders have different images called {first!r}, and {found[0]} is used - if that is wrong, leave "

@@ -65,6 +65,13 @@ def test_finds_the_images(tmp_path: Path, images: str) -> None:
     assert load_coco(path, tmp_path / images).path(0).is_file()
 
 
+def test_finds_the_images_beside_the_folder_of_annotations(tmp_path: Path) -> None:
+    path = write(tmp_path, content())
+    (tmp_path / "annotations").mkdir()
+    moved = path.rename(tmp_path / "annotations" / path.name)
+    assert load_coco(moved).root == tmp_path / "images"
+
+
 def test_images_of_one_name_in_several_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, path = tmp_path / "train", write(tmp_path / "val", content(), ".")
     write(train, content(), ".")
