@@ -198,7 +198,7 @@ def _with_objects(
         crowd=crowd[order],
         class_names=class_names,
         category_ids=category_ids,
-        areas=_areas(annotations, sides)[order] if index.rules.use_json_area else None,
+        areas=_areas(annotations, sides, frame.scale[rows, :2].prod(1))[order] if index.rules.use_json_area else None,
     )
 
 
@@ -273,10 +273,11 @@ def _without_copies(
     return np.setdiff1d(numbers, copies), copies, contested
 
 
-def _areas(annotations: list[dict[str, Any]], sides: np.ndarray) -> np.ndarray:
-    """[B] float64, the JSON's areas; those of the boxes, whose clipped sides are [B, 2], where they are none."""
+def _areas(annotations: list[dict[str, Any]], sides: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[B] float64, the JSON's areas times ``scale`` [B]; those of the boxes, whose clipped sides are [B, 2], where they are
+    none."""
     given = [annotation.get("area") for annotation in annotations]
-    areas = np.array([value if isinstance(value, (int, float)) and 0 < value < 1e15 else 0 for value in given], np.float64)
+    areas = np.array([value if isinstance(value, (int, float)) and 0 < value < 1e15 else 0 for value in given], np.float64) * scale
     boxes = sides.prod(1)
     return np.where((areas > 0) & (areas <= boxes * 1.1 + 1), areas, boxes)
 
@@ -326,27 +327,27 @@ def _frame(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
                (names[row] for row, as_stored in lying.items() if as_stored))
     if any(tuple(told[row].tolist()) not in sizes for row, sizes in seen.items()):
         seen = _real_sizes(index, known)
-    differ = {row: sizes for row, sizes in seen.items() if tuple(told[row].tolist()) not in sizes}
-    scale = _rescaled(told, differ, len(seen), index.rules, path, report)
-    for row, (_, upright) in (differ | _real_sizes(index, unknown)).items():
-        told[row] = upright
+    as_stored = bool(lying) and all(lying.values())
+    differ = {row: sizes[not as_stored] for row, sizes in seen.items() if tuple(told[row].tolist()) not in sizes}
+    scale = _rescaled(told, differ, len(seen), index.rules, path)
+    for row, size in (differ | {row: sizes[not as_stored] for row, sizes in _real_sizes(index, unknown).items()}).items():
+        told[row] = size
     report.add(path, "images have no usable width and height in the JSON; the file's are taken",
                (names[row] for row in unknown))
     report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
                (names[row] for row in differ if (scale[row] == 1).all()))
-    return _Frame(told.astype(np.int32), scale, bool(lying) and all(lying.values()))
+    report.add(path, "images have another size than the JSON says; their boxes are scaled with them",
+               (names[row] for row in differ if (scale[row] != 1).any()))
+    return _Frame(told.astype(np.int32), scale, as_stored)
 
 
-def _rescaled(
-    told: np.ndarray, differ: dict[int, tuple[tuple[int, int], tuple[int, int]]], looked: int, rules: DataRules, path: Path,
-    report: Report,
-) -> np.ndarray:
+def _rescaled(told: np.ndarray, differ: dict[int, tuple[int, int]], looked: int, rules: DataRules, path: Path) -> np.ndarray:
     """[n, 4] factors of the boxes, from sizes ``told`` [n, 2] by the JSON and those of the ``differ``ing of ``looked`` files."""
     scale = np.ones((len(told), 4))
-    alike = {}  # files with the JSON's sides times one factor
-    for row, (_, upright) in differ.items():
-        factor = np.array(upright) / told[row]
-        if abs(told[row] * factor.mean() - upright).max() <= 1:
+    alike = {}  # files with the JSON's sides times one factor, up to a pixel of the smaller size
+    for row, size in differ.items():
+        factor = np.array(size) / told[row]
+        if abs(told[row] * factor.mean() - size).max() <= max(factor.mean(), 1):
             alike[row] = factor
     if 2 * len(alike) <= looked or rules.resized == "keep":
         return scale
@@ -358,7 +359,6 @@ def _rescaled(
                         "wrong scale - set data.rules.resized=scale to scale the boxes too, or =keep if they fit the files")
     for row, factor in alike.items():
         scale[row] = factor[[1, 0, 1, 0]]
-    report.add(path, "images have another size than the JSON says; their boxes are scaled with them", (str(row) for row in alike))
     return scale
 
 

@@ -72,11 +72,14 @@ def _is_own(where: str, names: set[str]) -> bool:
     whose config.yaml tells the version of its keys."""
     if {"study.yaml", "logs"} <= names or all(name in names or f"{name}.tmp" in names for name in PREDICTION):
         return True
-    config = os.path.join(where, "config.yaml")
-    if "config.yaml" not in names or names.isdisjoint((".lock", "metrics.jsonl")) or not os.path.isfile(config):
-        return False
-    with contextlib.suppress(OSError), open(config, "rb") as file:
-        return re.search(rb"^schema:", file.read(), re.MULTILINE) is not None
+    return "config.yaml" in names and not names.isdisjoint((".lock", "metrics.jsonl")) and holds_run(where)
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether a folder's config.yaml is that of a run, which tells the version of its keys."""
+    config = Path(folder, "config.yaml")
+    with contextlib.suppress(OSError):
+        return config.is_file() and re.search(rb"^schema:", config.read_bytes(), re.MULTILINE) is not None
     return False
 
 

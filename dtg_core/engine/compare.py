@@ -33,6 +33,8 @@ LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
 _FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished run."""

@@ -24,6 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
+from dtg_core.data.files import holds_run
 from dtg_core.drafts import reading, writing
 from dtg_core.errors import UserError
 
@@ -78,17 +79,17 @@ class RunFolder:
             names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         used = bool(names - {".lock"})
         if used and not (resume or overwrite):
-            way = "--resume auto, --overwrite or another --output" if self._is_run() else "another --output"
+            way = "--resume auto, --overwrite or another --output" if holds_run(self.path) else "another --output"
             raise UserError(f"{self.path}: holds something already - use {way}")
         if used and overwrite:
-            if not self._is_run():
+            if not holds_run(self.path):
                 raise UserError(f"{self.path}: not the folder of a run (no config.yaml of one), so --overwrite will not empty it - "
                                 "give another --output")
             foreign = sorted(_foreign(self.path, WRITTEN))
             if foreign:
                 raise UserError(f"{self.path}: holds what no run has written ({', '.join(foreign[:3])}), so --overwrite will not "
                                 "empty it - move that away, or give another --output")
-        if resume and not self._is_run() and not names <= BEFORE_CONFIG:
+        if resume and not holds_run(self.path) and not names <= BEFORE_CONFIG:
             raise UserError(f"{self.path}: not the folder of a run (no config.yaml of one), so there is nothing to resume - give "
                             "another --output")
 
@@ -100,14 +101,6 @@ class RunFolder:
             for entry in self.path.iterdir() if overwrite else ():
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-    def _is_run(self) -> bool:
-        """Whether its config.yaml is that of a run, which tells the version of its keys."""
-        try:
-            text = (self.path / "config.yaml").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return False
-        return re.search(r"^schema:", text, re.MULTILINE) is not None
 
     def claim(self) -> None:
         """Make the folder and hold its lock. Raises UserError when the folder is in use or cannot be written."""

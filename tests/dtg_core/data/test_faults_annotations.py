@@ -362,29 +362,36 @@ def test_fault_12_half_turns_follow_the_other_images(folder: Path, as_stored: bo
     if not as_stored:
         changed("images", 1, "width", to=48)(content)
         changed("images", 1, "height", to=64)(content)
+    else:  # one that says no size follows the others too
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (64, 48)).save(folder / "3.png", exif=exif)
+        changed("images", 2, "width", to=0)(content)
     index = load_coco(write(folder, content), report=Report())
     corner = (0, 0) if as_stored else (47, 63)
     assert np.asarray(index.image(0))[corner].tolist() == [255, 255, 255]
     assert index.image(1).size == ((64, 48) if as_stored else (48, 64))
+    assert index.image(2).size == (64, 48)
 
 
 def resized(content: Json, factor: float) -> None:
     """The JSON of the same images when they were ``factor`` times as large."""
     every("images", lambda i: {"width": round(i["width"] * factor), "height": round(i["height"] * factor)})(content)
-    every("annotations", lambda a: {"bbox": [value * factor for value in a["bbox"]]})(content)
+    every("annotations", lambda a: {"bbox": [value * factor for value in a["bbox"]], "area": a["area"] * factor**2})(content)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3])
 def test_images_that_were_resized_after_labelling(folder: Path, factor: float) -> None:
-    wanted = load_coco(write(folder, clean()))
+    wanted = load_coco(write(folder, clean()), rules=DataRules(use_json_area=True))
     content = clean()
     resized(content, factor)
     path = write(folder, content)
     with pytest.raises(UserError, match=r"data\.json: images are not of the size.*12 of 12 looked at.*data\.rules\.resized=scale"):
         load_coco(path)
     report = Report()
-    index = load_coco(path, rules=DataRules(resized="scale"), report=report)
+    index = load_coco(path, rules=DataRules(resized="scale", use_json_area=True), report=report)
     np.testing.assert_allclose(index.boxes, wanted.boxes, atol=1e-4)
+    np.testing.assert_allclose(index.areas, wanted.areas)
     np.testing.assert_array_equal(index.sizes, wanted.sizes)
     assert "12 images have another size than the JSON says; their boxes are scaled with them" in report.lines()[0]
     every("annotations", lambda a: {"bbox": [value / factor for value in a["bbox"]]})(content)
