@@ -28,11 +28,9 @@ from dtg_core.anchors import anchor_grid
 from dtg_core.config import Config
 from dtg_core.data.plan import StepData, steps_loader
 from dtg_core.data.sources import open_sources
-from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.engine.loop import prepare, train_step
 from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
-from dtg_core.models.student import StudentModule
-from dtg_core.models.teacher import make_teacher
 from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Outputs, Stage
 from dtg_core.settings import load_config
@@ -125,13 +123,12 @@ def main(config: Config) -> list[dict[str, float]]:
                     config.data.unlabeled_per_device, unlabeled_from=config.guidance.start_step)
     torch.manual_seed(config.run.seed)
     detector = RetinaNet(build_pyramid(config.backbone, 64, STRIDES, "conv"), len(sources.labeled.class_names))
-    teacher = make_teacher(detector).to(accelerator.device)
-    module = StudentModule(detector, config.guidance.stages).train()
-    student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
+    training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
+    training.student.train()
 
     history = []
     for batch in steps_loader(data, 0, config.run.steps, config.data.workers):
-        figures = train_step(student, teacher, optimizer, [batch.to(accelerator.device)], config, accelerator)
+        figures = train_step(training, [batch.to(accelerator.device)], config, accelerator)
         history.append({name: float(value) for name, value in figures.items()})
         if (batch.step + 1) % config.run.log_every == 0:
             shown = [f"{name} {value:.3f}" for name, value in history[-1].items() if "labeled/" in name]

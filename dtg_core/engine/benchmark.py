@@ -32,6 +32,7 @@ from dtg_core.engine import loop
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.waits import device_work
 from dtg_core.guidance import teach
+from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import StudentModule, student_and_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import PairBatch, Proposals, StepBatch, Supervision, ViewBatch
@@ -47,14 +48,12 @@ class Bench:
 
     config: Config
     accelerator: Accelerator
-    student: StudentModule
-    teacher: nn.Module
-    optimizer: torch.optim.Optimizer
+    training: loop.Training
     batch: StepBatch
 
     def step(self) -> dict[str, Any]:
         """The real thing; gives its figures."""
-        return loop.train_step(self.student, self.teacher, self.optimizer, [self.batch], self.config, self.accelerator)
+        return loop.train_step(self.training, [self.batch], self.config, self.accelerator)
 
 
 def benchmark(
@@ -93,13 +92,15 @@ def benchmark(
         chosen = {name: replace(rule, paradigm=kind) for name, rule in rules.items()}
         settings = replace(config, guidance=replace(guidance, stages=chosen))
         student = StudentModule(detector, chosen).train()
-        return Bench(settings, accelerator, student, teacher, loop.make_optimizer(student, config.optim, accelerator), batch)
+        optimizer = loop.make_optimizer(student, config.optim, accelerator)
+        thresholds = Thresholds(chosen, cast(Detector, detector).stages, sources.labeled.objects_per_image(), device)
+        return Bench(settings, accelerator, loop.Training(student, student, teacher, optimizer, thresholds), batch)
 
     main = bench(paradigm)
     figures = main.step()
     memory = peak_memory(device)
     # AdamW keeps the numbers of its steps on the host.
-    with device_work([state["step"] for state in main.optimizer.state.values() if "step" in state]) as work:
+    with device_work([state["step"] for state in main.training.optimizer.state.values() if "step" in state]) as work:
         main.step()
     bare = bare_passes(main)
     timers: dict[str, Callable[[], Any]] = {"step": main.step, "bare_passes": bare}
@@ -108,7 +109,7 @@ def benchmark(
     times: dict[str, list[float]] = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
         found = {name: _seconds(action, device) for name, action in timers.items()}
-        main.optimizer.zero_grad(set_to_none=True)
+        main.training.optimizer.zero_grad(set_to_none=True)
         found["data"] = _seconds(lambda number=repeat: made[first + number], device)  # type: ignore[misc]
         found |= parts_of_step(main)
         for name, value in found.items() if repeat >= WARM_UP else ():
@@ -166,7 +167,7 @@ def with_candidates(
 
 def bare_passes(bench: Bench) -> Callable[[], None]:
     """The networks' own passes of a step (see the module), ready to be called again and again."""
-    batch, teacher, detector = bench.batch, cast(Detector, bench.teacher), cast(Detector, bench.student.detector)
+    batch, teacher, detector = bench.batch, cast(Detector, bench.training.teacher), cast(Detector, bench.training.module.detector)
     branches: list[tuple[ViewBatch, Mapping[str, Supervision]]] = []
     told = None
     with torch.no_grad(), bench.accelerator.autocast():
@@ -238,13 +239,13 @@ class Stopwatch:
 def parts_of_step(bench: Bench) -> dict[str, float]:
     """Seconds of each part of a step but its data. The device is waited for between parts, so their sum may exceed a step."""
     places: Sequence[tuple[str, Any, str]] = (
-        ("teacher", bench.teacher, "run"),
+        ("teacher", bench.training.teacher, "run"),
         ("guidance", loop, "teach"),  # without the teacher's pass
-        ("student", bench.student.detector, "run"),  # with making its proposals
-        ("losses", bench.student, "forward"),  # assignment and losses: without the student's pass
+        ("student", bench.training.module.detector, "run"),  # with making its proposals
+        ("losses", bench.training.module, "forward"),  # assignment and losses: without the student's pass
         ("backward", bench.accelerator, "backward"),
         ("optimizer", bench.accelerator, "clip_grad_norm_"),
-        ("optimizer", bench.optimizer, "step"),
+        ("optimizer", bench.training.optimizer, "step"),
         ("ema", loop, "update_teacher"),
     )
     watch = Stopwatch(bench.accelerator.device)

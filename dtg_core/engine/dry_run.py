@@ -54,9 +54,7 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         batch = data[step]
         reading = time.perf_counter() - began
         moved = [batch.to(accelerator.device)] * parts
-        figures = train_step(
-            made.student, made.teacher, made.optimizer, moved, config, accelerator, thresholds=made.thresholds
-        )
+        figures = train_step(made, moved, config, accelerator)
         broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
         training = time.perf_counter() - began - reading
     training, reading, whole = forecast(training, reading, parts, config)

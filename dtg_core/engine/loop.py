@@ -19,7 +19,7 @@ from dtg_core.config import Config, OptimConfig
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
-from dtg_core.guidance.paradigms import NO_THRESHOLDS, Figures
+from dtg_core.guidance.paradigms import Figures
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule, student_and_teacher
@@ -73,16 +73,15 @@ def prepare(config: Config, detector: nn.Module, objects: ArrayLike, accelerator
 
 
 def train_step(
-    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[StepBatch], config: Config,
-    accelerator: Accelerator, signals: StopSignals | None = None, thresholds: Thresholds | None = None,
+    training: Training, batches: Sequence[StepBatch], config: Config, accelerator: Accelerator, signals: StopSignals | None = None,
 ) -> Figures:
     """One step of Eq. 1, from a batch to the updated student and teacher.
 
     Args:
-        student: ``StudentModule``, possibly wrapped for several processes. teacher: its averaged detector.
+        training: what this step changes.
         batches: the micro-batches of one step, mostly one: labelled views, and pairs of unlabelled views or None.
-        config: of the run. signals: learns which signal has reached any of the processes.
-        thresholds: of the classes, which follow what the teacher finds; None: tau and pseudo_score of ``config`` stay.
+        config: of the run. accelerator: device, precision, processes.
+        signals: learns which signal has reached any of the processes.
 
     Returns:
         Losses and figures of the guidance by name, still on the device. "skipped" is 1 when the loss or its gradient was not
@@ -91,13 +90,14 @@ def train_step(
         is an "overflowed" too.
     """
     step, rules = batches[0].step, config.guidance.stages
+    student, teacher, optimizer = training.student, training.teacher, training.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config.optim)
     weight = unlabeled_weight(step, config.guidance)
-    detector = cast(StudentModule, accelerator.unwrap_model(student)).detector
+    detector = training.module.detector
 
     first = accelerator.process_index * len(batches)  # of all processes' parts of the step, the first that is here
-    scores = thresholds.scores() if thresholds is not None else NO_THRESHOLDS
+    scores = training.thresholds.scores()
     lessons = [
         _teach(teacher, batch, part, weight > 0, config, accelerator, scores) for part, batch in enumerate(batches, first)
     ]
@@ -123,8 +123,7 @@ def train_step(
     healthy = finite and is_finite(detector)
     if healthy:
         update_teacher(teacher, detector, step, config.optim.ema)
-        if thresholds is not None:
-            thresholds.follow(*_found(lessons, accelerator))
+        training.thresholds.follow(*_found(lessons, accelerator))
     else:
         heal_statistics(detector, teacher)
         if finite and not is_finite(detector):

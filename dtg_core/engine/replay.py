@@ -49,8 +49,7 @@ def replay(
     told = _read(file)
     step, parts = told["step"], told["parts"]
     training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
-    student, teacher = training.student, training.teacher
-    state = load_checkpoint(file.parent / told["checkpoint"], training.module, teacher, training.plain_optimizer)
+    state = load_checkpoint(file.parent / told["checkpoint"], training.module, training.teacher, training.plain_optimizer)
     captured = state["stamp"].get("mixed_precision", accelerator.mixed_precision)
     if captured != accelerator.mixed_precision:
         raise UserError(f"{file}: captured with mixed_precision {captured}, this is {accelerator.mixed_precision} - launch it with "
@@ -63,11 +62,8 @@ def replay(
     again = describe(batches, {}, accelerator)["parts"]
     if json.loads(json.dumps(again)) != parts:
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
-    student.train()
-    moved = [batch.to(accelerator.device) for batch in batches]
-    figures = train_step(
-        student, teacher, training.optimizer, moved, config, accelerator, thresholds=training.thresholds
-    )
+    training.student.train()
+    figures = train_step(training, [batch.to(accelerator.device) for batch in batches], config, accelerator)
     shown = [f"{name} {float(value):.6g}" for name, value in figures.items() if name.count("/") == 2]
     return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
 

@@ -131,13 +131,10 @@ class Fit:
                 return self._finish(signals)
             if not self._evaluate(start, signals):
                 return 128 + signals.agreed
-        clock, training = Clock(start), self.training
+        clock = Clock(start)
         for batches in clock.waiting(self._batches(start)):
             done, self.recent = batches[0].step + 1, batches
-            figures = train_step(
-                training.student, training.teacher, training.optimizer, batches, self.config, self.accelerator, signals,
-                training.thresholds,
-            )
+            figures = train_step(self.training, batches, self.config, self.accelerator, signals)
             self.window.add(figures)
             if self.report:
                 self.report.progress.advance()

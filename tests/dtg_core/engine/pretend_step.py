@@ -25,7 +25,7 @@ import dtg_core.boxes
 import dtg_core.guidance.clustering
 from dtg_core.anchors import anchor_grid
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, paper_stages
-from dtg_core.engine.loop import make_optimizer, train_step
+from dtg_core.engine.loop import Training, make_optimizer, train_step
 from dtg_core.engine.waits import device_work
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import StudentModule
@@ -98,26 +98,28 @@ def make_parts(name: str, images: int) -> tuple[StudentModule, Any, Config, Step
     return StudentModule(detector, stages).train(), make_teacher(detector), config, batch
 
 
+def parts_of(student: StudentModule, teacher: Any, config: Config, objects: torch.Tensor) -> Training:
+    thresholds = Thresholds(config.guidance.stages, student.detector.stages, objects)
+    return Training(student, student, teacher, make_optimizer(student, config.optim, OneProcess()), thresholds)
+
+
 def count(name: str, images: int) -> PretendDevice:
     student, teacher, config, plain = make_parts(name, images)
     twin, twin_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     with device_work() as work:  # what the benchmark counts on the CPU
-        train_step(twin, twin_teacher, make_optimizer(twin, config.optim, OneProcess()), [plain], config, OneProcess())
+        train_step(parts_of(twin, twin_teacher, config, torch.ones(3)), [plain], config, OneProcess())
     module_to_device(student)
     module_to_device(teacher)
-    optimizer = make_optimizer(student, config.optim, OneProcess())
-    following = Thresholds(config.guidance.stages, student.detector.stages, to_device(torch.ones(3)))
-    batch = moved(plain)
-    rest = [batch], config, OneProcess(), None, following
-    train_step(student, teacher, optimizer, *rest)  # fills the caches of anchors
+    step = parts_of(student, teacher, config, to_device(torch.ones(3))), [moved(plain)], config, OneProcess()
+    train_step(*step)  # fills the caches of anchors
     with PretendDevice() as device:
-        figures = train_step(student, teacher, optimizer, *rest)
+        figures = train_step(*step)
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in student.detector.stages)
     assert work.waits.total() == sum(device.syncs.values()), (work.waits, device.syncs)
     anchor_grid.cache_clear()  # as after a new size of canvas
     with PretendDevice() as anew:
-        train_step(student, teacher, optimizer, *rest)
+        train_step(*step)
     assert anew.syncs == device.syncs
     return device
 
@@ -130,13 +132,13 @@ def without_float64(name: str) -> None:
     views, expected = plain.labeled, make_teacher(student.detector).detect(student.detector.run(plain.labeled), plain.labeled, 0.1)
     module_to_device(student)
     module_to_device(teacher)
-    optimizer, batch = make_optimizer(student, config.optim, OneProcess()), moved(plain)
+    training, batch = parts_of(student, teacher, config, to_device(torch.ones(3))), moved(plain)
     with LacksFloat64(), torch.no_grad():
         found = student.detector.detect(student.detector.run(batch.labeled), moved(views), 0.1)
     assert len(expected.boxes) > 0
     assert torch.equal(found.boxes.inner, expected.boxes)
     with LacksFloat64():
-        figures = train_step(student, teacher, optimizer, [batch], config, OneProcess())
+        figures = train_step(training, [batch], config, OneProcess())
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in student.detector.stages)
 

@@ -19,11 +19,9 @@ from conftest import make_pair, make_views, tiny_detector
 from torch import Tensor, nn
 
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, StageRule, paper_stages
-from dtg_core.engine.loop import Lesson, Window, _found, heal_statistics, is_finite, make_optimizer, train_step
+from dtg_core.engine.loop import Lesson, Window, _found, heal_statistics, is_finite, make_optimizer, prepare, train_step
 from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
-from dtg_core.guidance.thresholds import Thresholds
-from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
 from dtg_core.structures import PairBatch, StepBatch, Supervision, ViewBatch
 
@@ -56,15 +54,11 @@ class Parts:
                 if key.endswith("bias") and parameter.min() < -2:
                     parameter.fill_(0.3)
         self.detector, self.settings, self.accelerator = detector, settings, accelerator
-        module = StudentModule(detector, settings.guidance.stages).train()
-        self.teacher = make_teacher(detector)
-        self.thresholds = Thresholds(settings.guidance.stages, detector.stages, torch.ones(3))
-        self.student, self.optimizer = accelerator.prepare(module, make_optimizer(module, settings.optim, accelerator))
+        self.training = prepare(settings, detector, torch.ones(3), accelerator)
+        self.training.student.train()
 
     def step(self, batches: Sequence[StepBatch], signals: StopSignals | None = None) -> dict[str, float]:
-        figures = train_step(
-            self.student, self.teacher, self.optimizer, batches, self.settings, self.accelerator, signals, self.thresholds
-        )
+        figures = train_step(self.training, batches, self.settings, self.accelerator, signals)
         return {name: float(value) for name, value in figures.items()}
 
     def weights(self) -> dict[str, Tensor]:
@@ -122,10 +116,10 @@ def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
         torch.testing.assert_close(tensor, one.weights()[key], rtol=1e-4, atol=4e-6, msg=key)
         changed = max(changed, float((tensor - first[key]).abs().max()))
     assert changed > 1e-3
-    for stage, scores in one.thresholds.scores().items():
-        torch.testing.assert_close(four.thresholds.scores()[stage], scores)
+    for stage, scores in one.training.thresholds.scores().items():
+        torch.testing.assert_close(four.training.thresholds.scores()[stage], scores)
         assert (scores - 0.5).abs().max() > 0.02
-    assert set(one.thresholds.scores()) == set(settings.guidance.stages) & set(one.detector.stages)
+    assert set(one.training.thresholds.scores()) == set(settings.guidance.stages) & set(one.detector.stages)
 
 
 def test_what_the_teacher_finds_is_summed_over_parts_and_processes() -> None:
@@ -213,8 +207,8 @@ def test_bfloat16_trains_and_guides_as_float32_does(name: str) -> None:
     pair = four_images().unlabeled
     assert pair is not None
     with torch.no_grad(), accelerator.autocast():
-        outputs = parts.teacher.run(pair.teacher)
-    frozen, rules = Rounded(parts.teacher, outputs), parts.settings.guidance.stages
+        outputs = parts.training.teacher.run(pair.teacher)
+    frozen, rules = Rounded(parts.training.teacher, outputs), parts.settings.guidance.stages
     half, _ = teach(frozen, pair, rules, autocast=accelerator.autocast())  # type: ignore[arg-type]
     with torch.autocast("cpu", enabled=False):
         full, _ = teach(frozen, pair, rules)  # type: ignore[arg-type]
@@ -251,8 +245,8 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
     accelerator = Accelerator(cpu=True)
     parts = Parts(name, config(lr=0.01), accelerator)
     parts.step([four_images(0)])
-    before, teacher = parts.weights(), copy.deepcopy(parts.teacher.state_dict())
-    momentum = copy.deepcopy(parts.optimizer.state_dict())
+    before, teacher = parts.weights(), copy.deepcopy(parts.training.teacher.state_dict())
+    momentum = copy.deepcopy(parts.training.optimizer.state_dict())
     with torch.no_grad():
         kept = next(p for p in parts.detector.parameters() if p.requires_grad)
         kept[(0,) * kept.dim()] += float("nan")
@@ -261,12 +255,12 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
         kept.copy_(before[next(key for key, p in parts.detector.named_parameters() if p is kept)])
     for key, tensor in parts.weights().items():
         assert torch.equal(tensor, before[key]), key
-    for key, tensor in parts.teacher.state_dict().items():
+    for key, tensor in parts.training.teacher.state_dict().items():
         assert torch.equal(tensor, teacher[key]), key
     assert all(torch.equal(new["momentum_buffer"], momentum["state"][number]["momentum_buffer"])
-               for number, new in parts.optimizer.state_dict()["state"].items())  # fmt: skip
+               for number, new in parts.training.optimizer.state_dict()["state"].items())  # fmt: skip
     assert parts.step([four_images(1)])["skipped"] == 0
-    assert is_finite(parts.teacher)
+    assert is_finite(parts.training.teacher)
 
 
 def test_a_loss_scale_that_is_too_large_comes_down() -> None:
@@ -287,11 +281,11 @@ def test_a_loss_scale_that_is_too_large_comes_down() -> None:
 def test_the_teacher_does_not_follow_a_student_that_overflows() -> None:
     accelerator = Accelerator(cpu=True)
     parts = Parts("gfl", config(lr=3e38), accelerator)
-    teacher = copy.deepcopy(parts.teacher.state_dict())
+    teacher = copy.deepcopy(parts.training.teacher.state_dict())
     figures = parts.step([four_images()])
     assert not is_finite(parts.detector)
     assert figures["skipped"] == figures["overflowed"] == 1
-    assert all(torch.equal(tensor, teacher[key]) for key, tensor in parts.teacher.state_dict().items())
+    assert all(torch.equal(tensor, teacher[key]) for key, tensor in parts.training.teacher.state_dict().items())
 
 
 def test_spoilt_batch_statistics_come_back_from_the_teacher() -> None:
@@ -339,7 +333,7 @@ def test_memory_does_not_grow() -> None:
             if step == 50:
                 start = process.memory_info().rss
             batch = replace(next(batches), step=step)
-            window.add(train_step(parts.student, parts.teacher, parts.optimizer, [batch], parts.settings, parts.accelerator))
+            window.add(train_step(parts.training, [batch], parts.settings, parts.accelerator))
             if step % 50 == 0:
                 window.means(parts.accelerator)
                 window.clear()

@@ -138,7 +138,7 @@ def test_all_processes_stop_when_one_is_told(data: TinyData, tmp_path: Path) -> 
         train_step = module.train_step
 
         def stepping(*arguments: object) -> object:
-            if os.environ["RANK"] == "1" and arguments[3][0].step == 4:
+            if os.environ["RANK"] == "1" and arguments[1][0].step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             return train_step(*arguments)
 
@@ -217,7 +217,7 @@ def test_all_processes_have_the_same_teacher_when_batch_statistics_train(data: T
 
         def stepping(*arguments: object) -> object:
             figures = train_step(*arguments)
-            torch.save(arguments[1].state_dict(), tmp_path / f"teacher{os.environ['RANK']}.pt")  # type: ignore[attr-defined]
+            torch.save(arguments[0].teacher.state_dict(), tmp_path / f"teacher{os.environ['RANK']}.pt")  # type: ignore[attr-defined]
             return figures
 
         module.train_step = stepping

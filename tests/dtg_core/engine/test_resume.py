@@ -410,7 +410,7 @@ def send_to_group_after(step: int, number: int) -> Callable[[], None]:
 
         def stepping(*arguments: object) -> object:
             figures = train_step(*arguments)
-            if arguments[3][0].step + 1 == step:
+            if arguments[1][0].step + 1 == step:
                 os.killpg(0, number)
             return figures
 
@@ -454,7 +454,7 @@ def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
 
         def stepping(*arguments: object) -> object:
             figures = train_step(*arguments)
-            if arguments[3][0].step == 3:
+            if arguments[1][0].step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
