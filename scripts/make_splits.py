@@ -1,23 +1,24 @@
 """Split a labelled set into few labelled and many unlabelled images.
 
     python scripts/make_splits.py --annotations instances_train2017.json --output splits/ [--percent 1 2 5 10] [--folds 1-5]
+    python scripts/make_splits.py --annotations mine.json --output splits/ --val 20
 
 For each share and fold it writes ``fold1_10_labeled.json``, a COCO JSON for ``--labeled``, and
 ``fold1_10_unlabeled.json``, the list of all other images for ``--unlabeled``; and once ``manifest.json`` with counts and
-checksums. File names stay those of the source, so training needs ``--images DIR``, or a link ``images`` beside the splits.
+checksums. ``--val`` sets images aside first, with their labels, as ``val.json``; without any share all others become
+``labeled.json``. File names stay those of the source, so training needs ``--images DIR``, or a link ``images`` beside the splits.
 """
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, add_rules, main_guard, one_of, require_new, rules_of
+from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
@@ -41,11 +42,12 @@ def parser() -> Parser:
     add_overwrite(result)
     add("--protocol", type=one_of(PROTOCOLS), default=PROTOCOLS[0], metavar="|".join(PROTOCOLS),
         help="how images are drawn (default: softteacher)")
-    add("--percent", type=float, nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
-    add("--count", type=int, nargs="+", metavar="N", help="numbers of images, instead of shares")
+    add("--percent", type=number(float, "(0, inf)"), nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
+    add("--count", type=number(int, "[1, inf)"), nargs="+", metavar="N", help="numbers of images, instead of shares")
+    add("--val", type=number(float, "(0, 100)"), metavar="P", help="first set P percent of the images aside as val.json")
     add("--folds", default="1-5", metavar="A-B", help="numbers of the folds, which are their seeds (default: 1-5)")
     add("--indices", type=Path, metavar="FILE", help="Unbiased Teacher's COCO_supervision.txt, for --protocol ubteacher")
-    add("--min-per-class", type=int, default=0, metavar="K", help="add images until each class has K boxes")
+    add("--min-per-class", type=number(int, "[0, inf)"), default=0, metavar="K", help="add images until each class has K boxes")
     add_rules(result)
     add("--group-by", metavar="KEY|REGEX", help="keep images together that share this key, or this part of their file name")
     return result
@@ -54,8 +56,9 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     shares, folds, rules = _shares(arguments), _folds(arguments.folds), rules_of(arguments)
+    whole = ["val.json", *(["labeled.json"] if not _names(arguments) else [])] if arguments.val else []
     files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
-    require_new((arguments.output / name for name in ("manifest.json", *files)), arguments.overwrite)
+    require_new((arguments.output / name for name in ("manifest.json", *whole, *files)), arguments.overwrite)
 
     import numpy as np
 
@@ -69,6 +72,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--group-by {arguments.group_by!r}: makes 1 group of all {len(images)} images, which cannot be split - "
                         "give a pattern that tells them apart")
     names = [category["name"] for category in content["categories"]]
+    contents: dict[str, Any] = {}  # by file name
+    if arguments.val:
+        held, rest = _hold_out(groups, arguments.val)
+        contents["val.json"], content = _labeled(content, held), _labeled(content, rest)
+        if not _names(arguments):
+            contents["labeled.json"] = content
+        images, counts, groups = content["images"], counts[rest], np.unique(groups[rest], return_inverse=True)[1]
     drawn = []
     for name, wanted, percent in shares(len(images)):
         for fold in folds:
@@ -82,35 +92,35 @@ def main(argv: Sequence[str]) -> int:
         "source": arguments.annotations.name,
         "sha256": sha256(arguments.annotations),
         "images": len(images),
+        "set_aside": arguments.val,
         "protocol": arguments.protocol,
         "min_per_class": arguments.min_per_class,
         "group_by": arguments.group_by,
         "splits": made,
     }
     with writing(arguments.output), ExitStack() as drafts:  # all files or none: a few would block the next try
+        def write(name: str, value: Any) -> str:
+            draft = drafts.enter_context(draft_of(arguments.output / name))
+            draft.write_text(json.dumps(value), encoding="utf-8")
+            return sha256(draft)
+
+        for name, value in contents.items():
+            made.append({"name": name, "images": len(value["images"]), "sha256": {name: write(name, value)}})
         for name, fold, positions in drawn:
-            sums = {}
-            for part, value in zip(PARTS, _parts(content, np.sort(positions))):
-                draft = drafts.enter_context(draft_of(arguments.output / f"{name}_{part}.json"))
-                draft.write_text(json.dumps(value), encoding="utf-8")
-                sums[f"{name}_{part}.json"] = sha256(draft)
+            parts = zip(PARTS, (_labeled(content, np.sort(positions)), _others(images, positions)))
+            sums = {file: write(file, value) for part, value in parts for file in [f"{name}_{part}.json"]}
             boxes = dict(zip(names, counts[positions].sum(0).tolist()))
             made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
         draft = drafts.enter_context(draft_of(arguments.output / "manifest.json"))
         draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for one in made:
-        print(f"{one['name']}: {one['images']} labelled and {counted(len(images) - one['images'], 'other image')}")
+        others = "" if one["name"] in contents else f" and {counted(len(images) - one['images'], 'other image')}"
+        print(f"{one['name']}: {one['images']} labelled{others or ' images'}")
     return 0
 
 
 def _shares(arguments: argparse.Namespace) -> Any:
     """A function from the number of images to (name, number of draws, percent) of each wanted share."""
-    for flag in ("percent", "count"):
-        for value in getattr(arguments, flag) or ():
-            if not 0 < value < math.inf:
-                raise UserError(f"--{flag}: use numbers over 0 (found {value:g})")
-    if arguments.min_per_class < 0:
-        raise UserError(f"--min-per-class: use 0 or more (found {arguments.min_per_class})")
     names = _names(arguments)
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise UserError(f"--{'count' if arguments.count else 'percent'}: {twice[0].removesuffix('images')} stands there twice - "
@@ -118,33 +128,50 @@ def _shares(arguments: argparse.Namespace) -> Any:
     if arguments.count and arguments.percent:
         raise UserError("--percent and --count: they say the same in two ways - give one of them")
     if arguments.protocol == "ubteacher":
-        if arguments.indices is None or arguments.count or arguments.group_by:
+        if arguments.indices is None or arguments.count or arguments.group_by or arguments.val:
             raise UserError("--protocol ubteacher: it takes its images from --indices FILE by --percent - give these two, "
-                            "and no "
-                            "--count or --group-by")
+                            "and no --count, --group-by or --val")
     elif arguments.indices is not None:
         raise UserError("--indices: belongs to --protocol ubteacher - leave one of the two out")
 
     def shares(images: int) -> list[tuple[str, int, float]]:
-        if arguments.count:
+        if not names:
+            draws = []
+        elif arguments.count:
             draws = [(count, 0.0) for count in arguments.count]
         else:
             draws = [(int(percent / 100 * images), percent) for percent in arguments.percent or PERCENTS]
         found = [(name, *draw) for name, draw in zip(names, draws)]
-        for _, wanted, _ in found:
+        for name, wanted, _ in found:
             if not 1 <= wanted < images:
-                raise UserError(f"{arguments.annotations}: {wanted} of {images} images are no share - choose at least 1 and "
-                                "not all")  # fmt: skip
+                asked = f"--count {wanted}" if arguments.count else f"--percent {name}: {wanted} of {images} images"
+                raise UserError(f"{asked}: a share has at least 1 of the {images} images and not all - give other shares "
+                                f"(--{'count 10' if arguments.count else 'percent 10'})")
         return found
 
     return shares
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:
-    """Of the shares, as in the files' names."""
+    """Of the shares, as in the files' names; none where only a validation set was asked for."""
     if arguments.count:
         return [f"{count}images" for count in arguments.count]
+    if arguments.val and not arguments.percent:
+        return []
     return [f"{percent:g}" for percent in arguments.percent or PERCENTS]
+
+
+def _hold_out(groups: np.ndarray, percent: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the images set aside for validation, whole groups of them, and of the others, both sorted."""
+    import numpy as np
+
+    from dtg_core.data.splits import draw_groups
+
+    held = draw_groups(groups, max(round(percent / 100 * len(groups)), 1), 0)
+    rest = np.setdiff1d(np.arange(len(groups)), held)
+    if len(rest) == 0:
+        raise UserError(f"--val {percent:g}: all {len(groups)} images would be set aside - give a smaller share, or smaller groups")
+    return held, rest
 
 
 def _look_at_size(arguments: argparse.Namespace, name: str, images: int, wanted: int, groups: np.ndarray) -> None:
@@ -186,16 +213,18 @@ def _draw(
     return draw(arguments.protocol, len(images), wanted, fold)
 
 
-def _parts(content: dict[str, Any], positions: np.ndarray) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The contents of both files of a fold, in the order of ``PARTS``."""
-    chosen = set(positions.tolist())
-    images = content["images"]
-    labeled = [image for row, image in enumerate(images) if row in chosen]
-    ids = {image["id"] for image in labeled}
+def _labeled(content: dict[str, Any], positions: np.ndarray) -> dict[str, Any]:
+    """A COCO JSON of the images at ``positions`` with their labels."""
+    images = [content["images"][row] for row in positions.tolist()]
+    ids = {image["id"] for image in images}
     annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in ids]
-    rest = [{key: image[key] for key in ("id", "file_name", "width", "height") if key in image}
-            for row, image in enumerate(images) if row not in chosen]  # fmt: skip
-    return {"images": labeled, "annotations": annotations, "categories": content["categories"]}, {"images": rest}
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}
+
+
+def _others(images: Sequence[dict[str, Any]], positions: np.ndarray) -> dict[str, Any]:
+    """A list of all other images, without labels."""
+    chosen, keys = set(positions.tolist()), ("id", "file_name", "width", "height")
+    return {"images": [{key: image[key] for key in keys if key in image} for row, image in enumerate(images) if row not in chosen]}
 
 
 def sha256(path: Path) -> str:

@@ -70,6 +70,33 @@ def test_published_counts(percent: int, softteacher: int, stac: list[int]) -> No
     assert [len(draw("stac", COCO, wanted, fold)) for fold in range(1, 6)] == stac
 
 
+def test_a_validation_set_is_set_aside_with_its_labels(tmp_path: Path) -> None:
+    source = coco(tmp_path, 400)
+    whole = json.loads(source.read_text())
+    manifest = split(source, "--val", 20, "--percent", 10, "--folds", "1-2", "--group-by", r"scene(\d+)")
+    held = ids_of(source, "val.json")
+    assert len(held) == 80
+    for fold in (1, 2):
+        labeled, others = (ids_of(source, f"fold{fold}_10_{part}.json") for part in ("labeled", "unlabeled"))
+        assert sorted([*held, *labeled, *others]) == sorted(image["id"] for image in whole["images"])
+        assert len(labeled) == 32  # of the other 320
+    scenes = {image["id"]: image["file_name"].partition("_")[0] for image in whole["images"]}
+    assert {scenes[one] for one in held}.isdisjoint({scenes[one] for one in scenes.keys() - set(held)})
+    val = json.loads((tmp_path / "splits" / "val.json").read_text())
+    assert val["categories"] == whole["categories"]
+    assert [one["id"] for one in val["annotations"]] == [one["id"] for one in whole["annotations"] if one["image_id"] in set(held)]
+    assert (manifest["set_aside"], manifest["images"]) == (20, 320)
+
+
+def test_a_validation_set_alone_leaves_all_others_labelled(tmp_path: Path) -> None:
+    source = coco(tmp_path, 40)
+    split(source, "--val", 25)
+    assert sorted(path.name for path in (tmp_path / "splits").iterdir()) == ["labeled.json", "manifest.json", "val.json"]
+    held, others = (json.loads((tmp_path / "splits" / name).read_text()) for name in ("val.json", "labeled.json"))
+    assert (len(held["images"]), len(others["images"])) == (10, 30)
+    assert len(held["annotations"]) + len(others["annotations"]) == len(json.loads(source.read_text())["annotations"])
+
+
 def test_published_first_draws() -> None:
     assert draw("softteacher", COCO, 11828, 1)[:3].tolist() == [105285, 107335, 49358]
 
@@ -190,10 +217,12 @@ def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--percent", 1, "--count", 3], "--percent and --count"), (["--percent", 0.1], "choose at least 1"),
-        (["--percent", 100], "not all"), (["--percent", "nan"], "--percent: use numbers over 0"), (["--percent", "inf"], "--percent: use"),
+        (["--percent", 1, "--count", 3], "--percent and --count"), (["--percent", 0.1], "^--percent 0.1: 0 of .*: a share has at least 1"),
+        (["--percent", 100], "not all"), (["--percent", "nan"], "^--percent: is not a finite number"), (["--percent", "inf"], "^--percent: is not"),
+        (["--val", 100], "^--val: .* less than 100"), (["--val", 99.9], "^--val 99.9: all .* would be set aside"),
+        (["--percent", 0], "^--percent: .* use more than 0"), (["--count", 0], "^--count: .* use at least 1"),
         (["--percent", 10, "10.0000001"], "--percent: 10 stands there twice"), (["--count", 5, 5], "--count: 5 stands there twice"),
-        (["--min-per-class", -1], "--min-per-class: use 0 or more"), (["--folds", "1-"], "--folds"),
+        (["--min-per-class", -1], "^--min-per-class: .* use at least 0"), (["--folds", "1-"], "--folds"),
         (["--set", "optim.lr=1"], "optim.lr=1: is not used here"), (["--folds", "5-1"], "--folds"), (["--folds", "x"], "--folds"),
         (["--protocol", "ubteacher"], "--indices"), (["--indices", "x"], "--indices"), (["--group-by", "("], "--group-by"),
         (["--group-by", "town"], "--group-by"), (["--protocol", "stack"], "did you mean 'stac'"),
