@@ -43,6 +43,20 @@ def writing(place: Path | str, remedy: str = "give another --output") -> Iterato
         raise UserError(f"{place}: cannot be written ({error.strerror or error}) - {remedy}") from error
 
 
+def require_writable(folder: Path, flag: str = "--output") -> None:
+    """UserError unless ``folder``, which ``flag`` gave, can be made or written, which is found out without writing."""
+    place = existing(folder)
+    if not place.is_dir():
+        raise UserError(f"{folder}: cannot be written ({place} is a file, not a folder) - give another {flag}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written (no right to write in {place}) - give another {flag}")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+
+
 @contextlib.contextmanager
 def reading(place: Path) -> Iterator[None]:
     """Turn an OSError of the block into a UserError of one line."""

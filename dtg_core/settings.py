@@ -104,22 +104,31 @@ def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, s
     """
     flat = flatten(config)
     for key, value in flat.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(key, f"is not a finite number (found {value})", origins)
+        if isinstance(value, float) and (problem := out_of(value, "(-inf, inf)")):
+            refuse(key, problem, origins)
     for pattern, told in ranges.items():
         interval = told.removesuffix("+")
-        low, high = (float(end) for end in interval[1:-1].split(","))
         for key in fnmatch.filter(flat, pattern):
             values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
             if not values and interval != told:
                 refuse(key, "is empty - give at least one number", origins)
             for value in values:
-                if value is None:
-                    continue
-                above = value > low if interval[0] == "(" else value >= low
-                below = value < high if interval[-1] == ")" else value <= high
-                if not (above and below):
-                    refuse(key, f"is out of range (found {value}) - use {_interval_words(interval, low, high)}", origins)
+                if value is not None and (problem := out_of(value, interval)):
+                    refuse(key, problem, origins)
+
+
+def out_of(value: float, interval: str) -> str | None:
+    """The problem of a number outside an interval such as "(0, 1]", whose round bracket leaves its end out; None: it lies in it."""
+    if not -math.inf < value < math.inf:
+        return f"is not a finite number (found {value})"
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if above and below:
+        return None
+    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
+    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:g}"
+    return f"is out of range (found {value}) - use {' and '.join(part for part in (lower, upper) if part)}"
 
 
 def refuse(key: str, problem: str, origins: Mapping[str, str] | None = None) -> NoReturn:
@@ -127,12 +136,6 @@ def refuse(key: str, problem: str, origins: Mapping[str, str] | None = None) -> 
     origin = (origins or {}).get(key)
     place = {None: "", DEFAULT: "default: ", COMMAND_LINE: "command line: "}.get(origin, f"{origin}: ")
     raise UserError(f"{place}{key}: {problem}")
-
-
-def _interval_words(interval: str, low: float, high: float) -> str:
-    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
-    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:g}"
-    return " and ".join(part for part in (lower, upper) if part)
 
 
 # Reading ---------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, PARADIGMS, Parser, add_overwrite, build_detector, main_guard, one_of, require_new, write_json
+from common import DETECTORS, PARADIGMS, Parser, add_overwrite, build_detector, main_guard, number, one_of, require_new, write_json
 
 from dtg_core.config import without_weights
 from dtg_core.errors import UserError
@@ -46,12 +46,13 @@ def parser() -> Parser:
     add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="needed unless --data")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: the paper's values)")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
-    add("--size", type=int, metavar="PX", help="side of the square views (default: the config's)")
+    add("--size", type=number(int, "[1, inf)"), metavar="PX", help="side of the square views (default: the config's)")
     add("--images", metavar="L+U", help="labelled and unlabelled images of a step (default: the config's)")
     add("--paradigm", type=one_of(PARADIGMS), default="dense", metavar="dense|sparse|supervised", help="default: dense")
     add("--against", type=one_of(("dense", "sparse")), metavar="dense|sparse", help="also time this paradigm's step, in turn")
-    add("--candidates", type=int, default=100, metavar="N", help="candidates of an image in each stage (default: 100)")
-    add("--repeats", type=int, default=20, metavar="N", help="timed repeats (default: 20)")
+    add("--candidates", type=number(int, "[1, inf)"), default=100, metavar="N",
+        help="candidates of an image in each stage (default: 100)")
+    add("--repeats", type=number(int, "[1, inf)"), default=20, metavar="N", help="timed repeats (default: 20)")
     add("--json", metavar="FILE|-", help="write the figures; -: to the standard output, instead of the table")
     add_overwrite(result)
     add("--data", action="store_true", help="measure the making of views instead")
@@ -61,10 +62,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    for flag in ("repeats", "candidates", "size"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag}: use at least 1 (found {value})")
     if arguments.detector is None and not arguments.data:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
     if arguments.against == arguments.paradigm:

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, add_rules, main_guard, progress, require_new, rules_of
+from common import Parser, add_overwrite, add_rules, main_guard, number, progress, require_new, rules_of
 
 from dtg_core.config import DataConfig
 from dtg_core.drafts import write_text, writing
@@ -34,7 +34,7 @@ def parser() -> Parser:
     add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
-    add("--workers", type=int, default=2, metavar="N", help="processes that decode (default: 2)")
+    add("--workers", type=number(int, "[0, inf)"), default=2, metavar="N", help="processes that decode (default: 2)")
     add_rules(result)
     return result
 
@@ -43,8 +43,6 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.report import Report
 
     arguments = parser().parse(argv)
-    if arguments.workers < 0:
-        raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
     rules = rules_of(arguments)
     if arguments.output:
         require_new([arguments.output], arguments.overwrite)

@@ -16,19 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
-from dtg_core.drafts import write_text, writing
+from dtg_core.drafts import require_writable, write_text, writing
 from dtg_core.errors import UserError, nearest, printable
-from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, overridden, refuse
+from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, out_of, overridden, refuse
 from dtg_core.settings_text import dotted, flatten, yaml_scalar
 
 if TYPE_CHECKING:
     from run_settings import RunSettings
-    from torch import nn
     from tqdm import tqdm
 
     from dtg_core.config import DataConfig, DataRules, Paradigm
+    from dtg_core.protocol import Detector
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 RULES = "data.rules."  # the settings that reading data follows
 PARADIGMS = ("dense", "sparse", "supervised")
@@ -42,7 +43,7 @@ STAGES = {"gfl": ("head",), "faster_rcnn": ("rpn", "rcnn")}
 DETECTORS = tuple(STAGES)
 
 
-def build_detector(settings: RunSettings, num_classes: int) -> nn.Module:
+def build_detector(settings: RunSettings, num_classes: int) -> Detector:
     """The detector of ``settings`` with its first weights."""
     from dtg_core.engine.predict import PACKAGES
 
@@ -61,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument "))
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of ``argv``, or name the first argument that is not known."""
@@ -80,6 +81,22 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
         if text not in choices:
             raise argparse.ArgumentTypeError(f"unknown value {text!r}{nearest(text, choices)}")
         return text
+
+    return parse
+
+
+def number(kind: type[N], interval: str) -> Callable[[str], N]:
+    """An argparse type: a number in ``interval``, which is written as the ranges of settings are."""
+
+    def parse(text: str) -> N:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"wanted {wanted} (found {text!r})") from None
+        if problem := out_of(value, interval):
+            raise argparse.ArgumentTypeError(problem)
+        return value
 
     return parse
 
@@ -117,11 +134,7 @@ def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") 
             raise UserError(f"{file}: is a folder - give another {flag}")
         if not overwrite and os.path.lexists(file):
             raise UserError(f"{file}: exists - give another {flag}, or --overwrite")
-        above = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
-        if not above.is_dir():
-            raise UserError(f"{_shortest(above)}: is a file, not a folder - give another {flag}")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"{_shortest(above)}: cannot be written (no right to write) - give another {flag}")
+        require_writable(file.parent, flag)
 
 
 def write_json(file: Path, figures: Mapping[str, object]) -> None:
@@ -174,7 +187,8 @@ def train_parser() -> Parser:
     add("--reset-head", action="store_const", const=True, help="with --init: train the class layers from scratch (run.reset_head)")
     add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or from the given checkpoint")
     add("--resume-with-changes", action="store_true", help="resume although settings or data have changed")
-    add("--stop-at", type=int, metavar="N", help="write a checkpoint after N steps and stop there, to be resumed later")
+    add("--stop-at", type=number(int, "[1, inf)"), metavar="N",
+        help="write a checkpoint after N steps and stop there, to be resumed later")
     add("--overwrite", action="store_true", help="delete what an earlier run has written into its folder first")
     add("--scale-lr", action="store_true", help="scale lr by this run's images of a step over optim.reference_batch")
     add("--replay", type=Path, metavar="FILE", help="run the step again at which a run gave up (its nonfinite/step.json)")
@@ -263,20 +277,6 @@ def _shortest(path: Path) -> Path:
     except ValueError:  # another drive
         return path
     return relative if len(str(relative)) < len(str(path)) else path
-
-
-def require_device(name: str | None) -> None:
-    """UserError unless ``--device`` names a device that torch can use here; None: torch's choice."""
-    if name is None:
-        return
-    import torch
-
-    there = ["cpu"]
-    if torch.accelerator.is_available():
-        kind, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()  # type: ignore[union-attr]
-        there += [kind, *(f"{kind}:{number}" for number in range(count))]
-    if name not in there:
-        raise UserError(f"--device {name}: there is no such device - use {' or '.join(there)}")
 
 
 def check_devices(environment: Mapping[str, str], gpus: int) -> None:

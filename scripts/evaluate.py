@@ -15,18 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import (
-    Parser,
-    add_overwrite,
-    add_rules,
-    main_guard,
-    one_of,
-    progress,
-    require_device,
-    require_new,
-    require_own_files,
-    rules_of,
-)
+from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, progress, require_new, require_own_files, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError
@@ -50,8 +39,8 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
     add_overwrite(result)
     add_rules(result)
-    add("--batch", type=int, metavar="N", help="images at once (default: the run's)")
-    add("--workers", type=int, metavar="N", help="processes that read the images (default: the run's)")
+    add("--batch", type=number(int, "[1, inf)"), metavar="N", help="images at once (default: the run's)")
+    add("--workers", type=number(int, "[0, inf)"), metavar="N", help="processes that read the images (default: the run's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
     return result
 
@@ -60,18 +49,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     if arguments.images and not arguments.annotations:
         raise UserError("--images: belongs to --annotations - give both, or neither for the run's own validation set")
-    if arguments.batch is not None and arguments.batch < 1:
-        raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
-    if arguments.workers is not None and arguments.workers < 0:
-        raise UserError(f"--workers: use 0 or more (found {arguments.workers})")
-
     rules_of(arguments)  # a mistake is told before the weights are read
 
     from dtg_core.data.plan import eval_batches, items_of
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics, unseen
     from dtg_core.engine.predict import find_weights, load_detector
 
-    require_device(arguments.device)
     weights = find_weights(arguments.weights, arguments.which)
     name = f"evaluation-{arguments.annotations.stem}" if arguments.annotations else "evaluation"
     output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / name

@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Parser, main_guard, one_of
+from common import Parser, main_guard, number, one_of
 from predict import find_images
 
-from dtg_core.drafts import writing
-from dtg_core.errors import UserError
+from dtg_core.drafts import require_writable, writing
 
 FORMATS = {"onnx": ("onnx",), "torch_export": ("torch_export",), "both": ("torch_export", "onnx")}
 IMAGES = 20  # most that are compared
-SIDES = 32, 8192  # limits of the graph's image, px
 
 
 def parser() -> Parser:
@@ -31,8 +29,9 @@ def parser() -> Parser:
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
         help="of a run folder (default: teacher)")
     add("--format", type=one_of(tuple(FORMATS)), default="both", metavar="onnx|torch_export|both", help="default: both")
-    add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the graph's image (default: a square of views.test_short_edge)")
-    add("--score", type=float, metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
+    add("--size", type=number(int, "[32, 8192]"), nargs=2, metavar=("H", "W"),
+        help="of the graph's image, px (default: a square of views.test_short_edge)")
+    add("--score", type=number(float, "[0, 1)"), metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
     add("--opset", type=int, default=18, metavar="N", help="ONNX opset (default: 18)")
     add("--images", nargs="+", metavar="PATH", help=f"images, folders or patterns to compare on, {IMAGES} at most "
         "(default: embedded ones)")
@@ -41,16 +40,10 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    for side in arguments.size or ():
-        if not SIDES[0] <= side <= SIDES[1]:
-            raise UserError(f"--size: use {SIDES[0]} to {SIDES[1]} px (found {side})")
-    if arguments.score is not None and not 0 <= arguments.score < 1:
-        raise UserError(f"--score: use 0 to 1 (found {arguments.score})")
 
     from dtg_core.data.files import IMAGE_SUFFIXES
     from dtg_core.data.images import read_image
     from dtg_core.data.shapes import draw_scene
-    from dtg_core.engine.dry_run import require_writable
     from dtg_core.engine.export import export
     from dtg_core.engine.predict import find_weights, load_detector
 

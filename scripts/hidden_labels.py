@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def unlabeled_data(config: DataConfig, other: str | None, run: Path) -> DataConfig:
-    """The data of ``run`` without its validation set, or with other unlabeled images."""
+    """The data of ``run`` without its validation set, or with other unlabelled images."""
     require_own_files(config, {"labeled": "", "images": ""} | ({} if other else {"unlabeled": "--unlabeled"}), run)
     if other:
         labeled = config.labeled or str(embedded(config).labeled)
         config = replace(config, labeled=labeled, unlabeled=other, unlisted="ignore")
     if config.labeled is not None and config.unlabeled is None and config.unlisted == "ignore":
-        raise UserError("--unlabeled: missing, and the run had no unlabeled images - give a folder of images")
+        raise UserError("--unlabeled: missing, and the run had no unlabelled images - give a folder of images")
     return replace(config, val=None)
 
 
@@ -44,7 +44,7 @@ def unlabeled(data: StepData, step: int) -> PairBatch:
 def hidden_labels(
     path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]
 ) -> CocoIndex | None:
-    """The truth of the unlabeled images of ``unlabeled_data``: given, of the embedded data set, or None."""
+    """The truth of the unlabelled images of ``unlabeled_data``: given, of the embedded data set, or None."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.index import with_classes
 
@@ -57,6 +57,6 @@ def hidden_labels(
         raise UserError(f"{path}: its classes are not the detector's - use the same categories")
     absent = set(images.file_names) - set(truth.file_names)
     if absent:
-        raise UserError(f"{path}: {len(absent)} of {len(images)} unlabeled images are not in it (e.g. {min(absent)!r}) - "
+        raise UserError(f"{path}: {len(absent)} of {len(images)} unlabelled images are not in it (e.g. {min(absent)!r}) - "
                         "give the labels of all of them")
     return with_classes(truth, class_names)

@@ -21,12 +21,13 @@ then sink from step to step (RESULTS.md, blood cells). Thresholds should find ab
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from common import Parser, add_overwrite, main_guard, progress, require_device, require_new, write_json
+from common import Parser, add_overwrite, main_guard, number, progress, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError, counted
@@ -57,9 +58,11 @@ def parser() -> Parser:
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (embedded data: known)")
     add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
-    add("--images", type=int, default=128, metavar="N", help="images to measure on at most, each once (default: 128)")
-    add("--batch", type=int, default=16, metavar="N", help="images of one gradient at most (default: 16)")
-    add("--step", type=int, default=0, metavar="N", help="draw images and views from this step on (default: 0)")
+    add("--images", type=number(int, "[1, inf)"), default=128, metavar="N",
+        help="images to measure on at most, each once (default: 128)")
+    add("--batch", type=number(int, "[1, inf)"), default=16, metavar="N", help="images of one gradient at most (default: 16)")
+    add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
+        help="draw images and views from this step on (default: 0)")
     add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
     add_overwrite(result)
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
@@ -68,9 +71,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    for flag, least in (("images", 1), ("batch", 1), ("step", 0)):
-        if getattr(arguments, flag) < least:
-            raise UserError(f"--{flag}: use at least {least} (found {getattr(arguments, flag)})")
     if arguments.json not in (None, "-"):
         require_new([Path(arguments.json)], arguments.overwrite, "--json")
 
@@ -81,7 +81,6 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.predict import load_detector
     from dtg_core.settings import overridden
 
-    require_device(arguments.device)
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
     detector = cast("Detector", teacher.detector)
@@ -165,7 +164,9 @@ def named(texts: Sequence[str]) -> dict[str, list[str]]:
 def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Config:
     """The config with a setting's keys, which are checked as those of a run are."""
     from dtg_core.config import RANGES, cross_check
+    from dtg_core.engine.effective import effective
     from dtg_core.settings import check_ranges, overridden
+    from dtg_core.settings_text import dotted, flatten
 
     full = [key for short in keys for key in full_keys(short, stages)]
     if any(key.partition("=")[0].endswith("tau_rate") for key in full):
@@ -177,6 +178,11 @@ def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Con
     rules = [result.guidance.stages[stage] for stage in stages]
     if all(rule.paradigm == "none" for rule in rules):
         raise UserError(f"--compare {' '.join(keys)}: no stage is guided - use paradigm=dense or paradigm=sparse")
+    effects = effective(dotted(flatten(result)) | {"detector": "own"}, {"own": stages})
+    for short in keys:
+        if not any(key.partition("=")[0] in effects for key in full_keys(short, stages)):
+            print(f"warning: --compare {' '.join(keys)}: {short} is without effect, the paradigm of these stages does not read it",
+                  file=sys.stderr)
     return result
 
 

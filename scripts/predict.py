@@ -34,7 +34,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from common import Parser, add_overwrite, add_rules, main_guard, one_of, progress, require_device, require_new, rules_of
+from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, progress, require_new, rules_of
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable
@@ -73,8 +73,8 @@ def parser() -> Parser:
     add_rules(result)
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
         help="of a run folder (default: teacher)")
-    add("--score", type=float, default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
-    add("--batch", type=int, default=8, metavar="N", help="images at once (default: 8)")
+    add("--score", type=number(float, "[0, 1)"), default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
+    add("--batch", type=number(int, "[1, inf)"), default=8, metavar="N", help="images at once (default: 8)")
     add("--no-pictures", action="store_true", help="write the lists only")
     add("--strict", action="store_true", help="exit with status 1 when a file cannot be read")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
@@ -83,11 +83,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    if arguments.batch < 1:
-        raise UserError(f"--batch: use at least 1 (found {arguments.batch})")
-    if not 0 <= arguments.score < 1:
-        raise UserError(f"--score: use 0 to 1 (found {arguments.score})")
-
     rules_of(arguments)  # a mistake is told before the weights are read
 
     from dtg_core.data.files import IMAGE_SUFFIXES
@@ -101,7 +96,6 @@ def main(argv: Sequence[str]) -> int:
 
     from dtg_core.engine.predict import load_detector
 
-    require_device(arguments.device)
     predictor = load_detector(arguments.weights, arguments.device, arguments.which)
     with writing(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)

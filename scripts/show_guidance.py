@@ -1,9 +1,9 @@
-"""What the teacher of a run teaches on unlabeled images, and where sparse guidance would have taught something else.
+"""What the teacher of a run teaches on unlabelled images, and where sparse guidance would have taught something else.
 
     python scripts/show_guidance.py RUN_OR_WEIGHTS --output DIR [--step N] [--truth JSON]
 
-For each stage a sheet ``DIR/<stage>.png``: the teacher's candidates colored by NMS cluster with the kept box thick; the
-student's view with targets and samples in the same colors; the ranks within the largest clusters by teacher and by student
+For each stage a sheet ``DIR/<stage>.png``: the teacher's candidates coloured by NMS cluster with the kept box thick; the
+student's view with targets and samples in the same colours; the ranks within the largest clusters by teacher and by student
 (the paper's Fig. 4); and the samples that dense and sparse guidance label differently, with the reasons (Fig. 3).
 
 With hidden labels (the embedded data set has them) it tells precision and recall of the clusters' kept boxes beside those of
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from common import Parser, add_overwrite, main_guard, one_of, require_device, require_new
+from common import Parser, add_overwrite, main_guard, number, one_of, require_new
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.drafts import writing
@@ -35,22 +35,19 @@ def parser() -> Parser:
     add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
     add_overwrite(result)
     add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this one")
-    add("--count", type=int, default=4, metavar="N", help="images on a sheet (default: 4)")
-    add("--step", type=int, default=0, metavar="N", help="draw images and views of this step of training (default: 0)")
-    add("--unlabeled", metavar="DIR|JSON", help="other unlabeled images than the run's")
-    add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabeled images, COCO format")
-    add("--measure", type=int, default=100, metavar="N", help="images that are counted against the truth (default: 100)")
+    add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images on a sheet (default: 4)")
+    add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
+        help="draw images and views of this step of training (default: 0)")
+    add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
+    add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images, COCO format")
+    add("--measure", type=number(int, "[1, inf)"), default=100, metavar="N",
+        help="images that are counted against the truth (default: 100)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    for flag in ("count", "measure"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag}: use at least 1 (found {getattr(arguments, flag)})")
-    if arguments.step < 0:
-        raise UserError(f"--step: use 0 or more (found {arguments.step})")
 
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
@@ -58,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.pictures import guidance_sheet
     from dtg_core.engine.predict import load_detector
 
-    require_device(arguments.device)
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
     models, settings = (cast("Detector", teacher.detector), cast("Detector", student.detector)), teacher.settings

@@ -1,4 +1,4 @@
-"""A sheet of labeled images and the views that training makes of them, with the boxes that move along.
+"""A sheet of labelled images and the views that training makes of them, with the boxes that move along.
 
     python scripts/show_views.py [--config FILE] [--labeled JSON] [--set key=value ...] --output views.png
 
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common import Parser, add_overwrite, load_settings, main_guard, require_new, train_parser
+from common import Parser, add_overwrite, load_settings, main_guard, number, require_new, train_parser
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError
 
 
 def parser() -> Parser:
-    result = Parser("Show labeled, weak and strong views of labeled images.")
+    result = Parser("Show labelled, weak and strong views of labelled images.")
     add = result.add_argument
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--images", metavar="DIR", help="folder that file names in the JSON are relative to (data.images)")
     add("--seed", type=int, metavar="N", help="of everything that is drawn (run.seed)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
-    add("--count", type=int, default=4, metavar="N", help="images (default: 4)")
+    add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images (default: 4)")
     add("--output", type=Path, default=Path("views.png"), metavar="FILE", help="picture to write (default: views.png)")
     add_overwrite(result)
     return result
@@ -35,8 +35,6 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output {output}: not a picture - give a name that ends in .png")
-    if arguments.count < 1:
-        raise UserError(f"--count: use at least 1 (found {arguments.count})")
     require_new([output], arguments.overwrite)
     flags = {flag: getattr(arguments, flag) for flag in ("config", "labeled", "images", "seed")}
     given = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]

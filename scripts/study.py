@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, RULES, STAGES, Parser, load_settings, main_guard, train_parser
+from common import DETECTORS, RULES, STAGES, Parser, load_settings, main_guard, number, train_parser
 
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest
@@ -36,7 +36,8 @@ def parser() -> Parser:
     result = Parser("Train a grid of runs, a few at a time, and compare them.")
     add = result.add_argument
     add("study", type=Path, metavar="STUDY.yaml", help="the study file; see configs/studies and docs/studies.md")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time; each gets cores / N threads (default: 1)")
+    add("--jobs", type=number(int, "[1, inf)"), default=1, metavar="N",
+        help="runs at a time; each gets cores / N threads (default: 1)")
     add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
     add("--launcher", metavar="COMMAND",
         help='what starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
@@ -47,8 +48,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    if arguments.jobs < 1:
-        raise UserError(f"--jobs: has to be at least 1 (found {arguments.jobs})")
 
     from dtg_core.engine.study import plan, read_study, require_study_folder
 

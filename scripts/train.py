@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, cast
 from common import build_detector, check_devices, is_supervised, load_settings, main_guard, train_parser, without_effect
 
 from dtg_core.config import without_weights
+from dtg_core.drafts import require_writable
 from dtg_core.errors import UserError
 from dtg_core.settings_text import to_yaml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from run_settings import RunSettings
-    from torch import nn
 
     from dtg_core.data.sources import Sources
     from dtg_core.engine.folder import RunFolder
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     arguments = train_parser().parse(argv)
-    if arguments.stop_at is not None and arguments.stop_at < 1:
-        raise UserError(f"--stop-at: use at least 1 (found {arguments.stop_at})")
     if arguments.replay:
         arguments.config = _config_of(arguments.replay)
     settings, origins, remarks = load_settings(arguments)
@@ -59,22 +57,16 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.report import Report
     from dtg_core.data.sources import open_sources
     from dtg_core.data.views import note_small_boxes
-    from dtg_core.engine.dry_run import dry_run, require_writable
+    from dtg_core.engine.dry_run import dry_run
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.reach import missed_classes
     from dtg_core.engine.run import Fit, on_main
-    from dtg_core.models.backbone import require_available, require_known
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
     # A checkpoint replaces all first weights, which may be gone by then.
     resumed = arguments.resume is not None and (arguments.resume != "auto" or on_main(accelerator, lambda: folder.has_checkpoint))
     if not arguments.replay:  # before the data is read, which may take a while
-        require = require_known if resumed or settings.run.init is not None else require_available
-        on_main(accelerator, lambda: require(settings.backbone))
-        on_main(accelerator, lambda: require_writable(folder.path))
-        on_main(accelerator, lambda: _require_free(folder, settings, arguments))
-        on_main(accelerator, lambda: _require_start(None if resumed else settings.run.init, arguments.resume))
-        on_main(accelerator, lambda: _try_detector(settings))
+        on_main(accelerator, lambda: _preflight(folder, settings, arguments, resumed))
     report = Report()
     read: list[Sources] = []
     # First by one process, which makes the embedded data set, and whose error ends the others too.
@@ -114,6 +106,20 @@ def _config_of(step: Path) -> Path:
         found = f"no {config} beside it" if step.is_file() else "no such file"
         raise UserError(f"--replay {step}: {found} - give nonfinite/step.json of a run folder")
     return config
+
+
+def _preflight(folder: RunFolder, settings: RunSettings, arguments: argparse.Namespace, resumed: bool) -> None:
+    """UserError for what would end the run after its data has been read."""
+    import torch
+
+    from dtg_core.models.backbone import require_available, require_known
+
+    (require_known if resumed or settings.run.init is not None else require_available)(settings.backbone)
+    require_writable(folder.path)
+    _require_free(folder, settings, arguments)
+    _require_start(None if resumed else settings.run.init, arguments.resume)
+    with torch.device("meta"):  # a backbone that the detector cannot use; takes no memory
+        build_detector(without_weights(settings), 1)
 
 
 def _require_start(init: str | None, resume: str | None) -> None:
@@ -184,7 +190,7 @@ def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bo
     return settings
 
 
-def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[nn.Module, list[str]]:
+def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[Detector, list[str]]:
     """The detector with its first weights, and warnings; bare where a run is resumed, whose checkpoint has them."""
     from dtg_core.engine.initial import start_from
     from dtg_core.engine.predict import find_weights
@@ -195,14 +201,6 @@ def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[n
     detector = build_detector(bare, len(classes))
     path = find_weights(Path(settings.run.init))
     return detector, start_from(path, detector, partial(build_detector, bare), classes, settings.run.reset_head)
-
-
-def _try_detector(settings: RunSettings) -> None:
-    """UserError for a backbone that the detector cannot use; without memory or weights, so that it can come before the data."""
-    import torch
-
-    with torch.device("meta"):
-        build_detector(without_weights(settings), 1)
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
     for step in range(settings.run.steps):
         batch = data[step].to(accelerator.device)
         began = time.perf_counter()
-        figures = train_step(made, [batch], settings, accelerator)
+        figures = train_step(made, [batch])
         losses.append(sum(float(value) for key, value in figures.items() if key.startswith("labeled/")))
         times.append(time.perf_counter() - began)
     return sum(parameter.numel() for parameter in made.module.parameters()), statistics.median(times), losses

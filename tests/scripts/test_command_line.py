@@ -72,7 +72,7 @@ def test_parsing_needs_no_torch(script: str) -> None:
 def test_a_mistake_is_one_line_and_status_2() -> None:
     shown = run("train.py", "--detector", "gfk")
     assert (shown.returncode, shown.stdout) == (2, "")
-    assert shown.stderr == "error: argument --detector: unknown value 'gfk' - did you mean 'gfl'?\n"
+    assert shown.stderr == "error: --detector: unknown value 'gfk' - did you mean 'gfl'?\n"
     shown = run("train.py", "--detector", "gfk", "--debug")
     assert shown.returncode == 1
     assert "Traceback" in shown.stderr
@@ -86,6 +86,7 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
         (["gfl"], ["gfl: unknown argument"]),
         ([], ["--detector: missing", "gfl, faster_rcnn"]),
         (["--steps", "x"], ["--steps", "'x'"]),
+        (["--stop-at", "0"], ["--stop-at: is out of range (found 0) - use at least 1"]),
         (["--detector", "gfl", "--steps", "0"], ["command line: run.steps", "at least 1"]),
         (["--detector"], ["--detector", "one argument"]),
         (["--detector", "gfl", "--paradigm", "danse"], ["--paradigm", "did you mean 'dense'"]),
@@ -108,6 +109,41 @@ def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
         settings_of(*arguments)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "interval", "text", "told"),
+    [
+        (int, "[1, inf)", "1", 1),
+        (int, "[1, inf)", "0", "is out of range (found 0) - use at least 1"),
+        (int, "[1, inf)", "9" * 400, int("9" * 400)),
+        (int, "[1, inf)", "1.5", "wanted a whole number (found '1.5')"),
+        (int, "[1, inf)", "inf", "wanted a whole number (found 'inf')"),
+        (int, "[32, 8192]", "8192", 8192),
+        (int, "[32, 8192]", "8193", "is out of range (found 8193) - use at least 32 and at most 8192"),
+        (int, "[0, inf)", "-1", "is out of range (found -1) - use at least 0"),
+        (float, "[0, 1)", "0", 0.0),
+        (float, "[0, 1)", "-0.5", "is out of range (found -0.5) - use at least 0 and less than 1"),
+        (float, "[0, 1)", "1", "is out of range (found 1.0) - use at least 0 and less than 1"),
+        (float, "[0, 1)", "high", "wanted a number (found 'high')"),
+        (float, "(0, inf)", "1e-3", 0.001),
+        (float, "(0, inf)", "0", "is out of range (found 0.0) - use more than 0"),
+        (float, "(0, inf)", "inf", "is not a finite number (found inf)"),
+        (float, "(0, inf)", "nan", "is not a finite number (found nan)"),
+        (float, "(-inf, 0]", "0", 0.0),
+        (float, "(-inf, 0]", "0.5", "is out of range (found 0.5) - use at most 0"),
+    ],
+)
+def test_numbers_of_flags(kind: type, interval: str, text: str, told: float | str) -> None:
+    parser = common.Parser("A script.")
+    parser.add_argument("--flag", type=common.number(kind, interval))
+    if not isinstance(told, str):
+        assert (value := parser.parse(["--flag", text]).flag) == told
+        assert type(value) is kind
+        return
+    with pytest.raises(UserError) as caught:
+        parser.parse(["--flag", text])
+    assert str(caught.value) == f"--flag: {told}"
 
 
 @pytest.mark.parametrize(("paradigms", "problem"), [
@@ -421,7 +457,8 @@ def test_evaluate_does_not_count_images_that_cannot_be_read(tmp_path: Path) -> N
     ("extra", "problem"),
     [
         (["--images", "x"], "--images"),
-        (["--batch", "0"], "--batch"),
+        (["--batch", "0"], "^--batch: is out of range"),
+        (["--workers", "-1"], "^--workers: is out of range"),
         (["--which", "techer"], "did you mean 'teacher'"),
         (["--device", "cudda"], "--device cudda: there is no such device - use cpu"),
         (["--device", "cpu:7"], "--device cpu:7"),

@@ -14,11 +14,13 @@ import pytest
 from conftest import full_disk
 from runs import DETECTORS, TINY, TinyData, command, errors, run, weights, write_coco
 
-from common import check_devices  # isort: skip
+from common import check_devices, require_new  # isort: skip
 
 from dtg_core.config import SCHEMA, BackboneConfig, Config, DataConfig, OptimConfig, RunConfig, cross_check
+from dtg_core.drafts import require_writable
 from dtg_core.engine import dry_run as dry_run_module
 from dtg_core.engine.folder import RunFolder
+from dtg_core.engine.loop import Training
 from dtg_core.errors import UserError
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.settings import check_ranges, load_config
@@ -62,8 +64,8 @@ def test_forecast_with_a_pencil(workers: int, accumulate: int, parts: int, expec
 @pytest.mark.parametrize(("loss", "scaled", "told"), [(1.0, True, False), (1.0, False, True), (float("nan"), True, True)])
 def test_dry_run_tells_broken_losses_from_a_scaler_at_its_start(data: TinyData, tmp_path: Path, loss: float, scaled: bool, told: bool) -> None:
     def prepare() -> None:
-        def skipped(*arguments: Any, thresholds: object) -> dict[str, float]:
-            arguments[-1].scaler = object() if scaled else None
+        def skipped(training: Training, batches: object) -> dict[str, float]:
+            training.accelerator.scaler = object() if scaled else None  # type: ignore[assignment]
             return {"labeled/head/cls": loss, "guidance/head/clusters": 0.0, "skipped": 1.0}
 
         dry_run_module.train_step = skipped  # type: ignore[assignment]
@@ -85,9 +87,12 @@ def test_fault_58_folders_that_cannot_be_written(data: TinyData, tmp_path: Path)
 
 def test_fault_58_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may write anywhere, so the answer of the system is put in."""
-    monkeypatch.setattr(dry_run_module.os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="no right to write"):
-        dry_run_module.require_writable(tmp_path / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=rf"b: cannot be written \(no right to write in {tmp_path}\) - give another --output$"):
+        require_writable(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^a/b: cannot be written \(no right to write in \.\) - give another --json$"):
+        require_new([Path("a/b/c.json")], False, "--json")
 
 
 def test_fault_58_disk_nearly_full(data: TinyData, tmp_path: Path) -> None:

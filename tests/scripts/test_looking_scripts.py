@@ -494,7 +494,7 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     assert all(f"{stage}, {kind} over their threshold" in shown for stage in stages for kind in ("clusters", "pseudo boxes"))
     one = tmp_path / "cache" / "one.json"
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
-    with pytest.raises(UserError, match="unlabeled images are not in it"):
+    with pytest.raises(UserError, match="unlabelled images are not in it"):
         show_guidance.main([str(run), "--output", str(tmp_path / "out"), "--truth", str(one), "--overwrite", *flags])
     for sheet in (tmp_path / "out").iterdir():
         sheet.write_text("mine")
@@ -613,6 +613,7 @@ def test_measure_guidance_draws_no_image_twice(run, tmp_path, monkeypatch, capsy
         (["--images", "0"], "at least 1"),
         (["--batch", "-1"], "at least 1"),
         (["--step", "-1"], "at least 0"),
+        (["--device", "cpu:7"], "--device cpu:7: there is no such device - use cpu"),
         (["--truth", "nowhere.json"], "nowhere.json"),
         (["--json", __file__], "exists - give another --json, or --overwrite"),
         (["--json", "/dev/null/x.json"], "is a file, not a folder"),

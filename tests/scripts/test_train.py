@@ -178,7 +178,7 @@ def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> No
         step = engine.train_step
 
         def full(*arguments: object) -> object:
-            if arguments[3][0].step == 4:  # type: ignore[index]
+            if arguments[1][0].step == 4:  # type: ignore[index]
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB")
             return step(*arguments)  # type: ignore[arg-type]
 
@@ -255,8 +255,8 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
 
         forward = loop._forward
 
-        def spoilt(student: nn.Module, lesson: loop.Lesson, seed: int, accelerator: Accelerator) -> dict[str, LossTerm]:
-            terms = forward(student, lesson, seed, accelerator)
+        def spoilt(training: loop.Training, student: nn.Module, lesson: loop.Lesson) -> dict[str, LossTerm]:
+            terms = forward(training, student, lesson)
             if lesson.batch.step >= 3:
                 terms["labeled/rpn/box"] = replace(terms["labeled/rpn/box"], total=terms["labeled/rpn/box"].total * math.nan)
             return terms
@@ -298,7 +298,7 @@ def test_stop_at(data: TinyData, tmp_path: Path) -> None:
     arguments = command(data, "gfl", tmp_path / "run", steps=2)
     ended = run([*arguments, "--stop-at", "0"], tmp_path / "logs")
     assert (ended.status, ended.out) == (2, "")
-    assert ended.err == "error: --stop-at: use at least 1 (found 0)\n"
+    assert ended.err == "error: --stop-at: is out of range (found 0) - use at least 1\n"
     assert not (tmp_path / "run").exists()
     for _ in range(2):  # the second has nothing to do
         ended = run([*arguments, "--stop-at", "1", "--resume", "auto"], tmp_path / "logs")
