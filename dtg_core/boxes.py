@@ -15,7 +15,7 @@ from torchvision.ops import nms
 Hull = Literal["ellipse", "corners"]
 
 BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes for each
-NMS_BLOCK = 40_000  # boxes of a call of NMS; a GPU's table of overlaps takes 200 MB then, and grows with their square
+NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows with their square, 200 MB at this size
 NMS_BY_IMAGE = frozenset({"cpu"})  # types of devices for which ``image_nms`` makes a call for each image
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; more than any view is large
 

@@ -32,7 +32,8 @@ class StageRule:
     max_candidates: int = 1000  # best samples of an image that may be candidates; a safety limit (A16)
     min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
     background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
-    # assigned and random background samples of an image, at least half of them background; None: all background (A8)
+    # Samples per image: all candidates, and random background up to this number but never less than candidates. None: all
+    # background (A8)
     background_samples: int | None = None
     # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
     # "stage": the stage's own reduction of labelled images, whose scale alpha was chosen for.
@@ -49,8 +50,8 @@ class StageRule:
     consensus_rank: float | None = None  # rank by a box' mean IoU with its cluster over this, instead of by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
-    # tau of each class (sparse: pseudo_score) follows the teacher, so that it finds as many objects in an unlabelled image as a
-    # labelled one has; how far its logit moves in a step for an error as large as what is wanted, at least one object. 0: it stays
+    # Step size, in logits, with which each class's threshold (tau, sparse: pseudo_score) adapts until the teacher finds as many
+    # objects per unlabelled image as labelled images have. 0: fixed thresholds
     tau_rate: float = 0.0
     # the sparse-to-dense baseline (Sec. 3.1)
     pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is over this
@@ -139,7 +140,7 @@ class ViewsConfig:
     rotate: float = 30.0  # limits in degrees
     shear: float = 30.0
     translate: float = 0.1  # limit as a share of the side
-    erase_patches: tuple[int, int] = (1, 4)  # how many squares are cut out of a strong view; (0, 0): none
+    erase_patches: tuple[int, int] = (1, 4)  # number of patches erased from a strong view; (0, 0): none
     erase_size: float = 0.2  # largest side of a patch as a share of the view's
     box_hull: Literal["ellipse", "corners"] = "ellipse"  # box around a rotated object; Soft Teacher: corners
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from dtg_core.config import StageRule
 from dtg_core.guidance.rank_matching import rank_matching
 from dtg_core.structures import Assignment, DenseGuidance, LossTerm, Predictions, Unreduced
+
+Scalar = TypeVar("Scalar", Tensor, float)
 
 
 def ordinary_terms(unreduced: Unreduced) -> dict[str, LossTerm]:
@@ -41,7 +43,7 @@ def dense_terms(
     if rule.normalization == "cluster":
         terms = {
             "cls": LossTerm((unreduced.classification * dense.weight).sum(), dense.live_clusters),
-            "background": LossTerm(unreduced.background.sum(), dense.num_candidates),
+            "background": LossTerm(unreduced.background.sum(), dense.weight.new_full((), len(dense.weight))),
             "box": LossTerm((unreduced.box * dense.weight).sum(), dense.live_clusters),
         }
     if not rule.classification:
@@ -66,17 +68,15 @@ def _weighted(unreduced: Unreduced, dense: DenseGuidance) -> Unreduced:
     return unreduced
 
 
-def weigh(losses: Mapping[str, Tensor], rules: Mapping[str, StageRule], unlabeled_weight: float) -> Tensor:
+def weigh(losses: Mapping[str, Scalar], rules: Mapping[str, StageRule], unlabeled_weight: float) -> Scalar:
     """The total of Eq. 1, L^l + alpha L^u, with L^u = L_cls + L_reg + beta L_RM of each stage (Eq. 6).
 
     Args:
-        losses: by name, scalars. rules: for beta, by stage. unlabeled_weight: alpha times its warm-up.
+        losses: at least one, by name. rules: for beta, by stage. unlabeled_weight: alpha times its warm-up.
     """
-    total = torch.zeros((), device=next(iter(losses.values())).device)
+    weighted = []
     for name, loss in losses.items():
         branch, stage, kind = name.split("/")
         weight = unlabeled_weight if branch == "unlabeled" else 1.0
-        if kind == "rank":
-            weight *= rules[stage].rank_weight
-        total = total + weight * loss
-    return total
+        weighted.append((weight * rules[stage].rank_weight if kind == "rank" else weight) * loss)
+    return sum(weighted[1:], weighted[0])

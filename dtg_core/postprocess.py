@@ -26,7 +26,7 @@ def final_boxes(
     """
     image, sample, label = rows
     boxes = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
-    groups = image * stage.num_groups(samples) + stage.groups(samples, sample, label)
+    groups = stage.groups(samples, image, sample, label)
     keep = grouped_nms(boxes, scores, groups, nms_iou)
     keep = keep[image[keep].argsort(stable=True)]
     within = rank_in_group(image[keep], len(sizes)) < limit

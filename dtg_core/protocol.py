@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtg_core.structures import (
     AnchorGrid,
@@ -32,11 +32,8 @@ class Stage(Protocol):
 
     num_classes: int
 
-    def groups(self, samples: Samples, sample: Tensor, label: Tensor) -> Tensor:
-        """[M] int64 NMS group within an image, in 0..``num_groups`` - 1: the class, or the pyramid level in an RPN."""
-
-    def num_groups(self, samples: Samples) -> int:
-        """How many groups an image has."""
+    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+        """[M] int64 group of each row in the NMS of a batch: its image and class, or its image and pyramid level in an RPN."""
 
     def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """[M, 4] float32 boxes, not clipped, that the stage predicts for rows given by image, sample and label [M]."""
@@ -51,13 +48,14 @@ class Stage(Protocol):
         """Losses per assigned sample and per background sample, in float32; ``Unreduced`` says where weights go."""
 
 
-class Detector(Protocol):
-    """A backbone and its stages, also a ``torch.nn.Module``."""
+class Detector(nn.Module):
+    """A backbone and its stages."""
 
     stages: Mapping[str, Stage]
 
     def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:
         """The anchors of a canvas (padded height, width)."""
+        raise NotImplementedError
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
         """Samples and predictions of every stage, or with ``supervision`` of the stages that it names.
@@ -65,6 +63,8 @@ class Detector(Protocol):
         Supervision matters to a stage that chooses its samples from proposals, which are ``Supervision.proposals`` where these
         are given, else its own. With ``Supervision.targets`` it draws those to train on from them; without, it uses them all.
         """
+        raise NotImplementedError
 
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes in the views' pixels: scores over the threshold, after the detector's NMS and limit per image."""
+        raise NotImplementedError

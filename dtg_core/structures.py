@@ -225,7 +225,6 @@ class DenseGuidance:
     teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4), or what ranks the members instead
     weight: Tensor  # [P] 1 / N_j with the N_j members that reached the student: the mean of Eqs. 2 and 3
     live_clusters: Tensor  # [] number of clusters with a member
-    num_candidates: Tensor  # [] number of assigned samples, the divisor of the background loss
     quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
     members: Members | None = None  # in the student's view, where ``quality`` is to be their consensus
     trust: Tensor | None = None  # [J] weight of each cluster's losses; None: 1
@@ -264,8 +263,8 @@ class Supervision:
 class Unreduced:
     """A stage's losses, and the divisors of its ordinary (labelled) reduction.
 
-    Weights between the parts of one loss are in it (GFL's GIoU to DFL). A weight that makes up for the ordinary divisor (the
-    R-CNN's 10 for classes that are divided by all samples) belongs into that divisor: means over clusters do not want it.
+    Relative weights within a loss (GFL's GIoU against DFL) are applied already. A factor that only offsets the ordinary divisor
+    (10 in the R-CNN, whose classes are divided by all samples) goes into that divisor: means over clusters must not include it.
     """
 
     classification: Tensor  # [P]

@@ -32,7 +32,7 @@ from dtg_core.engine.loop import prepare, train_step
 from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
 from dtg_core.postprocess import final_boxes
-from dtg_core.protocol import Outputs, Stage
+from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.settings import load_config
 from dtg_core.structures import AnchorGrid, Assignment, Detections, Predictions, Samples, Targets, Unreduced, ViewBatch
 
@@ -47,12 +47,9 @@ class RetinaNetStage:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def groups(self, samples: Samples, sample: Tensor, label: Tensor) -> Tensor:
-        """[M] NMS group: boxes of different classes do not suppress each other."""
-        return label
-
-    def num_groups(self, samples: Samples) -> int:
-        return self.num_classes
+    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+        """[M] NMS group: boxes of different images or classes do not suppress each other."""
+        return image * self.num_classes + label
 
     def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """[M, 4] boxes: anchors moved by the predicted deltas, which all classes share."""
@@ -84,8 +81,8 @@ class RetinaNetStage:
         return Unreduced(sigmoid_focal(rows, target).sum(1), box, background, weight, weight.sum(), weight.sum())
 
 
-class RetinaNet(nn.Module):
-    """Satisfies ``dtg_core.protocol.Detector``: a pyramid, torchvision's head, and one stage."""
+class RetinaNet(Detector):
+    """A pyramid, torchvision's head, and one stage."""
 
     def __init__(self, pyramid: Pyramid, num_classes: int) -> None:
         super().__init__()
@@ -128,7 +125,7 @@ def main(config: Config) -> list[dict[str, float]]:
 
     history = []
     for batch in steps_loader(data, 0, config.run.steps, config.data.workers):
-        figures = train_step(training, [batch.to(accelerator.device)], config, accelerator)
+        figures = train_step(training, [batch.to(accelerator.device)])
         history.append({name: float(value) for name, value in figures.items()})
         if (batch.step + 1) % config.run.log_every == 0:
             shown = [f"{name} {value:.3f}" for name, value in history[-1].items() if "labeled/" in name]

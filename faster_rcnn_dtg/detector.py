@@ -10,15 +10,15 @@ from dtg_core.anchors import anchor_grid
 from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.postprocess import final_boxes
-from dtg_core.protocol import Outputs, Stage
+from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.structures import AnchorGrid, Detections, Predictions, Samples, Supervision, ViewBatch
 from faster_rcnn_dtg.config import FasterRCNNConfig
 from faster_rcnn_dtg.rcnn import RCNN, RCNNStage, sample_proposals
 from faster_rcnn_dtg.rpn import RPN, RPNStage, propose
 
 
-class FasterRCNN(nn.Module):
-    """The detector (see ``dtg_core.protocol.Detector``). Stages: ``rpn`` on anchors, ``rcnn`` on proposals.
+class FasterRCNN(Detector):
+    """The detector. Stages: ``rpn`` on anchors, ``rcnn`` on proposals.
 
     Args:
         config: the detector's configuration.

@@ -78,7 +78,7 @@ def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tenso
     Positives that are missing are made up for by negatives. The draw is a pure function of ``seeds`` [N] and of what the
     samples are, ``identity`` [A], see ``dtg_core.stateless.sample_mask``.
     """
-    most = int(samples * positive_share)
+    most = max(int(samples * positive_share), 1)  # with none at all only background would be learnt
     positive = sample_mask(matches.positive, most, seeds, most, identity)
     negative = sample_mask(matches.negative, samples - positive.sum(1), seeds, samples, identity)
     return Matches(matches.row, positive, negative)

@@ -124,13 +124,9 @@ class RCNNStage:
     def __init__(self, config: RCNNConfig, num_classes: int) -> None:
         self.config, self.num_classes = config, num_classes
 
-    def groups(self, samples: Samples, sample: Tensor, label: Tensor) -> Tensor:
-        """[M] the class: NMS is class-wise."""
-        return label
-
-    def num_groups(self, samples: Samples) -> int:
-        """Number of classes."""
-        return self.num_classes
+    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+        """NMS is class-wise."""
+        return image * self.num_classes + label
 
     def _deltas(self, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """[M, 4] deltas of the rows' class."""

@@ -43,15 +43,10 @@ class RPNStage:
     def __init__(self, config: RPNConfig) -> None:
         self.config = config
 
-    def groups(self, samples: Samples, sample: Tensor, label: Tensor) -> Tensor:
-        """[M] pyramid level of each row: boxes of different levels do not suppress each other (A14, A15)."""
+    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+        """Boxes of different pyramid levels do not suppress each other (A14, A15)."""
         assert isinstance(samples, AnchorGrid)
-        return samples.level[sample]
-
-    def num_groups(self, samples: Samples) -> int:
-        """Number of levels."""
-        assert isinstance(samples, AnchorGrid)
-        return len(samples.shapes)
+        return image * len(samples.shapes) + samples.level[sample]
 
     def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """[M, 4] float32 boxes of the rows, not clipped."""

@@ -10,15 +10,15 @@ from dtg_core.anchors import anchor_grid
 from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.postprocess import final_boxes
-from dtg_core.protocol import Outputs, Stage
+from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.structures import AnchorGrid, Detections, Predictions, Supervision, ViewBatch
 from gfl_dtg.config import GFLConfig
 from gfl_dtg.head import GFLHead
 from gfl_dtg.stage import GFLStage
 
 
-class GFL(nn.Module):
-    """Generalized Focal Loss detector; satisfies ``dtg_core.protocol.Detector`` with the one stage ``head``.
+class GFL(Detector):
+    """Generalized Focal Loss detector, with the one stage ``head``.
 
     Args:
         pyramid: turns a ViewBatch into a list of L features [N, channels, ceil(H / stride), ceil(W / stride)].

@@ -41,12 +41,9 @@ class GFLStage:
     num_classes: int
     config: GFLConfig
 
-    def groups(self, samples: Samples, sample: Tensor, label: Tensor) -> Tensor:
-        """NMS keeps to a class."""
-        return label
-
-    def num_groups(self, samples: Samples) -> int:
-        return self.num_classes
+    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+        """NMS is class-wise."""
+        return image * self.num_classes + label
 
     def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """[M, 4] boxes: expected distances from the anchor's centre, in strides. All classes share a sample's box."""

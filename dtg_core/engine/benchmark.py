@@ -11,18 +11,19 @@ figure is the median over the repeats. The learning rate is 0: each repeat does 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from dtg_core.boxes import to_float64
 from dtg_core.config import Config, Paradigm, StageRule
@@ -32,8 +33,6 @@ from dtg_core.engine import loop
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.waits import device_work
 from dtg_core.guidance import teach
-from dtg_core.guidance.thresholds import Thresholds
-from dtg_core.models.student import StudentModule, student_and_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import PairBatch, Proposals, StepBatch, Supervision, ViewBatch
 
@@ -42,22 +41,8 @@ PARTS = ("data", "teacher", "guidance", "student", "losses", "backward", "optimi
 WARM_UP = 2  # repeats that are not counted: caches fill, memory is taken
 
 
-@dataclass(frozen=True)
-class Bench:
-    """All that one kind of step needs."""
-
-    config: Config
-    accelerator: Accelerator
-    training: loop.Training
-    batch: StepBatch
-
-    def step(self) -> dict[str, Any]:
-        """The real thing; gives its figures."""
-        return loop.train_step(self.training, [self.batch], self.config, self.accelerator)
-
-
 def benchmark(
-    config: Config, detector: nn.Module, sources: Sources, accelerator: Accelerator, paradigm: Paradigm, repeats: int,
+    config: Config, detector: Detector, sources: Sources, accelerator: Accelerator, paradigm: Paradigm, repeats: int,
     candidates: int, against: Paradigm | None = None,
 ) -> dict[str, Any]:
     """Figures of one kind of step, as JSON values.
@@ -76,9 +61,6 @@ def benchmark(
     keep_freed_memory()
     device = accelerator.device
     config = replace(config, optim=replace(config.optim, lr=0.0))
-    _, teacher = student_and_teacher(detector, config)
-    detector.to(device)
-    teacher.to(device)
     guidance, data = config.guidance, config.data
     first = guidance.start_step + guidance.ramp_steps  # from here on unlabelled losses count in full
     unlabeled = 0 if paradigm == "none" else data.unlabeled_per_device
@@ -86,32 +68,31 @@ def benchmark(
     batch = made[first].to(device)
     rules = guidance.stages
     if batch.unlabeled is not None:
-        rules = with_candidates(cast(Detector, teacher), batch.unlabeled, rules, candidates)
+        rules = with_candidates(detector.to(device).eval(), batch.unlabeled, rules, candidates)
 
-    def bench(kind: Paradigm) -> Bench:
+    def training(kind: Paradigm) -> loop.Training:
         chosen = {name: replace(rule, paradigm=kind) for name, rule in rules.items()}
         settings = replace(config, guidance=replace(guidance, stages=chosen))
-        student = StudentModule(detector, chosen).train()
-        optimizer = loop.make_optimizer(student, config.optim, accelerator)
-        thresholds = Thresholds(chosen, cast(Detector, detector).stages, sources.labeled.objects_per_image(), device)
-        return Bench(settings, accelerator, loop.Training(student, student, teacher, optimizer, thresholds), batch)
+        made = loop.prepare(settings, copy.deepcopy(detector), sources.labeled.objects_per_image(), accelerator)
+        made.student.train()
+        return made
 
-    main = bench(paradigm)
-    figures = main.step()
+    main = training(paradigm)
+    step = partial(loop.train_step, main, [batch])
+    figures = step()
     memory = peak_memory(device)
     # AdamW keeps the numbers of its steps on the host.
-    with device_work([state["step"] for state in main.training.optimizer.state.values() if "step" in state]) as work:
-        main.step()
-    bare = bare_passes(main)
-    timers: dict[str, Callable[[], Any]] = {"step": main.step, "bare_passes": bare}
+    with device_work([state["step"] for state in main.plain_optimizer.state.values() if "step" in state]) as work:
+        step()
+    timers: dict[str, Callable[[], Any]] = {"step": step, "bare_passes": bare_passes(main, batch)}
     if against is not None:
-        timers["against"] = bench(against).step
+        timers["against"] = partial(loop.train_step, training(against), [batch])
     times: dict[str, list[float]] = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
         found = {name: _seconds(action, device) for name, action in timers.items()}
-        main.training.optimizer.zero_grad(set_to_none=True)
+        main.optimizer.zero_grad(set_to_none=True)
         found["data"] = _seconds(lambda number=repeat: made[first + number], device)  # type: ignore[misc]
-        found |= parts_of_step(main)
+        found |= parts_of_step(main, batch)
         for name, value in found.items() if repeat >= WARM_UP else ():
             times[name].append(value)
     result = summary(times)
@@ -165,22 +146,22 @@ def with_candidates(
     return {name: replace(rule, pseudo_score=pseudo) for name, rule in {**rules, **changed}.items()}
 
 
-def bare_passes(bench: Bench) -> Callable[[], None]:
+def bare_passes(training: loop.Training, batch: StepBatch) -> Callable[[], None]:
     """The networks' own passes of a step (see the module), ready to be called again and again."""
-    batch, teacher, detector = bench.batch, cast(Detector, bench.training.teacher), cast(Detector, bench.training.module.detector)
+    config, accelerator, teacher, detector = training.config, training.accelerator, training.teacher, training.module.detector
     branches: list[tuple[ViewBatch, Mapping[str, Supervision]]] = []
     told = None
-    with torch.no_grad(), bench.accelerator.autocast():
+    with torch.no_grad(), accelerator.autocast():
         truth = {name: Supervision(batch.labeled.targets) for name in detector.stages}
         branches.append((batch.labeled, _same_samples(detector, batch.labeled, truth)))
         if batch.unlabeled is not None:
             told = _same_samples(teacher, batch.unlabeled.teacher, None)
-            lessons, _ = teach(teacher, batch.unlabeled, bench.config.guidance.stages, bench.config.views.box_hull)
+            lessons, _ = teach(teacher, batch.unlabeled, config.guidance.stages, config.views.box_hull)
             if lessons:
                 branches.append((batch.unlabeled.student, _same_samples(detector, batch.unlabeled.student, lessons)))
 
     def run() -> None:
-        with bench.accelerator.autocast():
+        with accelerator.autocast():
             if batch.unlabeled is not None:
                 with torch.no_grad():
                     teacher.run(batch.unlabeled.teacher, told)
@@ -236,24 +217,24 @@ class Stopwatch:
         return run
 
 
-def parts_of_step(bench: Bench) -> dict[str, float]:
+def parts_of_step(training: loop.Training, batch: StepBatch) -> dict[str, float]:
     """Seconds of each part of a step but its data. The device is waited for between parts, so their sum may exceed a step."""
     places: Sequence[tuple[str, Any, str]] = (
-        ("teacher", bench.training.teacher, "run"),
+        ("teacher", training.teacher, "run"),
         ("guidance", loop, "teach"),  # without the teacher's pass
-        ("student", bench.training.module.detector, "run"),  # with making its proposals
-        ("losses", bench.training.module, "forward"),  # assignment and losses: without the student's pass
-        ("backward", bench.accelerator, "backward"),
-        ("optimizer", bench.accelerator, "clip_grad_norm_"),
-        ("optimizer", bench.training.optimizer, "step"),
+        ("student", training.module.detector, "run"),  # with making its proposals
+        ("losses", training.module, "forward"),  # assignment and losses: without the student's pass
+        ("backward", training.accelerator, "backward"),
+        ("optimizer", training.accelerator, "clip_grad_norm_"),
+        ("optimizer", training.optimizer, "step"),
         ("ema", loop, "update_teacher"),
     )
-    watch = Stopwatch(bench.accelerator.device)
+    watch = Stopwatch(training.accelerator.device)
     with contextlib.ExitStack() as stack:
         for name, owner, attribute in places:
             stack.enter_context(mock.patch.object(owner, attribute, watch.timed(name, getattr(owner, attribute))))
         watch.since = watch.clock()
-        bench.step()
+        loop.train_step(training, [batch])
         watch.lap()
     return {name: watch.seconds[name] for name in PARTS if name != "data"}
 

@@ -386,3 +386,6 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
     yield from (f"- {note}." for note in comparison.notes)
     for row in comparison.rows:
         yield f"- {row.name}: {', '.join(str(run.path) for run in row.runs)}"
+        for run in row.runs:
+            for change in run.results.get("changed", ()):
+                yield f"- {run.path}: had other settings or data until step {change['step']} ({'; '.join(change['changes'])})"

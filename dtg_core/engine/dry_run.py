@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from datetime import timedelta
@@ -15,16 +14,18 @@ from torch import nn
 from dtg_core.config import Config
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
+from dtg_core.drafts import existing
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.protocol import Detector
 
 CHECKPOINTS = 3  # kept at once while a new one is written
 
 
-def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path, accelerator: Accelerator) -> list[str]:
+def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, accelerator: Accelerator) -> list[str]:
     """Make batches of the dearest kind of step, train on them, and forecast.
 
     Args:
@@ -54,12 +55,12 @@ def dry_run(config: Config, detector: nn.Module, sources: Sources, folder: Path,
         batch = data[step]
         reading = time.perf_counter() - began
         moved = [batch.to(accelerator.device)] * parts
-        figures = train_step(made, moved, config, accelerator)
+        figures = train_step(made, moved)
         broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
         training = time.perf_counter() - began - reading
     training, reading, whole = forecast(training, reading, parts, config)
     size = _checkpoint_bytes(made.module, made.teacher, made.optimizer)
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < size * CHECKPOINTS:
         raise UserError(f"{folder}: the disk has {free / 1e9:.2f} GB left, and the run needs about "
                         f"{size * CHECKPOINTS / 1e9:.2f} GB - "
@@ -99,22 +100,6 @@ def _broken(figures: Figures, scaled: bool) -> bool:
     scale."""
     losses = [float(value) for name, value in figures.items() if name.startswith(("labeled/", "unlabeled/"))]
     return bool(figures["skipped"]) and not (scaled and all(map(math.isfinite, losses)))
-
-
-def require_writable(folder: Path) -> None:
-    """UserError unless the folder can be made or written, which is found out without writing."""
-    place = _existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = "no right to write" if place.is_dir() else "a file"
-        raise UserError(f"{folder}: it cannot be written ({place}: {found}) - give another --output")
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    return folder
 
 
 def _checkpoint_bytes(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from dtg_core.boxes import clip, project
+from dtg_core.protocol import Detector
 from dtg_core.structures import Detections, ViewBatch
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def coco_results(index: CocoIndex, found: Found) -> list[dict[str, Any]]:
 
 @torch.no_grad()  # not inference mode: anchors are cached, and training could not use those made in it
 def find(
-    detector: nn.Module, index: CocoIndex, batches: Iterable[ViewBatch | None], device: torch.device, score_threshold: float,
+    detector: Detector, index: CocoIndex, batches: Iterable[ViewBatch | None], device: torch.device, score_threshold: float,
     accelerator: Accelerator | None = None,
 ) -> Found:
     """Run a detector over views of the images of ``index`` and gather what all processes found.
@@ -156,8 +156,8 @@ def find(
                 continue
             moved = views.to(device, non_blocking=True)
             with accelerator.autocast() if accelerator is not None else contextlib.nullcontext():
-                outputs = detector.run(moved)  # type: ignore[operator]
-            detections = detector.detect(outputs, moved, score_threshold)  # type: ignore[operator]
+                outputs = detector.run(moved)
+            detections = detector.detect(outputs, moved, score_threshold)
             found.add(detections, views, [row[image_id] for image_id in views.image_ids], index)
     except Exception as error:
         if accelerator is None or accelerator.num_processes == 1:

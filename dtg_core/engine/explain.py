@@ -25,6 +25,7 @@ from dtg_core.structures import (
     Clusters,
     Detections,
     PairBatch,
+    Proposals,
     Samples,
     Supervision,
     Targets,
@@ -131,8 +132,8 @@ def explain(
         pseudo = replace(pseudo, labels=torch.zeros_like(pseudo.labels))
     sparse = stage.assign(moved, pseudo, pair.student.sizes, pair.student.seeds)
 
-    proposals = None if moved is grid else moved
-    learnt = student.run(pair.student, {name: Supervision(None, dense, proposals)})  # type: ignore[arg-type]
+    proposals = moved if isinstance(moved, Proposals) else None
+    learnt = student.run(pair.student, {name: Supervision(assignment=dense, proposals=proposals)})
     logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
     return Explained(
         labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,

@@ -30,6 +30,7 @@ from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import CANVAS_MULTIPLE
 from dtg_core.engine.predict import Predictor
 from dtg_core.errors import UserError
+from dtg_core.protocol import Detector
 from dtg_core.structures import Targets, ViewBatch
 
 #: Largest differences from the detector itself that are accepted. Float32 sums in another order stay far below both; a box
@@ -49,7 +50,7 @@ class DetectorGraph(nn.Module):
         detector: satisfies ``dtg_core.protocol.Detector``. score_threshold: of boxes that are given.
     """
 
-    def __init__(self, detector: nn.Module, score_threshold: float) -> None:
+    def __init__(self, detector: Detector, score_threshold: float) -> None:
         super().__init__()
         self.detector, self.score_threshold = detector, score_threshold
 
@@ -60,7 +61,7 @@ class DetectorGraph(nn.Module):
         nothing = torch.zeros(1, dtype=torch.int64)
         objects = Targets(torch.from_numpy(NO_BOXES), torch.from_numpy(NO_LABELS), nothing[:0])
         views = ViewBatch(pixels.unsqueeze(0), size.float().unsqueeze(0), objects, nothing, torch.eye(3).unsqueeze(0))
-        found = self.detector.detect(self.detector.run(views), views, self.score_threshold)  # type: ignore[operator]
+        found = self.detector.detect(self.detector.run(views), views, self.score_threshold)
         return found.boxes, found.scores, found.labels
 
 

@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +102,7 @@ def measure(
     Returns:
         Measured by the setting's name. Stages that a setting does not guide are not in it, but count in ``ALL``.
     """
-    module, names = cast(nn.Module, student), list(student.stages)
-    parameters = head_parameters(module)
+    names, parameters = list(student.stages), head_parameters(student)
     found = {name: Measured() for name in settings}
     for pair, truth in batches:
         learnt = learn(student, pair.student, {stage: Supervision(truth) for stage in names})

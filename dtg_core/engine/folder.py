@@ -9,12 +9,13 @@
     weights/*.safetensors   teacher and student, self-contained
     checkpoints/            where ``--resume`` continues
     nonfinite/              the step at which a run gave up, for ``--replay``
-    abandoned-N/            a run folder of what a course had come to that was given up for another one from an earlier step
+    abandoned-N/            results and weights that were set aside when the run was resumed from an earlier step
 """
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -70,6 +71,14 @@ class RunFolder:
     @property
     def nonfinite(self) -> Path:
         return self.path / "nonfinite"
+
+    @property
+    def evaluated(self) -> int:
+        """The step of its last evaluation, 0: none."""
+        try:
+            return int(json.loads((self.path / "results.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def require_free(self, resume: bool, overwrite: bool) -> None:
         """Raises UserError when the folder holds something that neither flag is for. Nothing is written."""

@@ -6,7 +6,7 @@ The batch (data/plan.py), the schedules and the random draws follow from the ste
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from dtg_core.config import Config, OptimConfig
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
-from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
-from dtg_core.models.student import StudentModule, student_and_teacher
-from dtg_core.models.teacher import update_teacher
+from dtg_core.models.backbone import compile_backbones
+from dtg_core.models.student import StudentModule
+from dtg_core.models.teacher import make_teacher, update_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import LossTerm, StepBatch, Supervision
 
@@ -45,11 +45,13 @@ def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelera
 
 @dataclass(frozen=True)
 class Training:
-    """What training changes, on its device."""
+    """All that steps need, and what they change, on its device."""
 
+    config: Config
+    accelerator: Accelerator
     module: StudentModule
     student: nn.Module  # ``module``, wrapped where several processes share the work
-    teacher: nn.Module
+    teacher: Detector
     optimizer: torch.optim.Optimizer  # Accelerate's wrapper
     thresholds: Thresholds
 
@@ -59,66 +61,63 @@ class Training:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
 
 
-def prepare(config: Config, detector: nn.Module, objects: ArrayLike, accelerator: Accelerator) -> Training:
-    """Student, teacher, optimizer and thresholds at step 0.
+def prepare(config: Config, detector: Detector, objects: ArrayLike, accelerator: Accelerator) -> Training:
+    """Student, teacher, optimizer and thresholds at step 0, laid out and compiled as ``config.run`` says.
 
     Args:
-        config: of the run. detector: the student's, with its first weights. objects: [C] labelled objects of an image on average.
+        config: of the run. detector: the student's, with its first weights. objects: [C] mean objects of a labelled image by class.
+        accelerator: device, precision, processes.
     """
-    module, teacher = student_and_teacher(detector, config)
-    teacher.to(accelerator.device)
+    if config.run.channels_last:
+        detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = make_teacher(detector).to(accelerator.device)
+    if config.run.compile:
+        compile_backbones(detector)
+        compile_backbones(teacher)
+    module = StudentModule(detector, config.guidance.stages)
     student, optimizer = accelerator.prepare(module, make_optimizer(module, config.optim, accelerator))
-    thresholds = Thresholds(config.guidance.stages, cast(Detector, detector).stages, objects, accelerator.device)
-    return Training(module, student, teacher, optimizer, thresholds)
+    thresholds = Thresholds(config.guidance.stages, detector.stages, objects, accelerator.device)
+    return Training(config, accelerator, module, student, teacher, optimizer, thresholds)
 
 
-def train_step(
-    training: Training, batches: Sequence[StepBatch], config: Config, accelerator: Accelerator, signals: StopSignals | None = None,
-) -> Figures:
+def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
     """One step of Eq. 1, from a batch to the updated student and teacher.
 
     Args:
-        training: what this step changes.
+        training: what this step needs and changes.
         batches: the micro-batches of one step, mostly one: labelled views, and pairs of unlabelled views or None.
-        config: of the run. accelerator: device, precision, processes.
-        signals: learns which signal has reached any of the processes.
 
     Returns:
-        Losses and figures of the guidance by name, still on the device. "skipped" is 1 when the loss or its gradient was not
-        finite, and nothing but the statistics of trained batch norms has been changed, or when what the update left was not, and
-        the teacher has not been changed. Where the weights themselves have overflowed, so that no later step can mend them, there
-        is an "overflowed" too.
+        Losses and figures of the guidance by name, still on the device. "skipped" is 1 if the loss, the gradient or the updated
+        weights were not finite; the teacher is then unchanged, and in the first two cases the student too, but for the statistics
+        of trained batch norms. "overflowed" is set if the weights themselves are not finite, which no later step can repair.
     """
-    step, rules = batches[0].step, config.guidance.stages
-    student, teacher, optimizer = training.student, training.teacher, training.optimizer
-    for group in optimizer.param_groups:
+    config, accelerator, student, teacher = training.config, training.accelerator, training.student, training.teacher
+    step, detector = batches[0].step, training.module.detector
+    for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(step, config.optim)
     weight = unlabeled_weight(step, config.guidance)
-    detector = training.module.detector
 
     first = accelerator.process_index * len(batches)  # of all processes' parts of the step, the first that is here
-    scores = training.thresholds.scores()
-    lessons = [
-        _teach(teacher, batch, part, weight > 0, config, accelerator, scores) for part, batch in enumerate(batches, first)
-    ]
-    totals = _count_ahead(student, lessons, config, accelerator, signals) if len(lessons) > 1 else None
+    lessons = [_teach(training, batch, part, guided=weight > 0) for part, batch in enumerate(batches, first)]
+    counts = _count_ahead(training, lessons) if len(lessons) > 1 else None
     figures: Figures = {}
     for lesson in lessons:
-        with _synchronized(student, lesson is lessons[-1], accelerator):
-            terms = _forward(student, lesson, config.run.seed, accelerator)
-            totals = totals or Totals.over_processes(_counts(terms), accelerator, signals)
-            losses = {name: term.total / totals.counts[name] for name, term in terms.items()}
+        # Gradients of the processes are averaged once, in the last backward pass of a step.
+        with nullcontext() if lesson is lessons[-1] else accelerator.no_sync(student):
+            terms = _forward(training, student, lesson)
+            counts = counts or _over_processes(_counts(terms), accelerator)
+            losses = {name: term.total / counts[name] for name, term in terms.items()}
             # Gradients are averaged over processes, and the divisors are sums over processes.
             losses = {name: loss * accelerator.num_processes for name, loss in losses.items()}
-            accelerator.backward(weigh(losses, rules, weight))
+            accelerator.backward(weigh(losses, config.guidance.stages, weight))
         add_up(figures, {name: loss.detach() for name, loss in losses.items()})
         add_up(figures, {name: value / len(lessons) for name, value in lesson.figures.items()})
 
     norm = accelerator.clip_grad_norm_(student.parameters(), config.optim.clip_norm or float("inf"))
-    assert totals is not None  # there is at least one micro-batch
-    finite = totals.decide(torch.as_tensor(norm), signals)
+    finite = bool(torch.as_tensor(norm).isfinite())  # sync: a step that is not finite must not reach the weights
     if finite or accelerator.scaler is not None:  # a scaler skips such a step by itself, and lowers its scale
-        optimizer.step()
+        training.optimizer.step()
     share_statistics(detector, accelerator)
     healthy = finite and is_finite(detector)
     if healthy:
@@ -128,7 +127,7 @@ def train_step(
         heal_statistics(detector, teacher)
         if finite and not is_finite(detector):
             figures["overflowed"] = 1.0
-    optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad(set_to_none=True)
     return figures | {"skipped": float(not healthy)}
 
 
@@ -142,14 +141,15 @@ class Lesson:
     figures: Figures
 
 
-def _teach(
-    teacher: nn.Module, batch: StepBatch, part: int, guided: bool, config: Config, accelerator: Accelerator,
-    scores: Mapping[str, Tensor],
-) -> Lesson:
+def _teach(training: Training, batch: StepBatch, part: int, guided: bool) -> Lesson:
     if batch.unlabeled is None or not guided:
         return Lesson(batch, part, {}, {})
-    rules, hull = config.guidance.stages, config.views.box_hull
-    return Lesson(batch, part, *teach(cast(Detector, teacher), batch.unlabeled, rules, hull, accelerator.autocast(), scores))
+    config = training.config
+    supervision, figures = teach(
+        training.teacher, batch.unlabeled, config.guidance.stages, config.views.box_hull, training.accelerator.autocast(),
+        training.thresholds.scores(),
+    )  # fmt: skip
+    return Lesson(batch, part, supervision, figures)
 
 
 def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[str, Tensor], int]:
@@ -166,65 +166,39 @@ def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[st
     return found, images * accelerator.num_processes
 
 
-def _forward(student: nn.Module, lesson: Lesson, seed: int, accelerator: Accelerator) -> dict[str, LossTerm]:
+def _forward(training: Training, student: nn.Module, lesson: Lesson) -> dict[str, LossTerm]:
     """The student's loss terms. Dropout and the like follow from the seed, the step and the part alone."""
     batch, supervision = lesson.batch, lesson.supervision
-    torch.manual_seed((seed * 1_000_003 + batch.step) * 1_009 + lesson.part)
-    with accelerator.autocast():
+    torch.manual_seed((training.config.run.seed * 1_000_003 + batch.step) * 1_009 + lesson.part)
+    with training.accelerator.autocast():
         return student(batch.labeled, batch.unlabeled.student if batch.unlabeled and supervision else None, supervision)
 
 
 @torch.no_grad()
-def _count_ahead(
-    student: nn.Module, lessons: Sequence[Lesson], config: Config, accelerator: Accelerator, signals: StopSignals | None
-) -> Totals:
+def _count_ahead(training: Training, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
     """The divisors of all micro-batches, which have to be known before the first backward pass.
 
     They depend on the student's predictions, so this costs one more forward pass of each micro-batch, without gradients. In
     return N micro-batches give the gradient of one batch, exactly where their images have one size (else padding differs).
     """
-    module = accelerator.unwrap_model(student)
-    buffers = list(module.buffers())
+    buffers = list(training.module.buffers())
     before = [buffer.clone() for buffer in buffers]
     counts: dict[str, Any] = {}
     for lesson in lessons:
-        add_up(counts, _counts(_forward(module, lesson, config.run.seed, accelerator)))
+        add_up(counts, _counts(_forward(training, training.module, lesson)))
     for buffer, old in zip(buffers, before):
         buffer.copy_(old)  # batch statistics are counted in the pass that trains
-    return Totals.over_processes(counts, accelerator, signals)
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one reduction sums over the processes: the divisor of each loss, and who was asked to stop."""
-
-    counts: dict[str, Tensor]
-    asked: Tensor  # [2] processes that got each of ``StopSignals.NUMBERS``
-
-    @staticmethod
-    def over_processes(counts: Mapping[str, Tensor], accelerator: Accelerator, signals: StopSignals | None) -> Totals:
-        asked = [float(signals is not None and signals.received == number) for number in StopSignals.NUMBERS]
-        mine = torch.stack(list(counts.values()))
-        mine = torch.cat((mine, torch.tensor(asked).to(mine.device, non_blocking=True)))
-        total = cast(Tensor, accelerator.reduce(mine, "sum"))
-        return Totals(dict(zip(counts, total[: len(counts)].clamp(min=1).unbind())), total[len(counts) :])
-
-    def decide(self, norm: Tensor, signals: StopSignals | None) -> bool:
-        """Whether the gradient is finite; ``signals`` learns what the processes agree on."""
-        # sync: a step that is not finite must not reach the weights.
-        finite, *asked = torch.cat((norm.isfinite().reshape(1).float(), self.asked)).cpu().tolist()
-        if signals is not None:
-            signals.agreed = next((number for number, count in zip(StopSignals.NUMBERS, asked) if count), 0)
-        return bool(finite)
+    return _over_processes(counts, training.accelerator)
 
 
 def _counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
     return {name: term.count.detach().float() for name, term in terms.items()}
 
 
-def _synchronized(student: nn.Module, last: bool, accelerator: Accelerator) -> AbstractContextManager:
-    """Gradients of the processes are averaged once, in the last backward pass of a step."""
-    return nullcontext() if last else accelerator.no_sync(student)
+def _over_processes(counts: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The divisor of each loss, in one reduction: its count in all processes, at least 1."""
+    total = cast(Tensor, accelerator.reduce(torch.stack(list(counts.values())), "sum"))
+    return dict(zip(counts, total.clamp(min=1).unbind()))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtg_core.boxes import clip, project
 from dtg_core.config import RENAMED, Config, without_weights
@@ -26,6 +26,7 @@ from dtg_core.data.views import collate, test_canvas, test_view
 from dtg_core.drafts import reading
 from dtg_core.engine.checkpoint import load_into, load_weights
 from dtg_core.errors import UserError
+from dtg_core.protocol import Detector
 from dtg_core.settings import load_config, plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
 
@@ -48,7 +49,7 @@ class Found:
 class Predictor:
     """A detector in evaluation mode, with what its run knew."""
 
-    detector: nn.Module
+    detector: Detector
     settings: Config
     class_names: tuple[str, ...]
     category_ids: list[Any]  # as the user wrote them
@@ -95,7 +96,7 @@ class Predictor:
         made = [test_view(image, NO_BOXES, NO_LABELS, self.settings.views) for image in images]
         views = collate(made, [0] * len(images), range(len(images)))
         moved = views.to(self.device)
-        detections = self.detector.detect(self.detector.run(moved), moved, threshold).to("cpu")  # type: ignore[operator]
+        detections = self.detector.detect(self.detector.run(moved), moved, threshold).to("cpu")
         back = torch.from_numpy(np.linalg.inv(np.stack([view.view_from_image for view in made])))
         sizes = torch.tensor([(image.height, image.width) for image in images], dtype=torch.float64)
         boxes = clip(project(detections.boxes.double(), back[detections.image], "corners"), sizes[detections.image]).float()
@@ -117,6 +118,7 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     Raises:
         UserError: not a weights file of this project, damaged, of settings that are not known any more, or no such device.
     """
+    where = pick_device(device)
     path = find_weights(path, which)
     tensors, metadata = load_weights(path)
     missing = {"detector", "class_names", "category_ids", "config"} - metadata.keys()
@@ -126,13 +128,13 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     package, settings = _settings(path, name, metadata["config"])
     detector = package.build(getattr(settings, name), without_weights(settings).backbone, len(class_names))
     load_into(detector, tensors, path)
-    where = pick_device(device)
     thresholds = {name: torch.tensor(scores, device=where) for name, scores in metadata.get("thresholds", {}).items()}
     return Predictor(detector.eval().to(where), settings, class_names, list(metadata["category_ids"]), where, thresholds)
 
 
 def find_weights(path: Path, which: str = "teacher") -> Path:
-    """The weights file meant by a run folder (its teacher or student) or by a file. Raises UserError when it is not there."""
+    """The weights file meant by a run folder, its teacher or student, where UserError tells that there is none; a file's path
+    comes back as it is, there or not."""
     if not path.is_dir():
         return path
     weights = path / "weights" / f"{which}.safetensors"
@@ -144,16 +146,21 @@ def find_weights(path: Path, which: str = "teacher") -> Path:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """A device by its name; None: an accelerator if there is one. Raises UserError when it cannot be used."""
+    """A device by its name; None: an accelerator if there is one. Raises UserError when it is not there or cannot be used."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return accelerator or torch.device("cpu")
+    there = ["cpu"]
+    if accelerator is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count()))]
+    if name not in there:
+        raise UserError(f"--device {name}: there is no such device - use {' or '.join(there)}")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name)
+    except RuntimeError as error:  # of a GPU that another process holds
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name}: cannot be used ({reason}) - use cpu") from error
-    return device
+    return torch.device(name)
 
 
 def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:

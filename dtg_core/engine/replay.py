@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
 
 from dtg_core.config import Config
 from dtg_core.data.plan import step_data
@@ -17,6 +16,7 @@ from dtg_core.engine.checkpoint import load_checkpoint
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.protocol import Detector
 from dtg_core.structures import StepBatch, ViewBatch
 
 
@@ -36,7 +36,7 @@ def _images(views: ViewBatch) -> list[dict[str, Any]]:
 
 
 def replay(
-    file: Path, config: Config, detector: nn.Module, sources: Sources, accelerator: Accelerator
+    file: Path, config: Config, detector: Detector, sources: Sources, accelerator: Accelerator
 ) -> tuple[bool, list[str]]:
     """Run a captured step again, in one process with the parts of all of them as micro-batches.
 
@@ -63,7 +63,7 @@ def replay(
     if json.loads(json.dumps(again)) != parts:
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
     training.student.train()
-    figures = train_step(training, [batch.to(accelerator.device) for batch in batches], config, accelerator)
+    figures = train_step(training, [batch.to(accelerator.device) for batch in batches])
     shown = [f"{name} {float(value):.6g}" for name, value in figures.items() if name.count("/") == 2]
     return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtg_core.config import RENAMED, Config
 from dtg_core.data.index import CocoIndex
@@ -28,6 +28,7 @@ from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
 from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
 from dtg_core.engine.predict import Found
+from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted
 
@@ -53,14 +54,14 @@ CAPTIONS = {
 
 @torch.no_grad()
 def save_pictures(
-    folder: Path, step: int, teacher: nn.Module, student: nn.Module, sources: Sources, config: Config,
+    folder: Path, step: int, teacher: Detector, student: Detector, sources: Sources, config: Config,
     found: evaluate.Found | None, device: torch.device, thresholds: Mapping[str, Tensor],
 ) -> None:
     """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, at each evaluation of the same images.
 
     Args:
         folder: for the pictures.
-        teacher, student: satisfy ``dtg_core.protocol.Detector``; the student is in evaluation mode meanwhile.
+        teacher, student: the student is in evaluation mode meanwhile.
         found: the teacher's detections of the validation set, if there is one.
         thresholds: [C] of the stages that have one for each class.
 
@@ -79,12 +80,10 @@ def save_pictures(
     pair, training = pair.to(device), student.training
     student.eval()
     try:
-        for name in teacher.stages:  # type: ignore[union-attr]
+        for name in teacher.stages:
             rule = config.guidance.stages[name]
             if rule.paradigm != "none":
-                told = explain(
-                    teacher, student, pair, name, rule, config.views.box_hull, thresholds.get(name),  # type: ignore[arg-type]
-                )
+                told = explain(teacher, student, pair, name, rule, config.views.box_hull, thresholds.get(name))
                 sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
                 _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import dtg_core
 from dtg_core.config import Config
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
+from dtg_core.engine.effective import BATCH, UNLABELED_ONLY, stage_paradigms
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
@@ -37,7 +39,7 @@ def stamp(config: Config, sources: Sources, processes: int, mixed_precision: str
         "processes": processes,
         "mixed_precision": mixed_precision,
         "global_batch": {"labeled": labeled, "unlabeled": unlabeled},
-        "data": {"labeled": digest(sources.labeled), "unlabeled": digest(sources.unlabeled)},
+        "data": {"labeled": digest(sources.labeled), "unlabeled": digest(sources.unlabeled), "val": digest(sources.val)},
         "config": flatten(config),
     }
     return json.loads(json.dumps(made))
@@ -55,19 +57,7 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     if former != name:
         raise UserError(f"--resume: the checkpoint has the state of optim.name={former}, with which {name} cannot go on - undo it, "
                         "or start anew from its weights with --init")
-    before = json.loads(json.dumps(flatten(Config()))) | old["config"]  # what an older version did not know had its default
-    changes = [f"{key}: {_short(before.get(key))} -> {_short(new['config'].get(key))}"
-               for key in sorted(old["config"].keys() | new["config"].keys())
-               if before.get(key) != new["config"].get(key)
-               and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)]  # fmt: skip
-    precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not tell
-    if precisions[0] != precisions[1]:
-        changes.append(f"--mixed_precision: {precisions[0]} -> {precisions[1]}")
-    changes += [f"{stream} images of a step: {old['global_batch'][stream]} -> {new['global_batch'][stream]}, where processes x "
-                f"data.{stream}_per_device x optim.accumulate has to stay {old['global_batch'][stream]}"
-                for stream in ("labeled", "unlabeled") if old["global_batch"][stream] != new["global_batch"][stream]]
-    changes += [f"{stream} data: {_counts(old['data'][stream])} -> {_counts(new['data'][stream])}, or other files, boxes or classes"
-                for stream in ("labeled", "unlabeled") if old["data"][stream] != new["data"][stream]]  # fmt: skip
+    changes = list(_differences(old, new).values())
     if changes and not insist:
         raise UserError(f"--resume: the checkpoint was made with other settings ({'; '.join(changes)}) - undo them, "
                         "or insist with --resume-with-changes")
@@ -80,7 +70,55 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
         notes.append(f"warning: the checkpoint was made by torch {made}, this is {here} - results may differ slightly")
     if old.get("code", new["code"]) != new["code"]:
         notes.append("warning: the checkpoint was made by another version of this program - results may differ slightly")
+    if other_validation(old, new):
+        notes.append("resuming with other validation data: AP of before is not to be compared with AP from here on")
     return notes
+
+
+def changed_course(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
+    """What of the first ``step`` steps a run with the stamp ``new`` would have done otherwise; AP of other images counts too.
+
+    Settings of the guidance and unlabelled data have not acted where none of both runs has guided its student yet.
+    """
+    guided = step > min(_first_guided(old), _first_guided(new))
+    changes = [text for key, text in _differences(old, new).items()
+               if guided or not (key.startswith(("guidance.", "paradigm")) or key in UNLABELED_ONLY)]  # fmt: skip
+    return [*changes, *(["validation data"] if other_validation(old, new) else [])]
+
+
+def other_validation(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the validation sets differ; older checkpoints do not name theirs."""
+    return old["data"].get("val", new["data"]["val"]) != new["data"]["val"]
+
+
+def _first_guided(stamp: Mapping[str, Any]) -> float:
+    """The step from which unlabelled images may count."""
+    config = stamp["config"]
+    guided = set(stage_paradigms(config).values()) - {"none"}
+    return config.get("guidance.start_step", 0) if guided else math.inf
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What has changed between two stamps and may not without insisting, by setting or stream of data."""
+    before = json.loads(json.dumps(flatten(Config()))) | old["config"]  # what an older version did not know had its default
+    changes = {key: f"{key}: {_short(before.get(key))} -> {_short(new['config'].get(key))}"
+               for key in sorted(old["config"].keys() | new["config"].keys())
+               if before.get(key) != new["config"].get(key)
+               and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)}  # fmt: skip
+    precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not tell
+    if precisions[0] != precisions[1]:
+        changes["mixed_precision"] = f"--mixed_precision: {precisions[0]} -> {precisions[1]}"
+    for stream in ("labeled", "unlabeled"):
+        number = old["global_batch"][stream], new["global_batch"][stream]
+        if number[0] != number[1]:
+            changes[f"{BATCH}.{stream}"] = (
+                f"{stream} images of a step: {number[0]} -> {number[1]}, where processes x data.{stream}_per_device x "
+                f"optim.accumulate has to stay {number[0]}"
+            )
+        data = old["data"][stream], new["data"][stream]
+        if data[0] != data[1]:
+            changes[f"data.{stream}"] = f"{stream} data: {_counts(data[0])} -> {_counts(data[1])}, or other files, boxes or classes"
+    return changes
 
 
 def code_digest() -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtg_core.config import RENAMED, Config
 from dtg_core.data.plan import MicroBatches, eval_batches, items_of, step_data, steps_loader
@@ -30,19 +30,22 @@ from dtg_core.engine.checkpoint import (
     save_weights,
 )
 from dtg_core.engine.evaluate import Found, find, metrics_and_curves, unseen
+from dtg_core.engine.failures import advice
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Window, prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory
 from dtg_core.engine.metrics import Clock, RunReport, guidance_figures
 from dtg_core.engine.replay import describe
 from dtg_core.engine.report import save_pictures, write_report
-from dtg_core.engine.resume import check_stamp, digest, stamp
+from dtg_core.engine.resume import changed_course, check_stamp, other_validation, stamp
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.signals import StopSignals
 from dtg_core.engine.watch import Watch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.losses import weigh
+from dtg_core.models.teacher import copy_frozen
+from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
 from dtg_core.structures import StepBatch
@@ -51,7 +54,7 @@ T = TypeVar("T")
 
 #: Exit statuses of a run beside 0; a signal's is 128 and its number.
 GAVE_UP = 3
-MOST_UNSAVED = 3  # checkpoints in a row that may fail: whoever trains on for days without one loses them all
+MOST_UNSAVED = 3  # failed checkpoints in a row before the run stops, rather than train for days without one
 
 
 class Fit:
@@ -63,7 +66,7 @@ class Fit:
     """
 
     def __init__(
-        self, config: Config, detector: nn.Module, sources: Sources, folder: RunFolder, accelerator: Accelerator,
+        self, config: Config, detector: Detector, sources: Sources, folder: RunFolder, accelerator: Accelerator,
         metadata: Mapping[str, Any],
     ) -> None:
         self.config, self.sources, self.folder = config, sources, folder
@@ -74,6 +77,7 @@ class Fit:
         self.stamp = stamp(config, sources, accelerator.num_processes, accelerator.mixed_precision)
 
         self.window = Window()  # since the last log line
+        self.changed: list[dict[str, Any]] = []  # where the course was continued with other settings or data
         self.evaluation_due = False  # at the step of the checkpoint that was resumed
         self.skipped_in_a_row = 0
         self.unsaved_in_a_row = 0  # checkpoints that the disk has refused; of the main process
@@ -93,12 +97,12 @@ class Fit:
             The exit status: 0, ``GAVE_UP`` or 128 and the number of a signal.
         """
         start = self._resume(resume, insist) if resume else 0
-        if start >= self.config.run.steps and on_main(self.accelerator, self._weights_step) != start:
-            if start > self.config.run.steps:
-                raise UserError(f"{self.folder.path}: is at step {start} and not finished, and run.steps={self.config.run.steps} "
-                                "is less - raise --steps")
+        if start > self.config.run.steps:
+            raise UserError(f"{self.folder.path}: is at step {start} already, and run.steps={self.config.run.steps} is less - "
+                            "raise --steps")
+        if start == self.config.run.steps and on_main(self.accelerator, self._weights_step) != start:
             self.evaluation_due = True  # it was stopped where it ends by now
-        if start >= self.config.run.steps and not self.evaluation_due:
+        if start == self.config.run.steps and not self.evaluation_due:
             self._say(f"{self.folder.path}: finished already, at step {start} - raise --steps to go on")
             return 0
         if stop_at is not None and start >= stop_at:
@@ -113,10 +117,10 @@ class Fit:
             if status:  # not by an evaluation
                 self._show()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            problem = self._problem(error)
+            problem = advice(error, self.recent, self.accelerator)
             if problem is None:
                 raise
-            raise UserError(problem) from error
+            raise UserError(f"{problem}{self._continues()}") from error
         finally:
             if self.report:
                 self.report.close()
@@ -134,7 +138,8 @@ class Fit:
         clock = Clock(start)
         for batches in clock.waiting(self._batches(start)):
             done, self.recent = batches[0].step + 1, batches
-            figures = train_step(self.training, batches, self.config, self.accelerator, signals)
+            figures = train_step(self.training, batches)
+            signals.agreed = self._greatest(signals.received)
             self.window.add(figures)
             if self.report:
                 self.report.progress.advance()
@@ -187,9 +192,9 @@ class Fit:
         lines, times = clock.lap(done)
         if self.report is None:
             return
-        losses = {branch: {name: torch.tensor(value) for name, value in means.items() if name.startswith(f"{branch}/")}
+        losses = {branch: {name: value for name, value in means.items() if name.startswith(f"{branch}/")}
                   for branch in ("labeled", "unlabeled")}  # fmt: skip
-        branches = {branch: float(weigh(found, self.config.guidance.stages, 1.0)) for branch, found in losses.items() if found}
+        branches = {branch: weigh(found, self.config.guidance.stages, 1.0) for branch, found in losses.items() if found}
         means["lr"] = learning_rate(done - 1, self.config.optim)
         if branches.get("unlabeled"):
             means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
@@ -207,7 +212,7 @@ class Fit:
             return True
         results: dict[str, Any] = {
             "step": done, "images_of_a_step": self.stamp["global_batch"], "mixed_precision": self.stamp["mixed_precision"],
-            "data": {**self.stamp["data"], "val": digest(self.sources.val)},
+            "data": self.stamp["data"], "changed": self.changed,
         }  # fmt: skip
         found: dict[str, Found] = {}
         curves: dict[str, Any] = {}
@@ -252,7 +257,7 @@ class Fit:
         self._draw("report.html", lambda: write_report(folder))
 
     def _draw(self, name: str, action: Callable[[], None]) -> None:
-        """Whatever fails there costs what is drawn, not the run."""
+        """A failure here disables the drawing, not the run."""
         if name in self.given_up:
             return
         try:
@@ -268,7 +273,7 @@ class Fit:
         pair = self.recent[0].unlabeled
         if pair is None:
             return "no unlabelled image"
-        samples, predictions = self.training.teacher.run(pair.teacher)[stage]  # type: ignore[operator]
+        samples, predictions = self.training.teacher.run(pair.teacher)[stage]
         scores = predictions.logits.amax(2)[samples.usable(pair.teacher.sizes)].sigmoid().float().cpu()
         counts = torch.histc(scores, 10, 0, 1).int().tolist()
         tenths = ", ".join(f"{index / 10:.1f}: {count}" for index, count in enumerate(counts) if count)
@@ -294,8 +299,14 @@ class Fit:
             self._say(f"resuming from {chosen} at step {state['step']}")
         self.window = Window(dict(state["window"]["sums"]), dict(state["window"]["counts"]))
         self.watch.restore(state["watch"])
+        self.changed = list(state.get("changed", []))
+        if course := changed_course(state["stamp"], self.stamp, state["step"]):
+            self.changed.append({"step": state["step"], "changes": course})
+            copy_frozen(self.training.teacher, self.training.module.detector)
+        if other_validation(state["stamp"], self.stamp):
+            self.watch.supervised_ap = None
         self.training.thresholds.restore(state.get("thresholds", {}))
-        self.evaluation_due = state["evaluation_due"] and self._evaluated_step() != state["step"]
+        self.evaluation_due = state["evaluation_due"] and self.folder.evaluated != state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -307,7 +318,7 @@ class Fit:
 
     def _put_away(self, step: int) -> None:
         """Move what the folder holds of after ``step``, so that it is not taken for what this course comes to."""
-        evaluated = self._evaluated_step()
+        evaluated = self.folder.evaluated
         made = {"results.json": evaluated, "precision.json": evaluated, "weights": self._weights_step()}
         later = [name for name, at in made.items() if at is not None and at > step]
         if not later:
@@ -326,6 +337,7 @@ class Fit:
             "thresholds": self.training.thresholds.state(),
             "evaluation_due": self.evaluation_due,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "changed": self.changed,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
 
@@ -403,39 +415,6 @@ class Fit:
 
     # Small helpers ------------------------------------------------------------------------------------------------------
 
-    def _problem(self, error: RuntimeError) -> str | None:
-        """What a user can do about a failure that PyTorch reports; None: an error of the program."""
-        text = str(error).strip()
-        step, reason = self.recent[0].step if self.recent else 0, " ".join(text.rpartition("\n")[2].split())
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            return self._out_of_memory()
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = text.partition("\n")[0]
-            return f"run.compile: the backbone was not compiled ({reason}) - a C++ compiler is needed; or run.compile=false"
-        if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
-            process = f"process {self.accelerator.process_index} of {self.accelerator.num_processes}"
-            return (f"{process}: step {step}: another process has ended or does not answer ({reason.partition('. ')[0]}) - see "
-                    f"what it says{self._continues()}")
-        return None
-
-    def _out_of_memory(self) -> str:
-        """What was asked of the memory, and what to ask less of."""
-        device = self.accelerator.device
-        peak = f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, " if device.type == "cuda" else ""
-        views = [view for batch in self.recent[:1] for view in (batch.labeled, batch.unlabeled and batch.unlabeled.student) if view]
-        shapes = " and ".join("x".join(map(str, view.pixels.shape)) for view in views)
-        step = self.recent[0].step if self.recent else 0
-        return (f"step {step}: out of memory on {device} ({peak}views of {shapes or 'an evaluation'}) - lower "
-                "data.unlabeled_per_device and data.labeled_per_device (optim.accumulate keeps the batch), lower "
-                f"views.short_edge and views.long_edge, or use --mixed_precision bf16{self._continues()}")
-
-    def _evaluated_step(self) -> int | None:
-        """The step of results.json."""
-        try:
-            return json.loads((self.folder.path / "results.json").read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     def _weights_step(self) -> int | None:
         """The step that the weights were written at, the last one of their settings."""
         file = self.folder.path / "weights" / "teacher.safetensors"
@@ -446,6 +425,8 @@ class Fit:
 
     def _greatest(self, number: int) -> int:
         """The greatest of the processes' numbers."""
+        if self.accelerator.num_processes == 1:
+            return number
         mine = torch.tensor([number], device=self.accelerator.device)
         return int(cast(Tensor, self.accelerator.gather(mine)).max())
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 
 class StopSignals:
-    """Notes the first signal while it is entered; a second one ends the process at once, unless it is to be ``patient``.
+    """Records the first signal while entered. A second one ends the process at once, unless it is ``patient``.
 
     ``received`` is the number that this process got, ``agreed`` the one that all processes act upon; 0: none.
     """

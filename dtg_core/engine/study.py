@@ -129,17 +129,9 @@ class PlannedRun:
     phase: Phase | None = None
 
     @property
-    def evaluated(self) -> int:
-        """The step of its last evaluation, 0: none."""
-        try:
-            return int(json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-
-    @property
     def finished(self) -> bool:
         """Trained and evaluated to its last step."""
-        return self.evaluated == self.steps
+        return RunFolder(self.folder).evaluated == self.steps
 
     @property
     def started(self) -> bool:
@@ -346,7 +338,7 @@ def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]])
     if not file.is_file():
         return
     there = acting_settings(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
-    if run.evaluated < min(run.steps, there.get("run.steps", run.steps)):
+    if RunFolder(run.folder).evaluated < min(run.steps, there.get("run.steps", run.steps)):
         return
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"
                for key, value in run.settings.items() if key in there and there[key] != value]  # fmt: skip

@@ -70,10 +70,10 @@ class Watch:
 
     def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
         """Warnings after an evaluation."""
-        if all(rule.paradigm == "none" for rule in self.guidance.stages.values()):
-            return []
         if done <= self.guidance.start_step:
-            self.supervised_ap = teacher_ap
+            self.supervised_ap = teacher_ap  # also of a supervised run, which a guided one may continue
+        elif all(rule.paradigm == "none" for rule in self.guidance.stages.values()):
+            return []
         elif teacher_ap is not None and self.supervised_ap is not None and teacher_ap < FALL * self.supervised_ap:
             text = f"the teacher's AP has fallen to {teacher_ap:.1f} from {self.supervised_ap:.1f} before it guided"
             return self._once("fall", f"{text} - lower guidance.alpha or optim.lr, or change tau or pseudo_score")

@@ -53,7 +53,6 @@ def inverse_nms(
         teacher_logit=candidates.logit[chosen],
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
-        num_candidates=members.sum(),
     )
     # "Clear background" reaches a student sample that no candidate points to.
     background = _hit(row, candidates.background, num_samples) & ~_hit(row, candidates.foreground, num_samples)

@@ -83,7 +83,7 @@ def teach(
             if threshold is not None:
                 over = detections.scores > threshold[detections.labels]
                 found = count_classes(detections.labels, len(threshold), over)
-            supervision[name] = Supervision(targets, None, proposals, False, found)
+            supervision[name] = Supervision(targets, proposals=proposals, add_truth=False, found=found)
             told = {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
         else:
             raise ValueError(f"no such paradigm: {rule.paradigm!r}")
@@ -116,7 +116,7 @@ def dense_labels(
         threshold: [C] score of each class instead of tau.
     """
     candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule, threshold)
-    groups = candidates.image * stage.num_groups(samples) + stage.groups(samples, candidates.sample, candidates.label)
+    groups = stage.groups(samples, candidates.image, candidates.sample, candidates.label)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
     moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
     return DenseLabels(candidates, clusters, moved, row, inverse_nms(candidates, clusters, row, moved, pair, hull, rule.member_iou))
@@ -156,7 +156,7 @@ def _dense(
         "pseudo_boxes": (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images,
     }
     kept = None if threshold is None else count_classes(candidates.label[clusters.keep], len(threshold))
-    return Supervision(None, assignment, proposals, found=kept), figures
+    return Supervision(assignment=assignment, proposals=proposals, found=kept), figures
 
 
 def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rule: StageRule) -> Assignment:

@@ -18,10 +18,11 @@ from dtg_core.config import StageRule
 from dtg_core.guidance.clustering import logit
 from dtg_core.protocol import Stage
 
-#: A teacher that finds less than there is would else end in noise, and one that finds more in silence. Starts may lie beyond.
+#: Bounds of the thresholds. Without them a teacher that finds too little would lower its threshold until only noise passes, and
+#: one that finds too much would raise it until nothing does. A starting value may lie outside.
 LOWEST, HIGHEST = 0.1, 0.99
-#: Times the wanted number, or one object where less is wanted, beyond which finding still more moves a threshold no further. A
-#: lower limit would bias those of classes that come in crowds, which few images hold.
+#: Cap on the relative error, so that one crowded image cannot move a threshold too far. A lower cap would bias the thresholds of
+#: classes that occur in crowds, which few images hold.
 FLOOD = 20.0
 
 

@@ -2,16 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import nn
 
-from dtg_core.config import Config, StageRule
+from dtg_core.config import StageRule
 from dtg_core.guidance.consensus import consensus_quality
 from dtg_core.losses import dense_terms, ordinary_terms
-from dtg_core.models.backbone import compile_backbones
-from dtg_core.models.teacher import make_teacher
 from dtg_core.protocol import Detector
 from dtg_core.structures import Assignment, LossTerm, Predictions, Samples, Supervision, ViewBatch
 
@@ -23,7 +20,7 @@ class StudentModule(nn.Module):
     0), so no search for unused parameters is needed.
     """
 
-    def __init__(self, detector: nn.Module, rules: Mapping[str, StageRule]) -> None:
+    def __init__(self, detector: Detector, rules: Mapping[str, StageRule]) -> None:
         super().__init__()
         self.detector = detector
         self.rules = rules
@@ -32,28 +29,15 @@ class StudentModule(nn.Module):
         self, labeled: ViewBatch, unlabeled: ViewBatch | None, supervision: Mapping[str, Supervision]
     ) -> dict[str, LossTerm]:
         """Loss terms by name; ``supervision`` is the teacher's, for ``unlabeled``."""
-        detector = cast(Detector, self.detector)
-        truth = {name: Supervision(labeled.targets) for name in detector.stages}
-        terms = self._branch("labeled", labeled, truth)
+        truth = {name: Supervision(labeled.targets) for name in self.detector.stages}
+        terms = self._terms("labeled", labeled, truth)
         if unlabeled is not None and supervision:
-            terms |= self._branch("unlabeled", unlabeled, supervision)
+            terms |= self._terms("unlabeled", unlabeled, supervision)
         return terms
 
-    def _branch(self, branch: str, views: ViewBatch, supervision: Mapping[str, Supervision]) -> dict[str, LossTerm]:
-        detector = cast(Detector, self.detector)
-        terms = loss_terms(detector, learn(detector, views, supervision), self.rules)
-        return {f"{branch}/{name}": term for name, term in terms.items()}
-
-
-def student_and_teacher(detector: nn.Module, config: Config) -> tuple[StudentModule, nn.Module]:
-    """The detector as student, and its copy as teacher, both laid out and compiled as ``config.run`` says."""
-    if config.run.channels_last:
-        detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    teacher = make_teacher(detector)
-    if config.run.compile:
-        compile_backbones(detector)
-        compile_backbones(teacher)
-    return StudentModule(detector, config.guidance.stages), teacher
+    def _terms(self, branch: str, views: ViewBatch, supervision: Mapping[str, Supervision]) -> dict[str, LossTerm]:
+        learnt = learn(self.detector, views, supervision)
+        return {f"{branch}/{name}": term for name, term in loss_terms(self.detector, learnt, self.rules).items()}
 
 
 #: What a stage learns on a batch: its samples, what it predicts for them, and what it should.

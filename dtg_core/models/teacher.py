@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def keep_rate(step: int, rate: float) -> float:
@@ -12,9 +15,17 @@ def keep_rate(step: int, rate: float) -> float:
     return min(rate, 1 - 1 / (step + 1))
 
 
-def make_teacher(detector: nn.Module) -> nn.Module:
+def make_teacher(detector: Module) -> Module:
     """A copy of the student's detector that never trains: evaluation mode, no gradients, float32."""
     return copy.deepcopy(detector).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_frozen(teacher: nn.Module, student: nn.Module) -> None:
+    """Give the teacher the student's frozen parameters, which may have trained before: ``update_teacher`` takes them as equal."""
+    for averaged, own in zip(teacher.parameters(), student.parameters(), strict=True):
+        if not own.requires_grad:
+            averaged.copy_(own)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""PyTorch's own weights files, which may hold more than tensors: what may be read of them."""
+"""Safe loading of PyTorch's own weights files, which may hold more than tensors."""
 from __future__ import annotations
 
 from pathlib import Path

@@ -102,8 +102,8 @@ def test_run_without_supervision() -> None:
     torch.testing.assert_close(clip(proposals.boxes, views.sizes.unsqueeze(1)), proposals.boxes)
     stage = detector.stages["rpn"]
     sample = torch.tensor([0, 3 * 24 * 24, grid.num_samples - 1])
-    assert stage.groups(grid, sample, torch.zeros_like(sample)).tolist() == [0, 1, 2]
-    assert stage.num_groups(grid) == 3
+    image, label = torch.tensor([0, 1, 1]), torch.zeros_like(sample)
+    assert stage.groups(grid, image, sample, label).tolist() == [0, 4, 5]  # three levels
 
 
 def test_run_gives_the_stages_that_supervision_names() -> None:

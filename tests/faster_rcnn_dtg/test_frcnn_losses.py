@@ -128,7 +128,7 @@ def test_quality_is_the_class_target(focal: str) -> None:
     proposals, _, _, predictions, assignment = case(config)
     quality = torch.tensor([1.0, 0.0, 0.4])
     dense = DenseGuidance(
-        torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), torch.tensor(3), quality
+        torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), quality
     )
     stage = RCNNStage(config, 3)
     plain = stage.losses(proposals, predictions, assignment).classification

@@ -138,6 +138,12 @@ def test_balanced_counts(positives: int, negatives: int, expected: tuple[int, in
     assert not (drawn.negative & ~given.negative).any()
 
 
+def test_a_small_share_of_few_samples_still_trains_a_positive() -> None:
+    drawn = balanced(matches_of(3, 50), 16, 0.05, torch.tensor([3, 4]), torch.arange(600))
+    assert drawn.positive.sum(1).tolist() == [1, 1]
+    assert drawn.negative.sum(1).tolist() == [15, 15]
+
+
 def test_the_draw_depends_on_the_seed_alone() -> None:
     given = matches_of(200, 400)
     first, again = (balanced(given, 256, 0.5, torch.tensor([3, 4]), torch.arange(600)) for _ in range(2))

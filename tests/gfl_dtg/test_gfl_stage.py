@@ -164,7 +164,7 @@ def dense_assignment(grid: AnchorGrid, quality: Tensor | None) -> Assignment:
     """Two samples toward boxes that reach beyond the bins."""
     boxes = torch.tensor([[-300.0, 10, 90, 80], [20.0, 30, 500, 400]])
     guidance = DenseGuidance(
-        torch.tensor([0, 1]), 2, torch.arange(2), torch.zeros(2), torch.ones(2), torch.tensor(2.0), torch.tensor(2.0), quality
+        torch.tensor([0, 1]), 2, torch.arange(2), torch.zeros(2), torch.ones(2), torch.tensor(2.0), quality
     )
     rows = torch.tensor([0, 1])
     background = torch.zeros(2, grid.num_samples, dtype=torch.bool)
@@ -189,11 +189,10 @@ def test_dense_guidance_may_bring_its_own_class_targets() -> None:
     assert_close(own.classification, ordinary.classification)
 
 
-def test_groups_are_classes() -> None:
+def test_groups_are_images_and_classes() -> None:
     grid, stage = grid_of(), GFLStage(5, GFLConfig())
-    label = torch.tensor([4, 0, 2])
-    assert torch.equal(stage.groups(grid, torch.zeros(3, dtype=torch.int64), label), label)
-    assert stage.num_groups(grid) == 5
+    image, label = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
+    assert stage.groups(grid, image, torch.zeros(3, dtype=torch.int64), label).tolist() == [4, 5, 7]
 
 
 class Waits(TorchDispatchMode):

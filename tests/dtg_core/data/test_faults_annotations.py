@@ -700,7 +700,7 @@ def test_check_data_takes_what_it_uses(folder: Path, monkeypatch: pytest.MonkeyP
     content["categories"].append({"id": 9, "name": "yak"})
     path = write(folder, content)
     for flags, problem in (
-        (["--workers", "-1"], "--workers: use 0 or more (found -1)"), (["--set", "optim.lr=1"], "--set optim.lr=1: is not used here"),
+        (["--workers", "-1"], "--workers: is out of range (found -1) - use at least 0"), (["--set", "optim.lr=1"], "--set optim.lr=1: is not used here"),
         (["--set", "data.images=x"], "--set data.images=x: is not used here"), (["--set", "data.rules.max_pixls=1"], "data.rules.max_pixels"),
         (["--images", path], "data.json: is a file, not a folder - give the images' folder by --images"),
         (["--unlabeled", folder / "1.png"], "1.png: is a file, not a folder"),

@@ -100,17 +100,18 @@ def make_parts(name: str, images: int) -> tuple[StudentModule, Any, Config, Step
 
 def parts_of(student: StudentModule, teacher: Any, config: Config, objects: torch.Tensor) -> Training:
     thresholds = Thresholds(config.guidance.stages, student.detector.stages, objects)
-    return Training(student, student, teacher, make_optimizer(student, config.optim, OneProcess()), thresholds)
+    optimizer = make_optimizer(student, config.optim, OneProcess())
+    return Training(config, OneProcess(), student, student, teacher, optimizer, thresholds)
 
 
 def count(name: str, images: int) -> PretendDevice:
     student, teacher, config, plain = make_parts(name, images)
     twin, twin_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
     with device_work() as work:  # what the benchmark counts on the CPU
-        train_step(parts_of(twin, twin_teacher, config, torch.ones(3)), [plain], config, OneProcess())
+        train_step(parts_of(twin, twin_teacher, config, torch.ones(3)), [plain])
     module_to_device(student)
     module_to_device(teacher)
-    step = parts_of(student, teacher, config, to_device(torch.ones(3))), [moved(plain)], config, OneProcess()
+    step = parts_of(student, teacher, config, to_device(torch.ones(3))), [moved(plain)]
     train_step(*step)  # fills the caches of anchors
     with PretendDevice() as device:
         figures = train_step(*step)
@@ -138,7 +139,7 @@ def without_float64(name: str) -> None:
     assert len(expected.boxes) > 0
     assert torch.equal(found.boxes.inner, expected.boxes)
     with LacksFloat64():
-        figures = train_step(training, [batch], config, OneProcess())
+        figures = train_step(training, [batch])
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in student.detector.stages)
 

@@ -162,6 +162,14 @@ def test_images_of_a_step_part_runs_and_processes_do_not(tmp_path):
     assert compare(runs, STAGES).differing == {"images_of_a_step.labeled": ["2", "1"]}
 
 
+def test_a_course_with_several_settings_is_reported(tmp_path):
+    plain = write_run(tmp_path / "a", 40)
+    changed = write_run(tmp_path / "b", 50, paradigm="sparse", made={"changed": [{"step": 12, "changes": ["optim.lr: 1 -> 2"]}]})
+    text = to_markdown(compare([plain, changed], STAGES))
+    assert f"{changed}: had other settings or data until step 12 (optim.lr: 1 -> 2)" in text
+    assert f"{plain}: had" not in text
+
+
 def test_mixed_precision_parts_runs(tmp_path):
     runs = [write_run(tmp_path / "old", 20, seed=1), write_run(tmp_path / "a", 20, made={"mixed_precision": "no"}),
             write_run(tmp_path / "b", 21, made={"mixed_precision": "bf16"})]  # fmt: skip

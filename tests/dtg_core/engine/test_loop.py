@@ -18,10 +18,10 @@ from accelerate.state import AcceleratorState
 from conftest import make_pair, make_views, tiny_detector
 from torch import Tensor, nn
 
-from dtg_core.config import Config, GuidanceConfig, OptimConfig, StageRule, paper_stages
+from dtg_core.config import Config, GuidanceConfig, OptimConfig, RunConfig, StageRule, paper_stages
 from dtg_core.engine.loop import Lesson, Window, _found, heal_statistics, is_finite, make_optimizer, prepare, train_step
-from dtg_core.engine.signals import StopSignals
 from dtg_core.guidance import teach
+from dtg_core.models.backbone import Pyramid
 from dtg_core.models.teacher import make_teacher
 from dtg_core.structures import PairBatch, StepBatch, Supervision, ViewBatch
 
@@ -57,8 +57,8 @@ class Parts:
         self.training = prepare(settings, detector, torch.ones(3), accelerator)
         self.training.student.train()
 
-    def step(self, batches: Sequence[StepBatch], signals: StopSignals | None = None) -> dict[str, float]:
-        figures = train_step(self.training, batches, self.settings, self.accelerator, signals)
+    def step(self, batches: Sequence[StepBatch]) -> dict[str, float]:
+        figures = train_step(self.training, batches)
         return {name: float(value) for name, value in figures.items()}
 
     def weights(self) -> dict[str, Tensor]:
@@ -288,6 +288,23 @@ def test_the_teacher_does_not_follow_a_student_that_overflows() -> None:
     assert all(torch.equal(tensor, teacher[key]) for key, tensor in parts.training.teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layout_and_compilation_are_those_of_the_config(compiled: bool, channels_last: bool) -> None:
+    settings = replace(config(), run=RunConfig(compile=compiled, channels_last=channels_last))
+    training = prepare(settings, tiny_detector("gfl"), torch.ones(3), Accelerator(cpu=True))
+    for detector in (training.module.detector, training.teacher):
+        pyramid = detector.pyramid  # type: ignore[union-attr]
+        assert isinstance(pyramid, Pyramid)
+        assert (pyramid.body._compiled_call_impl is not None) == compiled
+        weights = [weight for weight in pyramid.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) == channels_last for weight in weights)
+        if not compiled:
+            maps = pyramid(make_views(1, 64, 64))
+            assert all((level.stride(1) == 1) == channels_last for level in maps)
+    assert not any(weight.requires_grad for weight in training.teacher.parameters())
+
+
 def test_spoilt_batch_statistics_come_back_from_the_teacher() -> None:
     detector = tiny_detector("gfl", batch_norm="train")
     teacher = make_teacher(detector)
@@ -298,15 +315,6 @@ def test_spoilt_batch_statistics_come_back_from_the_teacher() -> None:
     assert buffer[0] == good[0]
     assert buffer[1] == 5
     assert is_finite(detector), name
-
-
-def test_signals_are_agreed_upon_within_the_step() -> None:
-    parts, signals = Parts("gfl", config(), Accelerator(cpu=True)), StopSignals()
-    parts.step([four_images()], signals)
-    assert signals.agreed == 0
-    signals.received = 15
-    parts.step([four_images()], signals)
-    assert signals.agreed == 15
 
 
 def test_window_takes_means_and_of_skipped_steps_only_that() -> None:
@@ -333,7 +341,7 @@ def test_memory_does_not_grow() -> None:
             if step == 50:
                 start = process.memory_info().rss
             batch = replace(next(batches), step=step)
-            window.add(train_step(parts.training, [batch], parts.settings, parts.accelerator))
+            window.add(train_step(parts.training, [batch]))
             if step % 50 == 0:
                 window.means(parts.accelerator)
                 window.clear()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dtg_core import load_detector
 from dtg_core.engine.checkpoint import load_weights, save_weights
+from dtg_core.engine.predict import pick_device
 from dtg_core.errors import UserError
 from dtg_core.structures import Detections
 
@@ -83,8 +84,9 @@ def test_refusals(tmp_path):
     folder = write_weights(tmp_path)
     with pytest.raises(UserError, match="no such weights"):
         load_detector(tmp_path / "absent")
-    with pytest.raises(UserError, match="cannot be used"):
-        load_detector(folder, "warp9")
+    for name in ("warp9", "cpu:7"):
+        with pytest.raises(UserError, match=f"^--device {name}: there is no such device - use cpu"):
+            load_detector(folder, name)
     tensors, told = load_weights(folder / "weights" / "teacher.safetensors")
     module = torch.nn.Module()
     module.state_dict = lambda: tensors  # type: ignore[method-assign]
@@ -95,6 +97,20 @@ def test_refusals(tmp_path):
         save_weights(tmp_path / "odd.safetensors", module, {**told, **change})
         with pytest.raises(UserError, match=words):
             load_detector(tmp_path / "odd.safetensors", "cpu")
+
+
+def test_devices_of_a_machine_with_two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", Mock())
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert str(pick_device(name)) == name
+    assert pick_device(None) == torch.device("cuda")
+    with pytest.raises(UserError, match=r"^--device cuda:2: there is no such device - use cpu or cuda or cuda:0 or cuda:1$"):
+        pick_device("cuda:2")
+    torch.zeros.side_effect = RuntimeError("CUDA error: busy\nand more")
+    with pytest.raises(UserError, match=r"^--device cuda: cannot be used \(CUDA error: busy\) - use cpu$"):
+        pick_device("cuda")
 
 
 def test_the_package_is_light():

@@ -195,8 +195,8 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyDa
 
         forward = loop._forward
 
-        def spoilt(student: object, lesson: loop.Lesson, *rest: object) -> object:
-            terms = forward(student, lesson, *rest)
+        def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
+            terms = forward(training, student, lesson)
             if lesson.batch.step == 2 and os.environ.get("RANK") == "1":
                 name = next(iter(terms))
                 terms[name] = replace(terms[name], total=terms[name].total * float("nan"))

@@ -9,7 +9,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,9 @@ from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors
 
 from dtg_core.config import Config
 from dtg_core.engine import checkpoint
-from dtg_core.engine.checkpoint import newest_checkpoint
+from dtg_core.engine.checkpoint import load_weights, newest_checkpoint
 from dtg_core.engine.predict import load_detector
-from dtg_core.engine.resume import check_stamp
+from dtg_core.engine.resume import changed_course, check_stamp
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
 
@@ -172,6 +174,40 @@ def test_other_settings_stop_with_a_list_unless_insisted(data: TinyData, half: P
         state = json.loads((newest_checkpoint(folder / "checkpoints") / "state.json").read_text())  # type: ignore[operator]
         assert [group["weight_decay"] for group in state["optimizer"]["groups"]] == [decay]
     assert not (tmp_path / "run" / "abandoned-1").exists()  # what there was is of the step resumed at
+    (changed,) = json.loads((tmp_path / "run" / "results.json").read_text())["changed"]
+    assert changed["step"] == 4
+    assert "optim.lr: 0.0005 -> 0.5" in changed["changes"]
+    assert json.loads((half / "results.json").read_text())["changed"] == []
+
+
+def test_layers_that_are_frozen_now_are_the_students(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """The teacher averages only what trains, so it takes over what no longer does."""
+    changes = ["backbone.freeze_to_stride=8", "optim.ema=0"]
+    (ended,) = resume(data, half, tmp_path, *changes, flags=("--resume-with-changes",))
+    assert ended.status == 0, ended.err
+    teacher, student = (load_weights(tmp_path / "run" / "weights" / f"{which}.safetensors")[0] for which in ("teacher", "student"))
+    assert all(torch.equal(tensor, student[name]) for name, tensor in teacher.items())
+
+
+def test_other_validation_images_are_reported(data: TinyData, half: Path, tmp_path: Path) -> None:
+    other = replace(data, val=write_coco(tmp_path / "val", 4, 9))
+    (ended,) = resume(other, half, tmp_path)
+    assert ended.status == 0, ended.err
+    assert "resuming with other validation data" in ended.err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["changed"] == [{"step": 4, "changes": ["validation data"]}]
+
+
+def test_what_had_no_effect_yet_has_not_changed_the_course() -> None:
+    """As in studies, whose runs share a supervised phase."""
+    def stamp_of(paradigm: str, start: int, lr: float = 0.1) -> dict[str, Any]:
+        config = {"guidance.stages.head.paradigm": paradigm, "guidance.start_step": start, "optim.lr": lr}
+        return {"config": config, "global_batch": {"labeled": 1, "unlabeled": 1}, "mixed_precision": "no",
+                "data": {"labeled": None, "unlabeled": {"images": 1, "boxes": 0} if paradigm == "dense" else None, "val": None}}
+
+    assert changed_course(stamp_of("none", 100), stamp_of("dense", 100), 100) == []
+    assert len(changed_course(stamp_of("none", 100), stamp_of("dense", 50), 100)) == 3  # it would have guided for 50 steps
+    assert len(changed_course(stamp_of("dense", 50), stamp_of("none", 50), 51)) == 2
+    assert changed_course(stamp_of("none", 100), stamp_of("dense", 100, lr=0.2), 100) == ["optim.lr: 0.1 -> 0.2"]
 
 
 def test_another_kind_of_optimizer_stops_even_if_insisted(data: TinyData, half: Path, tmp_path: Path) -> None:
@@ -189,7 +225,7 @@ def test_an_unfinished_run_does_not_end_by_fewer_steps(data: TinyData, half: Pat
     ended = run(arguments, tmp_path / "logs")
     assert ended.status == 2
     (line,) = errors(ended)
-    assert "and not finished, and run.steps=2 is less - raise --steps" in line
+    assert "is at step 4 already, and run.steps=2 is less - raise --steps" in line
 
 
 def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path, tmp_path: Path) -> None:
@@ -250,7 +286,7 @@ def test_another_mixed_precision_stops(data: TinyData, half: Path, tmp_path: Pat
 
 
 def test_a_stamp_without_a_mixed_precision_is_accepted() -> None:
-    new = {"config": {}, "global_batch": {"labeled": 1, "unlabeled": 1}, "data": {"labeled": None, "unlabeled": None},
+    new = {"config": {}, "global_batch": {"labeled": 1, "unlabeled": 1}, "data": {"labeled": None, "unlabeled": None, "val": None},
            "processes": 1, "torch": "2", "code": "0", "mixed_precision": "bf16"}  # fmt: skip
     assert check_stamp({key: value for key, value in new.items() if key != "mixed_precision"}, new, False) == []
 
@@ -258,7 +294,7 @@ def test_a_stamp_without_a_mixed_precision_is_accepted() -> None:
 def test_a_stamp_of_before_a_setting_was_there_is_accepted() -> None:
     """What an older version did not know had its default."""
     new = {"config": json.loads(json.dumps(flatten(Config()))), "global_batch": {"labeled": 1, "unlabeled": 1}, "processes": 1,
-           "data": {"labeled": None, "unlabeled": None}, "torch": "2", "code": "0", "mixed_precision": "no"}  # fmt: skip
+           "data": {"labeled": None, "unlabeled": None, "val": None}, "torch": "2", "code": "0", "mixed_precision": "no"}  # fmt: skip
     key = "guidance.stages.rcnn.tau_rate"
     old = {**new, "config": {name: value for name, value in new["config"].items() if name != key}}
     assert check_stamp(old, new, False) == []

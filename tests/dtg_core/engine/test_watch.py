@@ -21,6 +21,11 @@ def watch(start_step: int = 100, paradigm: Literal["dense", "sparse"] = "dense")
     return Watch(GuidanceConfig(start_step=start_step, stages=stages), 2.0, lambda stage: f"scores of {stage}")
 
 
+def supervised_watch() -> Watch:
+    rule = replace(GuidanceConfig().stages["head"], paradigm="none")
+    return Watch(GuidanceConfig(start_step=500, stages={"head": rule}), 2.0, str)
+
+
 def test_a_good_course_is_silent() -> None:
     one = watch()
     assert not [text for done in range(50, 2000, 50) for text in one.line(done, 50, FINE)]
@@ -136,6 +141,13 @@ def test_falling_teacher_is_measured_against_the_supervised_phase() -> None:
     assert not watch().evaluation(500, 1.0)  # never evaluated before it guided
 
 
+def test_a_supervised_phase_hands_its_ap_on() -> None:
+    phase, guided = supervised_watch(), watch(start_step=500)
+    phase.evaluation(500, 40.0)
+    guided.restore(json.loads(json.dumps(phase.state())))
+    assert guided.evaluation(1500, 20.0)
+
+
 def test_what_was_told_is_part_of_a_checkpoint() -> None:
     one = watch()
     one.evaluation(100, 30.0)
@@ -182,6 +194,5 @@ def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_overfitting_without_guidance_is_no_matter_of_guidance() -> None:
-    rule = replace(GuidanceConfig().stages["head"], paradigm="none")
-    one = Watch(GuidanceConfig(start_step=500, stages={"head": rule}), 2.0, str)
+    one = supervised_watch()
     assert not [text for step, figure in ((500, 40.0), (1500, 20.0)) for text in one.evaluation(step, figure)]

@@ -76,7 +76,7 @@ def test_best_scores():
 def test_trust_and_background_weigh_the_losses_but_not_the_divisors():
     dense = DenseGuidance(
         cluster=torch.tensor([0, 0, 1]), num_clusters=2, candidate=torch.arange(3), teacher_logit=torch.tensor([2.0, 0, 1]),
-        weight=torch.tensor([0.5, 0.5, 1]), live_clusters=torch.tensor(2.0), num_candidates=torch.tensor(3.0),
+        weight=torch.tensor([0.5, 0.5, 1]), live_clusters=torch.tensor(2.0),
     )  # fmt: skip
     zero = torch.zeros(3).long()
     assignment = Assignment(zero, torch.arange(3), zero, torch.zeros(3, 4), torch.tensor([[False, False, False, True, True]]), dense)

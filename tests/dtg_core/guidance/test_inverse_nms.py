@@ -48,7 +48,7 @@ def test_members_get_the_class_and_the_kept_box_of_their_cluster():
     assert result.dense is not None
     assert result.dense.cluster.tolist() == [0, 0, 1]
     assert result.dense.weight.tolist() == [0.5, 0.5, 1.0]
-    assert (result.dense.live_clusters, result.dense.num_candidates) == (2, 3)
+    assert (result.dense.live_clusters, len(result.dense.weight)) == (2, 3)
 
 
 def test_targets_are_moved_into_the_students_view_and_clipped():
