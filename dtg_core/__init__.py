@@ -1,4 +1,4 @@
-"""The core of semi-supervised detection with dense teacher guidance. ``load_detector`` opens what a run has trained."""
+"""The core of semi-supervised detection with dense teacher guidance. ``load_detector`` loads what a run has trained."""
 from __future__ import annotations
 
 from pathlib import Path

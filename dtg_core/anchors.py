@@ -1,7 +1,7 @@
 """Anchor grids: one function from a canvas to all of its anchors, in float32, with explicit strides.
 
 torchvision's ``AnchorGenerator`` derives strides by integer division of the image size, rounds its anchors to whole pixels
-and takes the features' dtype; each of the three moves anchors, so the few lines are written here.
+and takes the features' dtype; each of these moves anchors, so the few lines are written here.
 """
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def cell_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _cells(size: float, ratios: tuple[float, ...], device: torch.device) -> Tensor:
-    """``cell_anchors`` on the device: the only numbers that a grid takes from the host, once in a run."""
+    """``cell_anchors`` on the device: the only numbers that a grid takes from the host, once per run."""
     return cell_anchors(size, ratios).to(device)
 
 
-# For the views of a few steps. Training with random sizes sees hundreds of canvases, so a grid has to be cheap to make: the host
+# Holds the views of a few steps. Training with random sizes sees hundreds of canvases, so a grid has to be cheap to make: the host
 # only launches its kernels.
 @lru_cache(maxsize=8)
 def anchor_grid(

@@ -14,10 +14,10 @@ from torchvision.ops import nms
 
 Hull = Literal["ellipse", "corners"]
 
-BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes for each
+BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes per element
 NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows with their square, 200 MB at this size
-NMS_BY_IMAGE = frozenset({"cpu"})  # types of devices for which ``image_nms`` makes a call for each image
-GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; more than any view is large
+NMS_BY_IMAGE = frozenset({"cpu"})  # device types for which ``image_nms`` makes one call per image
+GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; larger than any view
 
 
 def project(boxes: Tensor, matrix: Tensor, hull: Hull = "ellipse") -> Tensor:
@@ -28,7 +28,7 @@ def project(boxes: Tensor, matrix: Tensor, hull: Hull = "ellipse") -> Tensor:
         matrix: [..., 3, 3], broadcast against the boxes' leading dimensions.
         hull: what is enclosed after the move. ``"corners"`` encloses the four moved corners, as Soft Teacher does;
             ``"ellipse"`` encloses the moved inscribed ellipse, which fits objects in rotated and sheared views better
-            (Kalra et al., "Towards Rotation Invariance in Object Detection", ICCV 2021) and asks for an affine matrix.
+            (Kalra et al., "Towards Rotation Invariance in Object Detection", ICCV 2021) and requires an affine matrix.
             Both agree for shifts, scales and flips.
 
     Returns:
@@ -80,20 +80,20 @@ def paired_iou(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def lacks_float64(device: torch.device) -> bool:
-    """Whether a device has no float64, as Apple's GPUs; what needs it is then done on the CPU."""
+    """Whether a device has no float64, like Apple's GPUs; what needs it is then done on the CPU."""
     return device.type == "mps"
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """``x`` in float64, on the CPU where its device has none."""
+    """``x`` in float64, on the CPU if its device has none."""
     return (x.cpu() if lacks_float64(x.device) else x).double()
 
 
 def spread_groups(boxes: Tensor, groups: Tensor) -> Tensor:
     """Boxes [M, 4] moved apart by group [M], so that no two groups touch, in float64 so that no overlap changes.
 
-    For devices that have float64, see ``lacks_float64``. The boxes lie within half of ``GROUP_SPAN`` pixels of the origin, as
-    those clipped to a view do.
+    For devices that have float64, see ``lacks_float64``. The boxes must lie within half of ``GROUP_SPAN`` pixels of the origin,
+    as those clipped to a view do.
     """
     return boxes.double() + (groups * GROUP_SPAN).unsqueeze(1)
 
@@ -111,15 +111,15 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     """
     if lacks_float64(boxes.device):
         return grouped_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou_threshold).to(boxes.device)
-    # sync: NMS gives as many indices as boxes survive.
+    # sync: NMS returns one index per surviving box.
     return nms(spread_groups(boxes, groups), scores.double(), iou_threshold)
 
 
 def image_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """``grouped_nms`` of K boxes of each of N images that have no group in common; [J] indices into the flat [N * K].
+    """``grouped_nms`` of K boxes in each of N images that have no group in common; [J] indices into the flat [N * K].
 
-    NMS compares each box with every kept one of its call, so a CPU has a call for each image. Another device, for which the
-    host waits after each call, takes as many images at once as its table of overlaps allows.
+    NMS compares each box with every kept one in the same call, so a CPU makes one call per image. Other devices, for which the
+    host waits after each call, take as many images at once as the table of overlaps allows.
 
     Args:
         boxes: [N, K, 4]. scores, groups: [N, K].
@@ -137,7 +137,7 @@ def image_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: floa
 def row_blocks(rows: int, columns: int, limit: int | None = None) -> Iterator[slice]:
     """Slices of the rows of a [rows, columns] matrix that is too large to be made as a whole; an empty one for no rows.
 
-    They depend on the sizes alone, which the host knows. ``limit``: elements of a block (``BLOCK``), unless a row has more.
+    They depend on the sizes alone, which the host knows. ``limit``: elements per block (``BLOCK``), unless a row has more.
     """
     step = max((limit or BLOCK) // max(columns, 1), 1)
     return (slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step))

@@ -1,8 +1,8 @@
-"""Configuration: dataclasses whose defaults are the paper's values, and the ranges that they have to keep.
+"""Configuration: dataclasses whose defaults are the paper's values, and the ranges of valid values.
 
 YAML files may set existing fields only (``dtg_core.settings`` reads them). ``configs/*.yaml`` scale the paper's values down
 or fill in a setting.
-The letters A1 to A30 mark choices that the paper leaves open; docs/method.md argues each default.
+The labels A1 to A30 mark choices that the paper leaves open; docs/method.md gives reasons for each default.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtg_core.settings import Renames, refuse
 
 Paradigm = Literal["dense", "sparse", "none"]
 
-#: What former versions called their keys; whoever renames one appends a table, which makes the next version.
+#: Key names of former versions; renaming a key takes a new table at the end, which makes the next version.
 RENAMED: Renames = ()
 SCHEMA = len(RENAMED) + 1
 
@@ -25,18 +25,18 @@ class StageRule:
 
     paradigm: Paradigm = "dense"
     # Inverse NMS Clustering (Sec. 3.2)
-    tau: float = 0.45  # a teacher sample is a candidate when its score is over tau
+    tau: float = 0.45  # a teacher sample is a candidate when its score is above tau
     nms_iou: float = 0.5  # IoU of the teacher's NMS, which makes the clusters (A14)
     classification: bool = True  # INC class labels, Eq. 2
     box: bool = True  # INC box targets, Eq. 3
-    max_candidates: int = 1000  # best samples of an image that may be candidates; a safety limit (A16)
+    max_candidates: int = 1000  # at most per image, the best ones; a safety limit (A16)
     min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
     background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
-    # Samples per image: all candidates, and random background up to this number but never less than candidates. None: all
+    # Samples per image: all candidates, and random background up to this number but never fewer than candidates. None: all
     # background (A8)
     background_samples: int | None = None
-    # Of the class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
-    # "stage": the stage's own reduction of labelled images, whose scale alpha was chosen for.
+    # Reduction of class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
+    # "stage": the stage's own reduction on labelled images, for whose scale alpha was chosen.
     normalization: Literal["cluster", "stage"] = "cluster"
     # Class target (A27): the stage's own (GFL: IoU with the kept box), 1, the teacher's score, or consensus: the mean IoU of the
     # student's box with all members of the teacher's cluster, weighted by their scores.
@@ -46,15 +46,15 @@ class StageRule:
     rank_weight: float = 3.0  # beta
     temperature: float = 1.0  # T
     # Not in the paper, for weak teachers whose scores are noise
-    member_iou: float = 0.0  # least IoU of a member's student sample with the box that it learns; under it the sample is ignored
-    consensus_rank: float | None = None  # rank by a box' mean IoU with its cluster over this, instead of by the teacher's logit
+    member_iou: float = 0.0  # least IoU of a member's student sample with the box that it learns; below it the sample is ignored
+    consensus_rank: float | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
     # Step size, in logits, with which each class's threshold (tau, sparse: pseudo_score) adapts until the teacher finds as many
     # objects per unlabelled image as labelled images have. 0: fixed thresholds
     tau_rate: float = 0.0
     # the sparse-to-dense baseline (Sec. 3.1)
-    pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is over this
+    pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is above this
     proposals: Literal["teacher", "student"] = "teacher"  # whose proposals the R-CNN is trained on (A30)
 
 
@@ -62,7 +62,7 @@ def paper_stages() -> dict[str, StageRule]:
     """The paper's thresholds (Sec. 4.2) with the detectors' own NMS."""
     return {
         "head": StageRule(tau=0.4, nms_iou=0.6),  # GFL; the paper gives no tau (A26)
-        # The RPN's cross-entropy is a mean over its 256 samples; divided by the few clusters instead it outgrows all other
+        # The RPN's cross-entropy is a mean over its 256 samples; divided by the few clusters instead, it outgrows all other
         # losses, and a batch without a candidate destroys the detector (measured).
         "rpn": StageRule(tau=0.9, nms_iou=0.7, background_samples=256, normalization="stage"),
         "rcnn": StageRule(tau=0.45, nms_iou=0.5),
@@ -97,11 +97,11 @@ class DataRules:
 
     max_bad_annotations: float = 0.1  # share of a file's annotations that may be unusable; they are left out
     max_bad_images: float = 0.01  # share of a file's images that may be missing or unreadable; they are left out
-    box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused where it looks like another
+    box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused if it looks like another format
     # Boxes of a file whose images have since been enlarged or shrunk: scale them with the images, or keep them as they are
     resized: Literal["error", "scale", "keep"] = "error"
     allow_outside_root: bool = False  # whether file names may lead out of the images' folder
-    use_json_area: bool = False  # judge small, medium and large by "area" of the JSON (COCO: of masks), not of the boxes
+    use_json_area: bool = False  # small, medium and large by the JSON's "area" (COCO: of masks), not the boxes'
     truncated: Literal["skip", "use", "error"] = "skip"  # image files that are cut off; use: what there is of them
     float_range: tuple[float, float] | None = None  # values of float, 32-bit and 16-bit images that become black and white
     max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
@@ -109,18 +109,18 @@ class DataRules:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images. No ``labeled`` means the embedded shapes data set, and then no other file may be named."""
+    """Which images. No ``labeled`` means the built-in synthetic data set of shapes; then no other file may be named."""
 
     labeled: str | None = None  # COCO JSON
     unlabeled: str | None = None  # folder, or COCO JSON whose annotations are ignored
     val: str | None = None  # COCO JSON
     images: str | None = None  # folder that the JSONs' file names are relative to
-    val_images: str | None = None  # that of val's file names; None: images
-    unlisted: Literal["ignore", "unlabeled"] = "ignore"  # images beside the labelled ones that their JSON does not list
+    val_images: str | None = None  # the same for val's file names; None: images
+    unlisted: Literal["ignore", "unlabeled"] = "ignore"  # images next to the labelled ones that their JSON does not list
     labeled_per_device: int = 1
     unlabeled_per_device: int = 4
     workers: int = 2  # loader processes per training process
-    shapes_labeled: int = 80  # size of the embedded data set
+    shapes_labeled: int = 80  # size of the built-in synthetic data set
     shapes_unlabeled: int = 1000
     shapes_val: int = 300
     shapes_seed: int = 0
@@ -157,8 +157,8 @@ class OptimConfig:
     milestones: tuple[int, ...] = (120_000, 160_000)  # steps at which lr is multiplied by gamma
     gamma: float = 0.1
     clip_norm: float | None = None
-    accumulate: int = 1  # micro-batches of a step; more save memory and cost one more forward pass each
-    reference_batch: int = 40  # images of a step that lr is meant for, with unlabelled ones; only --scale-lr reads it
+    accumulate: int = 1  # micro-batches per step; more than one saves memory but costs an extra forward pass each
+    reference_batch: int = 40  # images per step that lr is meant for, unlabelled ones included; only --scale-lr reads it
     ema: float = 0.999  # the teacher keeps min(ema, 1 - 1 / (step + 1)) of itself (A29)
 
 
@@ -170,16 +170,16 @@ class RunConfig:
     seed: int = 0
     output: str | None = None  # run folder; None: runs/<detector>-<paradigm>-<data>-seed<seed>
     init: str | None = None  # weights file or run folder that teacher and student start from
-    reset_head: bool = False  # draw the layers that depend on the classes anew, instead of taking them from ``init``
+    reset_head: bool = False  # initialise layers that depend on the classes afresh, instead of taking them from ``init``
     log_every: int = 50
     evaluate_every: int = 0  # 0: only at the end
     checkpoint_every: int = 0
     score_threshold: float = 0.05  # of evaluated detections (A29)
     evaluate_batch: int = 8
     channels_last: bool = True
-    compile: bool = False  # torch.compile of the backbone: minutes at the start and after new image sizes, for quicker steps
+    compile: bool = False  # torch.compile of the backbone: takes minutes at the start and at new image sizes, for faster steps
     max_skipped: int = 20  # steps in a row that may be skipped because they are not finite (a fp16 scaler needs up to 16)
-    trackers: tuple[str, ...] = ()  # of Accelerate, beside metrics.jsonl: tensorboard, wandb, ...
+    trackers: tuple[str, ...] = ()  # of Accelerate, besides metrics.jsonl: tensorboard, wandb, ...
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-#: The interval of each number; a round bracket leaves its end out, a + asks for one number at least. A pattern's * stands for any
+#: The interval of each number; a round bracket excludes its end, a + requires at least one number. A pattern's * stands for any
 #: stage.
 RANGES = {
     "schema": f"[{SCHEMA}, {SCHEMA}]",
@@ -261,12 +261,12 @@ C = TypeVar("C", bound=Config)
 
 
 def without_weights(config: C) -> C:
-    """The same, but the backbone starts from random weights, as where other weights are to follow."""
+    """The same, but the backbone starts from random weights, for when other weights are loaded afterwards."""
     return replace(config, backbone=replace(config.backbone, pretrained=False, weights=None))
 
 
 def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
-    """Rules between values: UserError for what cannot run, and a list of warnings for what was hardly meant."""
+    """Check values against each other: UserError for what cannot run, a list of warnings for what was hardly intended."""
     optim, views, guidance, run = config.optim, config.views, config.guidance, config.run
     if list(optim.milestones) != sorted(set(optim.milestones)):
         refuse("optim.milestones", f"has to ascend (found {list(optim.milestones)})", origins)
@@ -276,7 +276,7 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     for key in ("unlabeled", "val", "images", "val_images", "unlisted") if config.data.labeled is None else ():
         value = getattr(config.data, key)
         if value != getattr(DataConfig(), key):
-            refuse(f"data.{key}", "is of no use without labelled images, as the embedded data set would be trained on "
+            refuse(f"data.{key}", "is of no use without labelled images, as the built-in synthetic data set would be trained on "
                    f"(found {value}) - give --labeled (data.labeled), or leave it out", origins)
     levels = config.data.rules.float_range
     if levels is not None and levels[0] >= levels[1]:

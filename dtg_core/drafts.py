@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one line for a disk that refuses to write or read."""
+"""Files that are complete or absent, and one-line errors when a disk cannot be written or read."""
 from __future__ import annotations
 
 import contextlib
@@ -11,9 +11,9 @@ from dtg_core.errors import UserError
 
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A file ``<name>.tmp`` to be written instead of ``path``, whose name it takes when the block ends well; else it is deleted.
+    """A file ``<name>.tmp`` to be written first, which is renamed to ``path`` if the block succeeds and otherwise deleted.
 
-    Folders above are made. In an ``ExitStack`` several files get their names when all of them are written. Raises OSError.
+    Parent folders are created. In an ``ExitStack``, several files get their names once all are written. Raises OSError.
     """
     draft = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once, never half of it. Raises OSError."""
+    """Write a file as a whole or not at all. Raises OSError."""
     with draft_of(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -37,14 +37,14 @@ def writing(place: Path | str, remedy: str = "give another --output") -> Iterato
     """Turn an OSError of the block into the UserError ``PLACE: cannot be written (REASON) - REMEDY``."""
     try:
         yield
-    except BrokenPipeError:  # of the terminal, not of the disk
+    except BrokenPipeError:  # the terminal's, not the disk's
         raise
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror or error}) - {remedy}") from error
 
 
 def require_writable(folder: Path, flag: str = "--output") -> None:
-    """UserError unless ``folder``, which ``flag`` gave, can be made or written, which is found out without writing."""
+    """UserError unless ``folder``, given by ``flag``, can be created or written to; this is checked without writing."""
     place = existing(folder)
     if not place.is_dir():
         raise UserError(f"{folder}: cannot be written ({place} is a file, not a folder) - give another {flag}")
@@ -63,4 +63,4 @@ def reading(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: cannot be read ({error.strerror or error}) - mend the rights, or give another path") from error
+        raise UserError(f"{place}: cannot be read ({error.strerror or error}) - fix the rights, or give another path") from error

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: scripts print it as a single line and exit with status 2."""
+"""The one exception for what a user can fix: scripts print it as a single line and exit with status 2."""
 from __future__ import annotations
 
 import difflib
@@ -9,12 +9,12 @@ class UserError(Exception):
     """``UserError("FILE or item: what is wrong (what was found) - what to do")``."""
 
     def __str__(self) -> str:
-        # A loader's worker hands its error on as the text of its traceback, which ends with the message.
+        # A loader's worker passes its error on as the text of its traceback, which ends with the message.
         return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip()
 
 
 class NeedsSetting(UserError):
-    """An image that is sound but for a setting, such as ``data.rules.float_range``: no other image takes its place."""
+    """A sound image that only needs a setting, such as ``data.rules.float_range``: no other image replaces it."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -32,7 +32,7 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` as one line without control characters or bytes that are no text, which a file name may hold."""
+    """``text`` as one line without control characters or undecodable bytes, which a file name may contain."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text

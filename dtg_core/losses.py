@@ -1,7 +1,7 @@
 """From unreduced losses to the terms of Eqs. 1 to 6.
 
 A term keeps its sum and its divisor apart until the divisors are summed over processes and micro-batches, so that N processes
-do what one process with all their images would do. Names are ``labeled|unlabeled/<stage>/cls|background|box|rank``.
+compute what one process with all their images would. Names are ``labeled|unlabeled/<stage>/cls|background|box|rank``.
 """
 from __future__ import annotations
 

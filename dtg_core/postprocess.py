@@ -18,8 +18,8 @@ def final_boxes(
         stage, samples, predictions: of the batch.
         rows: image, sample and label [M] int64 of the predictions to consider. scores: [M] theirs.
         sizes: [N, 2] (height, width) of the views, to which boxes are clipped.
-        nms_iou: IoU over which a box is suppressed by a better one of its image and group.
-        limit: most boxes of an image.
+        nms_iou: IoU above which a box is suppressed by a better one of its image and group.
+        limit: maximum number of boxes per image.
 
     Returns:
         Detections in the views' pixels, image by image, best score first.

@@ -1,4 +1,4 @@
-"""What a detector package owes the core: stages, and a detector that runs them in order.
+"""What a detector package provides to the core: stages, and a detector that runs them in order.
 
 A stage turns samples (anchors or proposals) into predictions, assigns objects to its samples by its own rule, and says how
 wrong its predictions are under an assignment. It knows nothing of teachers, paradigms or loss weights.
@@ -23,7 +23,7 @@ from dtg_core.structures import (
     ViewBatch,
 )
 
-#: What ``Detector.run`` gives for each stage, by its name.
+#: What ``Detector.run`` returns for each stage, by its name.
 Outputs = Mapping[str, tuple[Samples, Predictions]]
 
 
@@ -58,13 +58,13 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
-        """Samples and predictions of every stage, or with ``supervision`` of the stages that it names.
+        """Samples and predictions of every stage or, with ``supervision``, of the stages that it names.
 
-        Supervision matters to a stage that chooses its samples from proposals, which are ``Supervision.proposals`` where these
-        are given, else its own. With ``Supervision.targets`` it draws those to train on from them; without, it uses them all.
+        Supervision matters to a stage that chooses its samples from proposals: ``Supervision.proposals`` if these are given,
+        otherwise its own. With ``Supervision.targets`` it draws its training samples from them; without, it uses them all.
         """
         raise NotImplementedError
 
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
-        """Final boxes in the views' pixels: scores over the threshold, after the detector's NMS and limit per image."""
+        """Final boxes in the views' pixels: scores above the threshold, after the detector's NMS and limit per image."""
         raise NotImplementedError

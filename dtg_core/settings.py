@@ -1,9 +1,9 @@
 """Strict reading of configuration dataclasses; ``dtg_core.settings_text`` writes them.
 
     load_config    defaults, then a YAML file, then ``a.b=value`` overrides; every value is parsed by its declared type
-    check_ranges   values that no run can mean; see ``dtg_core.config.RANGES``
+    check_ranges   refuses values outside their intervals; see ``dtg_core.config.RANGES``
 
-A file may say ``schema: N``, the version of its keys. Keys of an older version are renamed as tables tell; a newer one is refused.
+A file may say ``schema: N``, the version of its keys. Keys of an older version are renamed by tables; a newer version is refused.
 
 A dotted *key* names a value ("guidance.stages.rpn.tau"); its *origin* is "default", "FILE:LINE" or "command line". Files
 can only set what the dataclasses declare: no anchors, tags, duplicate or unknown keys.
@@ -36,7 +36,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _MAX_DIGITS = 18  # fits 64 bits
 
 
-#: Tables of renamed keys: the first takes keys of version 1 to those of version 2, and so on. None: there is no such key any more.
+#: Tables of renamed keys: the first takes keys of version 1 to those of version 2, and so on. None: the key no longer exists.
 Renames = Sequence[Mapping[str, str | None]]
 
 
@@ -70,7 +70,7 @@ def load_config(
 
 
 def overridden(config: T, overrides: Sequence[str], origins: dict[str, str] | None = None) -> T:
-    """A configuration with ``overrides`` as in ``load_config``, noted in ``origins``; UserError for one that cannot be used."""
+    """A configuration with ``overrides`` as in ``load_config``, noted in ``origins``; UserError for an invalid one."""
     for text in overrides:
         reader = _Reader(type(config), f"--set {text}", COMMAND_LINE, {} if origins is None else origins)
         config = reader.read(config, _override(text))
@@ -95,9 +95,9 @@ def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, s
 
     Args:
         config: a configuration dataclass.
-        ranges: {key pattern: interval}, e.g. ``{"guidance.stages.*.tau": "(0, 1)"}``; a round bracket leaves its end out.
-            Every number of a tuple has to lie in it, and with a + behind the interval there has to be one; None passes.
-        origins: of the keys, for the message.
+        ranges: {key pattern: interval}, e.g. ``{"guidance.stages.*.tau": "(0, 1)"}``; a round bracket excludes its end.
+            Every number of a tuple has to lie in it, and a + after the interval requires at least one; None passes.
+        origins: the keys' origins, for the message.
 
     Raises:
         UserError: naming the key, its origin, the interval and the value; also for a value that is not finite.
@@ -118,7 +118,7 @@ def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, s
 
 
 def out_of(value: float, interval: str) -> str | None:
-    """The problem of a number outside an interval such as "(0, 1]", whose round bracket leaves its end out; None: it lies in it."""
+    """What is wrong with a number outside an interval such as "(0, 1]", where a round bracket excludes its end; None: nothing."""
     if not -math.inf < value < math.inf:
         return f"is not a finite number (found {value})"
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -132,7 +132,7 @@ def out_of(value: float, interval: str) -> str | None:
 
 
 def refuse(key: str, problem: str, origins: Mapping[str, str] | None = None) -> NoReturn:
-    """Raise the UserError of a key whose value cannot be used, naming where the value came from."""
+    """Raise a UserError for a key whose value cannot be used, naming where the value came from."""
     origin = (origins or {}).get(key)
     place = {None: "", DEFAULT: "default: ", COMMAND_LINE: "command line: "}.get(origin, f"{origin}: ")
     raise UserError(f"{place}{key}: {problem}")
@@ -218,7 +218,7 @@ def _migrated(node: yaml.Node | None, name: str, renamed: Renames | None, notes:
 
 
 def _taken(node: yaml.Node | None, path: Sequence[str]) -> tuple[yaml.Node, yaml.Node] | None:
-    """Remove the entry of a dotted key from nested mappings and give its key and value; None: there is none."""
+    """Remove the entry of a dotted key from nested mappings and return its key and value; None: there is none."""
     if not isinstance(node, yaml.MappingNode):
         return None
     for pair in node.value:
@@ -231,7 +231,7 @@ def _taken(node: yaml.Node | None, path: Sequence[str]) -> tuple[yaml.Node, yaml
 
 
 def _section(node: Any, path: Sequence[str]) -> yaml.MappingNode:
-    """The mapping of a dotted key, made where it is missing."""
+    """The mapping of a dotted key, created if it is missing."""
     for name in path:
         found = [child for key, child in node.value if key.value == name and isinstance(child, yaml.MappingNode)]
         if not found:
@@ -374,7 +374,7 @@ class _Reader:
         return number
 
     def free(self, node: yaml.Node, key: str) -> Any:
-        """A value without a declared type, by its looks."""
+        """A value without a declared type, parsed by its form."""
         if isinstance(node, yaml.MappingNode):
             return {name: self.free(child, join(key, name)) for name, child in self.pairs(node, key, None)}
         if isinstance(node, yaml.SequenceNode):

@@ -25,13 +25,13 @@ T = TypeVar("T", bound="Movable")
 
 
 class Movable:
-    """Gives a frozen dataclass of tensors ``to`` and ``pin_memory``; nested ones go with it, other values are kept."""
+    """Gives a frozen dataclass of tensors ``to`` and ``pin_memory``; nested ones are moved too, other values are kept."""
 
     def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
         return _mapped(self, lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: T) -> T:
-        """In page-locked memory, from where ``to`` does not have to wait; a DataLoader asks for it."""
+        """A copy in page-locked memory, from which ``to`` need not wait; DataLoader calls it."""
         return _mapped(self, lambda value: value.pin_memory())
 
 
@@ -52,12 +52,12 @@ class Targets(Movable):
 
 @dataclass(frozen=True)
 class ViewBatch(Movable):
-    """One augmented view of each image of a batch, padded at the right and the bottom to a common canvas."""
+    """One augmented view of each image of a batch, padded on the right and at the bottom to a common canvas."""
 
     pixels: Tensor  # [N, 3, H, W] uint8, RGB; H and W are multiples of 32
     sizes: Tensor  # [N, 2] float32, (height, width) of the view without the padding
     targets: Targets  # empty for unlabelled images
-    seeds: Tensor  # [N] int64, seed of whatever is drawn for the image in this step (see dtg_core/stateless.py)
+    seeds: Tensor  # [N] int64, seed of all random draws for the image in this step (see dtg_core/stateless.py)
     view_from_image: Tensor  # [N, 3, 3] float32, pixels of the stored image -> pixels of the view
     image_ids: tuple[Any, ...] = ()
 
@@ -78,7 +78,7 @@ class PairBatch(Movable):
 
 @dataclass(frozen=True)
 class StepBatch(Movable):
-    """All that one process needs for one step. ``unlabeled`` is None for supervised training."""
+    """Everything one process needs for one step. ``unlabeled`` is None for supervised training."""
 
     step: int
     labeled: ViewBatch
@@ -87,7 +87,7 @@ class StepBatch(Movable):
 
 @dataclass(frozen=True)
 class AnchorGrid:
-    """The anchors of one canvas, equal for all images: level by level, row by row, R cell anchors at each location."""
+    """The anchors of one canvas, the same for all images: level by level, row by row, R cell anchors at each location."""
 
     anchors: Tensor  # [A, 4]
     cells: tuple[Tensor, ...]  # L x [R, 4], the anchors of the location at (0, 0)
@@ -112,7 +112,7 @@ class AnchorGrid:
 
     @cached_property
     def identity(self) -> Tensor:
-        """[A] int64 that name each anchor by its place and shape, alike on all canvases, for random draws."""
+        """[A] int64 identifying each anchor by its place and shape, the same on all canvases, for random draws."""
         left, top, right, bottom = (self.anchors * 8).round().long().unbind(1)
         return left * 73856093 + top * 19349663 + right * 83492791 + bottom * 2654435761  # a spatial hash's primes
 
@@ -165,9 +165,9 @@ Samples = AnchorGrid | Proposals
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a stage says of each of its samples. Boxes are decoded on demand, for the rows that are asked for."""
+    """What a stage predicts for each of its samples. Boxes are decoded on demand, for the requested rows only."""
 
-    logits: Tensor  # [N, A, C] class logits of sigmoids
+    logits: Tensor  # [N, A, C] class logits, for sigmoids
     raw: Tensor  # [N, A, D] the box branch's output as the stage's ``decode`` reads it
 
 
@@ -190,8 +190,8 @@ class Candidates:
     label: Tensor  # [M] int64
     logit: Tensor  # [M]
     box: Tensor  # [M, 4] decoded by the teacher, clipped to its view
-    foreground: Tensor  # [N, A] bool, the sample has a score over tau
-    background: Tensor  # [N, A] bool, "clear background": no score over tau
+    foreground: Tensor  # [N, A] bool, the sample has a score above tau
+    background: Tensor  # [N, A] bool, "clear background": no score above tau
 
 
 @dataclass(frozen=True)
@@ -217,23 +217,23 @@ class Members:
 
 @dataclass(frozen=True)
 class DenseGuidance:
-    """What only dense guidance knows of the P samples that it assigned, beside their labels and boxes."""
+    """What only dense guidance knows about the P samples that it assigned, besides their labels and boxes."""
 
     cluster: Tensor  # [P] int64 in 0..J-1
-    num_clusters: int  # J as NMS gave it; clusters may have lost all their members on the way to the student
+    num_clusters: int  # J as NMS returned it; clusters may have lost all their members on the way to the student
     candidate: Tensor  # [P] int64 row of the teacher's candidates
     teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4), or what ranks the members instead
     weight: Tensor  # [P] 1 / N_j with the N_j members that reached the student: the mean of Eqs. 2 and 3
     live_clusters: Tensor  # [] number of clusters with a member
     quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
-    members: Members | None = None  # in the student's view, where ``quality`` is to be their consensus
+    members: Members | None = None  # in the student's view, if ``quality`` is to be their consensus
     trust: Tensor | None = None  # [J] weight of each cluster's losses; None: 1
     background_weight: Tensor | None = None  # [N, A] weight of each background sample; None: 1
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which samples a stage trains toward what. Samples that are neither in [P] nor background are ignored."""
+    """Which samples a stage trains towards which targets. Samples that are neither in [P] nor background are ignored."""
 
     image: Tensor  # [P] int64
     sample: Tensor  # [P] int64
@@ -244,7 +244,7 @@ class Assignment:
 
     @property
     def quality(self) -> Tensor | None:
-        """[P] classification target that the guidance asks for, None: the stage's own rule."""
+        """[P] classification target set by the guidance, None: the stage's own rule."""
         return None if self.dense is None else self.dense.quality
 
 
@@ -256,15 +256,15 @@ class Supervision:
     assignment: Assignment | None = None
     proposals: Proposals | None = None  # samples that a proposal-based stage has to use, in the student's view
     add_truth: bool = True  # whether target boxes join the detector's own proposals; False for pseudo boxes (A29)
-    found: Tensor | None = None  # [C] objects that the teacher has found of each class, where thresholds follow them
+    found: Tensor | None = None  # [C] objects of each class that the teacher has found, if thresholds adapt to them
 
 
 @dataclass(frozen=True)
 class Unreduced:
     """A stage's losses, and the divisors of its ordinary (labelled) reduction.
 
-    Relative weights within a loss (GFL's GIoU against DFL) are applied already. A factor that only offsets the ordinary divisor
-    (10 in the R-CNN, whose classes are divided by all samples) goes into that divisor: means over clusters must not include it.
+    Relative weights within a loss (GFL's GIoU against DFL) are already applied. A factor that only offsets the ordinary divisor
+    (10 in the R-CNN, whose class loss is divided by all samples) goes into that divisor: means over clusters must not include it.
     """
 
     classification: Tensor  # [P]

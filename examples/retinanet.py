@@ -1,13 +1,13 @@
-"""How to write a detector of your own: RetinaNet (Lin et al., 2017) under dense teacher guidance, on the embedded shapes.
+"""How to write a detector of your own: RetinaNet (Lin et al., 2017) under dense teacher guidance, on the built-in data.
 
     python examples/retinanet.py [run.steps=300 optim.lr=0.001 ...]
 
-The core asks for two things, described in ``dtg_core/protocol.py``, and knows nothing else of RetinaNet:
+The core needs two things, described in ``dtg_core/protocol.py``, and knows nothing else about RetinaNet:
 
     RetinaNetStage   how the head's predictions are read, assigned to objects and judged
     RetinaNet        a network that has this stage: from views to predictions to final boxes
 
-N images, A anchors of an image, C classes, G objects of a batch, P assigned anchors, M any rows (image, anchor, class).
+N images, A anchors per image, C classes, G objects of a batch, P assigned anchors, M any rows (image, anchor, class).
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
 
 class RetinaNetStage:
-    """Satisfies ``dtg_core.protocol.Stage``. A stage has no weights: all of it follows from its arguments."""
+    """Implements ``dtg_core.protocol.Stage``. A stage has no weights: its results depend only on its arguments."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -102,18 +102,18 @@ class RetinaNet(Detector):
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
-        """The 1000 best pairs of an anchor and a class go through NMS, and 100 boxes of each image may stay."""
+        """The 1000 best pairs of an anchor and a class go through NMS, and at most 100 boxes per image are kept."""
         (grid, predictions), classes = outputs["head"], self.stage.num_classes
         scores = (predictions.logits.float().sigmoid() * grid.usable(views.sizes).unsqueeze(2)).flatten(1)  # [N, A * C]
         best, pairs = scores.topk(min(1000, scores.shape[1]), 1)
-        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores over the threshold
+        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores above the threshold
         score, pair = best[image, column], pairs[image, column]
         rows = image, pair // classes, pair % classes
         return final_boxes(self.stage, grid, predictions, rows, score, views.sizes, NMS_IOU, 100)
 
 
 def main(config: Config) -> list[dict[str, float]]:
-    """Train, print the losses, and give the losses and figures of every step."""
+    """Train, print the losses, and return the losses and figures of every step."""
     accelerator = Accelerator()
     sources = open_sources(config.data, supervised=False)
     data = StepData(sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,

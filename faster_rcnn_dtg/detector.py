@@ -39,10 +39,10 @@ class FasterRCNN(Detector):
         return anchor_grid(canvas, self.config.strides, self.config.anchor_scale, self.config.ratios, device)
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
-        """Samples and predictions of both stages, or with ``supervision`` of the stages that it names.
+        """Samples and predictions of both stages or, with ``supervision``, of the stages that it names.
 
-        The R-CNN's samples are the given proposals, else the detector's own. With targets a training subset of them
-        is drawn; true boxes join own proposals only.
+        The R-CNN's samples are the given proposals, otherwise the detector's own. With targets, a training subset of them
+        is drawn; true boxes are only added to the detector's own proposals.
         """
         wanted = self.stages if supervision is None else supervision
         guide = supervision.get("rcnn", Supervision()) if supervision else Supervision()
@@ -62,13 +62,13 @@ class FasterRCNN(Detector):
         return {name: output for name, output in outputs.items() if name in wanted}
 
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
-        """Final boxes in the views' pixels: R-CNN scores over the threshold, class-wise NMS, the best of each image."""
+        """Final boxes in the views' pixels: R-CNN scores above the threshold, class-wise NMS, the best of each image."""
         config, stage = self.config.rcnn, self.stages["rcnn"]
         proposals, predictions = outputs["rcnn"]
         usable = proposals.usable(views.sizes).unsqueeze(-1)
         scores = (predictions.logits.sigmoid() * usable).flatten(1)  # [N, A * C]
         best, index = scores.topk(min(config.max_candidates, scores.shape[1]), dim=1)
-        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores over the threshold
+        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores above the threshold
         score, pair = best[image, column], index[image, column]
         sample, label = pair.div(stage.num_classes, rounding_mode="floor"), pair % stage.num_classes
 

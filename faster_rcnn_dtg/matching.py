@@ -1,6 +1,6 @@
 """Matching objects to samples by IoU and drawing a balanced subset, for a whole batch at once.
 
-torchvision's ``Matcher`` and ``BalancedPositiveNegativeSampler`` take one image at a time, and the first raises without
+torchvision's ``Matcher`` and ``BalancedPositiveNegativeSampler`` take one image at a time, and the first fails without
 objects. The rule here is mmdetection's ``MaxIoUAssigner`` and ``RandomSampler``.
 """
 from __future__ import annotations
@@ -41,7 +41,7 @@ def match(
         usable: [N, A] bool, samples that may be matched at all.
         positive_iou: a sample is positive when its best IoU is at least this.
         negative_iou: a sample is negative when its best IoU is less than this.
-        low_quality_iou: when given, the samples that overlap an object most are its positives from this IoU on, also when
+        low_quality_iou: if given, the samples that overlap an object most are its positives from this IoU on, even if
             another object overlaps them more. Of several such objects the last one wins, as in mmdetection.
 
     Returns:
@@ -49,7 +49,7 @@ def match(
     """
     num_objects = targets.boxes.shape[0]
     best = targets.boxes.new_zeros(usable.shape)
-    # int32, because not every device takes minima and maxima of int64.
+    # int32, because not every device has minima and maxima of int64.
     matched = torch.full_like(usable, num_objects, dtype=torch.int32)
     lifted = torch.full_like(matched, -1)
     for rows in row_blocks(num_objects, samples.num_samples):
@@ -75,8 +75,8 @@ def match(
 def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tensor, identity: Tensor) -> Matches:
     """At most ``samples`` random matches of each image, at most ``positive_share`` of them positive.
 
-    Positives that are missing are made up for by negatives. The draw is a pure function of ``seeds`` [N] and of what the
-    samples are, ``identity`` [A], see ``dtg_core.stateless.sample_mask``.
+    Missing positives are replaced by negatives. The draw is a pure function of ``seeds`` [N] and of the samples'
+    ``identity`` [A], see ``dtg_core.stateless.sample_mask``.
     """
     most = max(int(samples * positive_share), 1)  # with none at all only background would be learnt
     positive = sample_mask(matches.positive, most, seeds, most, identity)

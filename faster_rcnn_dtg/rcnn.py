@@ -29,7 +29,7 @@ def sample_proposals(
     Args:
         proposals: A proposals for each of N images.
         targets: G objects, in the proposals' frame.
-        config: numbers.
+        config: the R-CNN's settings.
         seeds: [N] int64 that decide the draw.
         add_truth: whether the objects' own boxes are proposals as well.
 
@@ -39,7 +39,7 @@ def sample_proposals(
     images, device = proposals.boxes.shape[0], proposals.boxes.device
     identity = proposals.identity
     if add_truth:
-        # A column for each object of the batch, valid in its own image only: no image's count has to reach the host.
+        # A column for each object of the batch, valid in its own image only: so no per-image count has to reach the host.
         boxes = torch.cat((proposals.boxes, targets.boxes.expand(images, -1, -1)), 1)
         valid = torch.cat((proposals.valid, targets.image == torch.arange(images, device=device).unsqueeze(1)), 1)
         identity = torch.cat((identity, len(identity) + rank_in_group(targets.image, images)))
@@ -101,9 +101,9 @@ class RCNN(nn.Module):
     def forward(self, pyramid: list[Tensor], proposals: Proposals) -> Predictions:
         """From maps L x [N, channels, h, w] and proposals [N, A] to Predictions, float32.
 
-        ``logits`` [N, A, C]: a logit's sigmoid is the class' probability in both focal forms. ``raw`` [N, A, B * 4]: deltas
+        ``logits`` [N, A, C]: a logit's sigmoid is the class's probability in both focal forms. ``raw`` [N, A, B * 4]: deltas
         of B = C classes (1 if class-agnostic); with softmax one more column, the background's log-probability, which cannot
-        be had from the classes' logits without cancellation.
+        be computed from the classes' logits without cancellation.
         """
         pooled, rows = self.pool(pyramid, proposals)
         hidden = self.layers(pooled)
@@ -144,7 +144,7 @@ class RCNNStage:
         return assignment(matches, targets)
 
     def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
-        """Focal loss summed over the classes and L1 of the assigned class' deltas, both divided by the sampled proposals.
+        """Focal loss summed over the classes and L1 of the assigned class's deltas, both divided by the sampled proposals.
 
         The losses carry no weight; ``config.focal_weight`` of the ordinary reduction is in ``classification_count``.
         """

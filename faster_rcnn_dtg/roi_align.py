@@ -1,4 +1,4 @@
-"""RoIAlign (He et al. 2017): torchvision's, but for gradients on the CPU, where its kernel is slow.
+"""RoIAlign (He et al. 2017): torchvision's, except for gradients on the CPU, where its kernel is slow.
 
 A bin is a weighted sum of pixels, four for each of its sampling points, which is what an embedding bag computes.
 """
@@ -16,9 +16,9 @@ def roi_align(features: Tensor, rois: Tensor, size: int, scale: float, sampling_
     Args:
         features: [N, channels, h, w] float32 map.
         rois: [R, 5] float32: image, then x1, y1, x2, y2 in the view's pixels.
-        size: bins to a side.
-        scale: map pixels to a view's pixel.
-        sampling_ratio: sampling points to a side of a bin; 0: as many as there are pixels.
+        size: bins per side.
+        scale: map pixels per pixel of the view.
+        sampling_ratio: sampling points per side of a bin; 0: as many as there are pixels.
     """
     if features.device.type == "cpu" and features.requires_grad and sampling_ratio > 0:
         return bag_roi_align(features, rois, size, scale, sampling_ratio)
@@ -26,7 +26,7 @@ def roi_align(features: Tensor, rois: Tensor, size: int, scale: float, sampling_
 
 
 def bag_roi_align(features: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int) -> Tensor:
-    """The same as a bag of pixels for each bin, so that the gradient adds whole pixels, not channel by channel."""
+    """The same, as a bag of pixels for each bin, so that the gradient adds whole pixels, not channel by channel."""
     _, channels, height, width = features.shape
     x1, y1, x2, y2 = (rois[:, 1:] * scale - 0.5).unbind(1)
     points = (torch.arange(size * sampling_ratio, device=rois.device) + 0.5) / (size * sampling_ratio)
@@ -46,15 +46,15 @@ def bag_roi_align(features: Tensor, rois: Tensor, size: int, scale: float, sampl
 
 
 def _interpolation(low: Tensor, high: Tensor, points: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Pixels [R, S * 2] on both sides of each sampling point along one axis and their weights; none beyond the map.
+    """Pixels [R, S * 2] on both sides of each sampling point along one axis, and their weights; 0 beyond the map.
 
     Args:
-        low, high: [R] sides of the boxes in map pixels, the first pixel's middle at 0.
-        points: [S] in (0, 1) of the side.
+        low, high: [R] sides of the boxes in map pixels, the first pixel's centre at 0.
+        points: [S] positions in (0, 1) along the side.
         length: of the map.
     """
     place = low.unsqueeze(1) + (high - low).unsqueeze(1) * points
-    inside = (place >= -1) & (place <= length)  # torchvision's tolerance of a pixel
+    inside = (place >= -1) & (place <= length)  # torchvision's tolerance of one pixel
     place = place.clamp(0, length - 1)
     first = place.floor()
     share = place - first

@@ -1,4 +1,4 @@
-"""First stage: objectness and box deltas of every anchor, and the proposals made of them."""
+"""First stage: objectness and box deltas of every anchor, and the proposals made from them."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -87,9 +87,9 @@ def propose(grid: AnchorGrid, predictions: Predictions, sizes: Tensor, config: R
 
     Args:
         grid: A anchors.
-        predictions: of the RPN.
+        predictions: the RPN's.
         sizes: [N, 2] (height, width) of the unpadded views.
-        config: numbers.
+        config: the RPN's settings.
 
     Returns:
         Proposals [N, ``config.post_nms``], best first, padded with zero boxes.

@@ -1,6 +1,6 @@
 """Adaptive training sample selection (Zhang et al., CVPR 2020, Alg. 1) for all images of a batch at once.
 
-G objects, A anchors, K candidates of an object: the ``topk`` anchors of each level that are nearest to it.
+G objects, A anchors, K candidates per object: the ``topk`` anchors of each level that are nearest to it.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dtg_core.boxes import paired_iou, row_blocks
 from dtg_core.structures import AnchorGrid, Targets
 
-#: px by which an anchor's centre has to lie inside of the object (mmdetection)
+#: px by which an anchor's centre has to lie inside the object (mmdetection)
 MARGIN = 0.01
 
 
@@ -21,12 +21,12 @@ def nearest_anchors(
 
     Args:
         centers: [A, 2] of the anchors. boxes: [G, 4]. image: [G] of the boxes.
-        usable: [N, A] bool, anchors that come before all others, however far they are.
+        usable: [N, A] bool, anchors that are preferred to all others, however far away.
         level_sizes: number of anchors of each level; their sum is A.
         topk: anchors to take per level.
     """
     middles = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
-    blocks = []  # of objects, because all distances at once are large
+    blocks = []  # of objects, because all distances at once take much memory
     for rows in row_blocks(boxes.shape[0], centers.shape[0]):
         offsets = middles[rows] - centers
         distances = torch.hypot(offsets[..., 0], offsets[..., 1]).masked_fill_(~usable[image[rows]], torch.inf)
@@ -39,15 +39,15 @@ def nearest_anchors(
 
 
 def assign_atss(grid: AnchorGrid, targets: Targets, usable: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors that train toward an object.
+    """Anchors that are trained towards an object.
 
     A candidate is positive when its IoU with the object reaches the mean plus the (unbiased) standard deviation over the
-    object's candidates, and its centre lies inside of the object. An anchor that several objects of an image claim goes
-    to the one with the largest IoU, of equal ones to the first.
+    object's candidates, and its centre lies inside the object. An anchor that several objects of an image claim goes
+    to the one with the largest IoU (ties: to the first).
 
     Args:
-        grid: A anchors. targets: objects of N images. topk: candidates of an object on each level.
-        usable: [N, A] bool. The others are no candidates, so that an object's anchors do not depend on the canvas.
+        grid: A anchors. targets: objects of N images. topk: candidates per object on each level.
+        usable: [N, A] bool. The others are never candidates, so that an object's anchors do not depend on the canvas.
 
     Returns:
         image, sample, object: [P] int64 each; object is a row of ``targets``.
@@ -64,7 +64,7 @@ def assign_atss(grid: AnchorGrid, targets: Targets, usable: Tensor, topk: int) -
     positive = known & (iou >= mean + deviation) & (inside > MARGIN)
 
     # Each (image, anchor) keeps the best of the objects that claim it: first the best IoU, then the first object. int32, because
-    # not every device takes minima of int64.
+    # not every device has minima of int64.
     cell = targets.image.unsqueeze(1) * grid.num_samples + candidates
     objects = torch.arange(num_objects, dtype=torch.int32, device=boxes.device).unsqueeze(1).expand_as(cell)
     num_cells = len(usable) * grid.num_samples

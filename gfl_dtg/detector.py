@@ -47,7 +47,7 @@ class GFL(Detector):
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
-        """Final boxes: an anchor gives one for each class over the threshold, unless its centre lies in the padding."""
+        """Final boxes: an anchor gives one for each class above the threshold, unless its centre lies in the padding."""
         samples, predictions = outputs["head"]
         assert isinstance(samples, AnchorGrid)
         rows, scores = self._best(samples, predictions, views.sizes, score_threshold)
@@ -59,7 +59,7 @@ class GFL(Detector):
     def _best(
         self, samples: AnchorGrid, predictions: Predictions, sizes: Tensor, score_threshold: float
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Rows (image, sample, label) and scores [M] of each level's best (anchor, class) pairs over the threshold."""
+        """Rows (image, sample, label) and scores [M] of each level's best (anchor, class) pairs above the threshold."""
         num_classes = self.stage.num_classes
         usable = samples.usable(sizes).split(samples.level_sizes, 1)
         chosen, pairs, start = [], [], 0
@@ -70,7 +70,7 @@ class GFL(Detector):
             pairs.append(best.indices + start)
             start += flat.shape[1]
         scores, pair = torch.cat(chosen, 1).float().sigmoid(), torch.cat(pairs, 1)
-        # sync: the number of pairs over the threshold.
+        # sync: the number of pairs above the threshold.
         image, column = (scores > score_threshold).nonzero(as_tuple=True)
         pair = pair[image, column]
         return (image, pair // num_classes, pair % num_classes), scores[image, column]

@@ -1,6 +1,6 @@
 """GFL's head: a classification and a box tower, shared by all levels of the pyramid.
 
-torchvision's ``FCOSClassificationHead`` is exactly such a tower: convolutions with GroupNorm and ReLU, normal init of 0.01
+torchvision's ``FCOSClassificationHead`` is exactly such a tower: convolutions with GroupNorm and ReLU, normal init (0.01)
 and a last convolution with a prior bias. A prior of one half is a bias of zero, so it serves as the box tower too.
 """
 from __future__ import annotations

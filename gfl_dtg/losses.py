@@ -1,4 +1,4 @@
-"""Losses of GFL as pure functions of P rows; nothing is reduced here but classes and sides.
+"""Losses of GFL as pure functions of P rows; only classes and sides are reduced here.
 
 Sources: Li et al., "Generalized Focal Loss" (NeurIPS 2020), with mmdetection's conventions (clamps, eps).
 Distances of the sides left, top, right, bottom from the anchor's centre, and boxes, are in units of the level's stride.
@@ -58,7 +58,7 @@ def background_quality_focal_loss(logits: Tensor, beta: float) -> Tensor:
 
 
 def distribution_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """[...] distribution focal loss (GFL, Eq. 6): cross entropy toward the two bins around a distance.
+    """[...] distribution focal loss (GFL, Eq. 6): cross entropy towards the two bins around a distance.
 
     Args:
         logits: [..., B] of the B bins 0, 1, ..., B - 1.

@@ -36,7 +36,7 @@ def side_logits(predictions: Predictions, image: Tensor, sample: Tensor) -> Tens
 
 @dataclass
 class GFLStage:
-    """Satisfies ``dtg_core.protocol.Stage``, whose docstrings hold; samples are always an AnchorGrid."""
+    """Implements ``dtg_core.protocol.Stage``, whose docstrings apply; samples are always an AnchorGrid."""
 
     num_classes: int
     config: GFLConfig
@@ -51,7 +51,7 @@ class GFLStage:
         return boxes_from_distances(centers, integral(side_logits(predictions, image, sample)) * strides)
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
-        """ATSS. What is not assigned is background, unless its centre lies in the padding; nothing is drawn."""
+        """ATSS. What is not assigned is background, unless its centre lies in the padding; nothing is sampled."""
         assert isinstance(samples, AnchorGrid)
         usable = samples.usable(sizes)
         image, sample, row = assign_atss(samples, targets, usable, self.config.atss_topk)
@@ -61,8 +61,8 @@ class GFLStage:
     def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Quality focal loss, and GIoU with distribution focal loss, the boxes in units of the stride.
 
-        The class target is the IoU of the predicted box with the target box, unless dense guidance brings its own. In
-        the ordinary reduction a box counts by its best score, and an image by at least 1 positive.
+        The class target is the IoU of the predicted box with the target box, unless dense guidance provides its own. In
+        the ordinary reduction a box is weighted by its best score, and an image counts as at least 1 positive.
         """
         config, image, sample = self.config, assignment.image, assignment.sample
         logits = predictions.logits[image, sample].float()

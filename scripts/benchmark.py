@@ -1,4 +1,4 @@
-"""Time of a training step by part, beside the networks' own passes; waits of the host, memory, and the speed of the data.
+"""Time of a training step by part, compared with the networks' own passes; host waits, memory, and the speed of the data.
 
     python scripts/benchmark.py --detector gfl --backbone resnet50 --size 512 --images 1+2
     python scripts/benchmark.py --detector faster_rcnn --config configs/quickstart.yaml --against sparse --json figures.json
@@ -7,16 +7,16 @@
 ``overhead`` is step / bare passes; 1.05 is 5 % more. The *bare passes* are the networks alone on views and proposals of the
 same shapes: the teacher's forward pass without gradients, and the student's forward and backward passes on the labelled and
 the strong views with the sum of all predictions as the loss. So making proposals, guidance, assignment, losses, gradient
-clipping, the optimizer and the moving average are all overhead. Making the data is not: loader processes do it beside the
+clipping, the optimizer and the moving average are all overhead. Making the data is not: loader processes do it during the
 step.
 
 Everything is timed in turn within one process; figures are medians over ``--repeats``, ratios are medians of the repeats'
-ratios. Weights are random, so no weights are needed. Random weights give no candidates: the thresholds of guidance are put
-where about ``--candidates`` samples of an image are over them. The learning rate is 0, so that all repeats do the same.
+ratios. Weights are random, so no files are needed. Random weights give no candidates, so the guidance thresholds are set
+such that about ``--candidates`` samples per image are above them. The learning rate is 0, so that all repeats do the same.
 ``host_waits`` are operators whose result the host needs (counted on the CPU too, where nothing waits). ``peak_memory`` is that
-of the process after its first step, with the program and the weights, or on a GPU of PyTorch's tensors.
+of the process after its first step, including the program and the weights, or on a GPU that of PyTorch's tensors.
 
-``--data`` compares weak and strong views with the same operations by torchvision.transforms.v2, in pairs a second on one core.
+``--data`` compares weak and strong views with the same operations by torchvision.transforms.v2, in pairs per second on one core.
 """
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ from dtg_core.settings_text import yaml_scalar
 if TYPE_CHECKING:
     from run_settings import RunSettings
 
-IMAGES = 16  # of the embedded data set, labelled and unlabelled
+IMAGES = 16  # of the built-in data set, labelled and unlabelled
 
 
 def parser() -> Parser:
     result = Parser("Measure the cost of a training step.")
     add = result.add_argument
-    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="needed unless --data")
+    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="required unless --data is given")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: the paper's values)")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
     add("--size", type=number(int, "[1, inf)"), metavar="PX", help="side of the square views (default: the config's)")
-    add("--images", metavar="L+U", help="labelled and unlabelled images of a step (default: the config's)")
+    add("--images", metavar="L+U", help="labelled and unlabelled images per step (default: the config's)")
     add("--paradigm", type=one_of(PARADIGMS), default="dense", metavar="dense|sparse|supervised", help="default: dense")
     add("--against", type=one_of(("dense", "sparse")), metavar="dense|sparse", help="also time this paradigm's step, in turn")
     add("--candidates", type=number(int, "[1, inf)"), default=100, metavar="N",
-        help="candidates of an image in each stage (default: 100)")
+        help="candidates per image in each stage (default: 100)")
     add("--repeats", type=number(int, "[1, inf)"), default=20, metavar="N", help="timed repeats (default: 20)")
-    add("--json", metavar="FILE|-", help="write the figures; -: to the standard output, instead of the table")
+    add("--json", metavar="FILE|-", help="write the figures; -: to standard output, instead of the table")
     add_overwrite(result)
-    add("--data", action="store_true", help="measure the making of views instead")
+    add("--data", action="store_true", help="measure the speed of making views instead")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
     return result
 

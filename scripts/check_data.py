@@ -1,9 +1,9 @@
-"""Check a data set before an evening is spent on it. Nothing is written but what ``--output`` names.
+"""Check a data set before spending an evening on it. Nothing is written except the file that ``--output`` names.
 
     python scripts/check_data.py --annotations JSON [--images DIR] [--val JSON] [--unlabeled DIR|JSON] [--output check.json]
 
 Reads the annotations as training does, decodes every image, and compares the sets. Oddities are counted, with the first
-three items; ``--output`` takes all of them. Exit status 0: usable, 2: not.
+three items; ``--output`` lists all of them. Exit status 0: usable, 2: not.
 """
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def parser() -> Parser:
     add("--annotations", required=True, metavar="JSON", help="labelled images, COCO format")
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to")
     add("--val", metavar="JSON", help="validation set, checked and compared with the labelled one")
-    add("--val-images", metavar="DIR", help="folder of the images of --val, if it is another")
+    add("--val-images", metavar="DIR", help="folder of the images of --val, if different")
     add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
-    add("--workers", type=number(int, "[0, inf)"), default=2, metavar="N", help="processes that decode (default: 2)")
+    add("--workers", type=number(int, "[0, inf)"), default=2, metavar="N", help="processes that decode images (default: 2)")
     add_rules(result)
     return result
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(data: DataConfig, workers: int, report: Report) -> list[str]:
-    """Run all checks; gives the lines that describe the sets."""
+    """Run all checks; returns the lines that describe the sets."""
     from dtg_core.data.check import check_images, check_shared, require_images
     from dtg_core.data.sources import open_sources
 

@@ -1,6 +1,6 @@
 """What the scripts share: the detectors by name, the command line, the run's settings, weights files, and error reports.
 
-Heavy imports stand inside functions, so that ``--help`` and a mistyped flag are answered at once.
+Heavy imports are inside functions, so that ``--help`` and a mistyped flag are answered at once.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-RULES = "data.rules."  # the settings that reading data follows
+RULES = "data.rules."  # the settings for reading data
 PARADIGMS = ("dense", "sparse", "supervised")
 
 
@@ -44,7 +44,7 @@ DETECTORS = tuple(STAGES)
 
 
 def build_detector(settings: RunSettings, num_classes: int) -> Detector:
-    """The detector of ``settings`` with its first weights."""
+    """The detector of ``settings`` with its initial weights."""
     from dtg_core.engine.predict import PACKAGES
 
     package = importlib.import_module(PACKAGES[settings.detector][0])
@@ -86,7 +86,7 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
 
 
 def number(kind: type[N], interval: str) -> Callable[[str], N]:
-    """An argparse type: a number in ``interval``, which is written as the ranges of settings are."""
+    """An argparse type: a number in ``interval``, written like the ranges of settings."""
 
     def parse(text: str) -> N:
         try:
@@ -103,11 +103,11 @@ def number(kind: type[N], interval: str) -> Callable[[str], N]:
 
 def add_overwrite(parser: Parser) -> None:
     """The flag that ``require_new`` names."""
-    parser.add_argument("--overwrite", action="store_true", help="write over files that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite existing files")
 
 
 def add_rules(parser: Parser) -> None:
-    """The flag that messages about data name."""
+    """The flag that messages about data refer to."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
 
 
@@ -127,8 +127,8 @@ def rules_of(arguments: argparse.Namespace, rules: DataRules | None = None) -> D
 
 
 def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") -> None:
-    """UserError unless all ``files``, which ``flag`` gave, can be written without loss: none is there, or ``overwrite``. Before
-    the long work."""
+    """UserError unless all ``files``, given by ``flag``, can be written without loss: none exists, or ``overwrite``. To be called
+    before long work."""
     for file in files:
         if file.is_dir():
             raise UserError(f"{file}: is a folder - give another {flag}")
@@ -138,7 +138,7 @@ def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") 
 
 
 def write_json(file: Path, figures: Mapping[str, object]) -> None:
-    """Write what ``--json FILE`` asks for, with the folders above it."""
+    """Write what ``--json FILE`` asks for, with its parent folders."""
     with writing(f"--json {file}", "give another file"):
         write_text(file, json.dumps(figures, indent=1) + "\n")
 
@@ -147,17 +147,17 @@ def progress(items: Iterable[T] | None = None, total: int | None = None, unit: s
     """``items`` with a bar, on a terminal only; without ``items`` the caller updates it."""
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # its thread would be forked into workers, and write where check_data.py listens to decoders
+    tqdm.monitor_interval = 0  # its thread would be forked into workers, and write to the stderr that check_data.py reads
     return tqdm(items, total=total, unit=unit, leave=False, disable=None, miniters=1)
 
 
 def require_own_files(data: DataConfig, keys: Mapping[str, str], run: Path) -> None:
-    """UserError where the settings of ``run`` name files relative to the folder that it was trained in, and this is another.
+    """UserError if the settings of ``run`` name files relative to the folder that it was trained in, and this is another.
 
     Args:
-        data: of the run. keys: of ``data`` that are to be read, each with the flags that would replace it; empty: none do.
+        data: the run's. keys: those of ``data`` that are to be read, each with the flags that would replace it; empty: none do.
     """
-    if data.labeled is None:  # the embedded data set, whatever the other keys say
+    if data.labeled is None:  # the built-in data set, whatever the other keys say
         return
     for key, flags in keys.items():
         path = getattr(data, key)
@@ -171,34 +171,34 @@ def train_parser() -> Parser:
     """The command line of ``train.py``."""
     parser = Parser("Train a detector on few labelled and many unlabelled images.")
     add = parser.add_argument
-    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="needed unless the config names it")
+    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="required unless the config names it")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--paradigm", type=one_of(PARADIGMS), metavar="dense|sparse|supervised", help="guidance of every stage")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
     add("--steps", type=int, metavar="N", help="training steps (run.steps)")
-    add("--seed", type=int, metavar="N", help="of everything that is drawn (run.seed)")
+    add("--seed", type=int, metavar="N", help="seed of all random draws (run.seed)")
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--unlabeled", metavar="DIR|ANNOTATIONS.json", help="unlabelled images (data.unlabeled)")
     add("--val", metavar="ANNOTATIONS.json", help="images to evaluate on (data.val)")
     add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to (data.images)")
-    add("--val-images", metavar="DIR", help="that of the names in --val, if it is another (data.val_images)")
+    add("--val-images", metavar="DIR", help="the same for --val, if different (data.val_images)")
     add("--output", metavar="DIR", help="run folder (run.output)")
     add("--init", metavar="WEIGHTS", help="weights file or run folder that student and teacher start from (run.init)")
     add("--reset-head", action="store_const", const=True, help="with --init: train the class layers from scratch (run.reset_head)")
-    add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest, or from the given checkpoint")
+    add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest or the given checkpoint")
     add("--resume-with-changes", action="store_true", help="resume although settings or data have changed")
     add("--stop-at", type=number(int, "[1, inf)"), metavar="N",
         help="write a checkpoint after N steps and stop there, to be resumed later")
-    add("--overwrite", action="store_true", help="delete what an earlier run has written into its folder first")
-    add("--scale-lr", action="store_true", help="scale lr by this run's images of a step over optim.reference_batch")
-    add("--replay", type=Path, metavar="FILE", help="run the step again at which a run gave up (its nonfinite/step.json)")
+    add("--overwrite", action="store_true", help="first delete what an earlier run has written into the folder")
+    add("--scale-lr", action="store_true", help="multiply lr by this run's images per step / optim.reference_batch")
+    add("--replay", type=Path, metavar="FILE", help="repeat the step at which a run gave up (its nonfinite/step.json)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
-    add("--print-config", action="store_true", help="print every setting and where it comes from, and stop")
-    add("--dry-run", action="store_true", help="check everything, try two steps, forecast time and memory, and write nothing")
+    add("--print-config", action="store_true", help="print every setting and where it comes from, and exit")
+    add("--dry-run", action="store_true", help="check everything, try two steps, estimate time and memory, and write nothing")
     return parser
 
 
-#: Flags that are another spelling of a key.
+#: Flags that set a key.
 _FLAG_KEYS = {
     "detector": "detector", "backbone": "backbone.name", "steps": "run.steps", "seed": "run.seed", "labeled": "data.labeled",
     "unlabeled": "data.unlabeled", "val": "data.val", "images": "data.images", "val_images": "data.val_images",
@@ -207,7 +207,7 @@ _FLAG_KEYS = {
 
 
 def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str, str], list[str]]:
-    """The settings of a ``train_parser`` command line: defaults, ``--config``, the flags, ``--set``; the later wins.
+    """The settings of a ``train_parser`` command line: defaults, ``--config``, the flags, ``--set``; later ones win.
 
     Returns:
         The settings, the origin of each key, and warnings to show.
@@ -240,7 +240,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
 
 
 def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
-    """A note on what ``--set`` has given that the run's detector and paradigm do not read."""
+    """A note on keys given by ``--set`` that the run's detector and paradigm do not read."""
     from dtg_core.engine.effective import SILENT, effective
 
     every = dotted(flatten(settings))
@@ -249,7 +249,7 @@ def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
 
 
 def is_supervised(settings: RunSettings) -> bool:
-    """No stage of the chosen detector learns from unlabelled images, so none are loaded."""
+    """Whether no stage of the chosen detector learns from unlabelled images, so that none are loaded."""
     return all(settings.guidance.stages[stage].paradigm == "none" for stage in STAGES[settings.detector])
 
 
@@ -258,8 +258,8 @@ def _stage_paradigm(paradigm: str) -> Paradigm:
 
 
 def _fill_paradigms(settings: RunSettings, origins: dict[str, str]) -> RunSettings:
-    """Give the run's paradigm to the stages that nothing nearer decides, noting its origin. One of the command line is nearer
-    than the stages of a file, which may be a run's own config.yaml."""
+    """Give the run's paradigm to the stages without a more specific one, noting its origin. One from the command line overrides
+    the stages of a file, which may be a run's own config.yaml."""
     told = origins["paradigm"] == COMMAND_LINE
     stages = dict(settings.guidance.stages)
     for stage, rule in stages.items():
@@ -280,7 +280,7 @@ def _shortest(path: Path) -> Path:
 
 
 def check_devices(environment: Mapping[str, str], gpus: int) -> None:
-    """Raise UserError where a launcher's environment asks for GPUs that are not there, instead of a silent start on the CPU or a
+    """Raise UserError if a launcher's environment asks for GPUs that do not exist, instead of a silent start on the CPU or a
     failure deep in CUDA.
 
     Args:
@@ -290,11 +290,11 @@ def check_devices(environment: Mapping[str, str], gpus: int) -> None:
         return
     visible = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
     if not gpus and visible not in ("", "-1"):
-        raise UserError(f"CUDA_VISIBLE_DEVICES: torch finds none of these GPUs (found {visible}) - unset it, or mend the index, "
+        raise UserError(f"CUDA_VISIBLE_DEVICES: torch finds none of these GPUs (found {visible}) - unset it, or fix the index, "
                         "the driver or the CUDA build of torch")
     processes = int(environment.get("LOCAL_WORLD_SIZE", 1))
     if not gpus and processes > 1:
-        raise UserError(f"processes: {processes} were started for GPUs, and torch finds none - mend the driver or the CUDA build "
+        raise UserError(f"processes: {processes} were started for GPUs, and torch finds none - fix the driver or the CUDA build "
                         "of torch, or set ACCELERATE_USE_CPU=true to train on the CPU")
     if 0 < gpus < processes:
         raise UserError(f"processes: {processes} on this machine, which has fewer GPUs (found {gpus}) - start {gpus} of them, or "
@@ -307,8 +307,8 @@ def check_devices(environment: Mapping[str, str], gpus: int) -> None:
 def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run ``main(sys.argv[1:])`` and exit with its status.
 
-    A UserError becomes one line on stderr and status 2, Ctrl-C status 130; with ``--debug`` the traceback is shown. Where the
-    reader of the output has gone, as ``head`` does, it is status 141 without a word.
+    A UserError becomes one line on stderr and status 2, Ctrl-C status 130; with ``--debug`` the traceback is shown. If the
+    reader of the output has gone, as with ``head``, it is status 141 without a message.
     """
     try:
         with _warnings_told():
@@ -332,7 +332,7 @@ def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
 
 @contextlib.contextmanager
 def _warnings_told() -> Iterator[None]:
-    """What the core's modules log stands on stderr as other warnings do; loader processes inherit this."""
+    """Show what the core's modules log on stderr, like other warnings; loader processes inherit this."""
     core, lines = logging.getLogger("dtg_core"), logging.StreamHandler()
     lines.setFormatter(logging.Formatter("warning: %(message)s"))
     core.addHandler(lines)

@@ -1,8 +1,8 @@
-"""Finished runs in one table: mean and spread over seeds and folds, and the differences to the first row.
+"""Finished runs in one table: mean and spread over seeds and folds, and the differences to a baseline.
 
     python scripts/compare.py RUN... [--output DIR]
 
-The first row of a detector and its labelled images is the one that others are measured against. The table goes to stdout; with
+The baseline is the first row with the same detector and labelled images. The table goes to stdout; with
 ``--output`` also to ``compare.md`` and, with the curves of AP, to ``compare.html``, a single file.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="where compare.md and compare.html go")
     add_overwrite(result)
     add("--over", nargs="+", action="extend", default=[], metavar="KEY",
-        help="settings, beside seed and fold, that may differ between the runs of a row")
+        help="settings, besides seed and fold, that may differ between the runs of a row")
     return result
 
 

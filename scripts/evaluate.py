@@ -1,9 +1,9 @@
-"""COCO figures of a trained detector, over all classes and for each.
+"""COCO metrics of a trained detector, over all classes and for each.
 
     python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student] [--annotations JSON --images DIR] [--output DIR]
 
 Without ``--annotations`` it is evaluated on the validation set of its own run. ``results.json`` and ``detections.json``
-(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` in the run folder or beside the
+(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` in the run folder or next to the
 weights file, and ``evaluation-NAME`` for ``--annotations NAME.json``. Earlier ones are kept unless ``--overwrite`` is given.
 """
 from __future__ import annotations
@@ -33,7 +33,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-        help="of a run folder (default: teacher)")
+        help="which detector of a run folder (default: teacher)")
     add("--annotations", type=Path, metavar="JSON", help="data set in COCO format (default: the run's validation set)")
     add("--images", type=Path, metavar="DIR", help="folder that its file names are relative to")
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
@@ -41,7 +41,7 @@ def parser() -> Parser:
     add_rules(result)
     add("--batch", type=number(int, "[1, inf)"), metavar="N", help="images at once (default: the run's)")
     add("--workers", type=number(int, "[0, inf)"), metavar="N", help="processes that read the images (default: the run's)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     if arguments.images and not arguments.annotations:
         raise UserError("--images: belongs to --annotations - give both, or neither for the run's own validation set")
-    rules_of(arguments)  # a mistake is told before the weights are read
+    rules_of(arguments)  # a mistake is reported before the weights are read
 
     from dtg_core.data.plan import eval_batches, items_of
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics, unseen
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     found = find(loaded.detector, index, batches, loaded.device, run.score_threshold)
     unread = unseen(index, found)
     if len(unread) > index.rules.max_bad_images * len(index) or len(unread) == len(index):
-        raise UserError(f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - mend them, take "
+        raise UserError(f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - fix them, take "
                         "them out, or raise data.rules.max_bad_images")
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))

@@ -3,9 +3,9 @@
     python scripts/export.py RUN_OR_WEIGHTS --output DIR [--format onnx|torch_export|both] [--size H W] [--images PATH...]
 
 Each file is run on images and compared with the detector itself; one that differs is kept as ``.rejected``. ``DIR/teacher.json``
-says what the graph takes and gives, which docs/export.md explains. ONNX needs the extra ``export``.
+describes the graph's inputs and outputs, see docs/export.md. ONNX needs the extra ``export``.
 
-Exit status: 0; 2 after a mistake that is told in one line, and when a file is rejected.
+Exit status: 0; 2 after a mistake, reported in one line, and when a file is rejected.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from predict import find_images
 from dtg_core.drafts import require_writable, writing
 
 FORMATS = {"onnx": ("onnx",), "torch_export": ("torch_export",), "both": ("torch_export", "onnx")}
-IMAGES = 20  # most that are compared
+IMAGES = 20  # maximum number that are compared
 
 
 def parser() -> Parser:
@@ -27,14 +27,14 @@ def parser() -> Parser:
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
     add("--output", type=Path, required=True, metavar="DIR", help="where the files go")
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-        help="of a run folder (default: teacher)")
+        help="which detector of a run folder (default: teacher)")
     add("--format", type=one_of(tuple(FORMATS)), default="both", metavar="onnx|torch_export|both", help="default: both")
     add("--size", type=number(int, "[32, 8192]"), nargs=2, metavar=("H", "W"),
-        help="of the graph's image, px (default: a square of views.test_short_edge)")
+        help="size of the graph's image, px (default: a square of views.test_short_edge)")
     add("--score", type=number(float, "[0, 1)"), metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
     add("--opset", type=int, default=18, metavar="N", help="ONNX opset (default: 18)")
     add("--images", nargs="+", metavar="PATH", help=f"images, folders or patterns to compare on, {IMAGES} at most "
-        "(default: embedded ones)")
+        "(default: from the built-in synthetic data set)")
     return result
 
 

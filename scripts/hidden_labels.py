@@ -29,7 +29,7 @@ def unlabeled_data(config: DataConfig, other: str | None, run: Path) -> DataConf
 
 
 def embedded(config: DataConfig) -> ShapesPaths:
-    """The embedded data set that the run used."""
+    """The built-in synthetic data set that the run used."""
     from dtg_core.data.shapes import make_shapes
 
     return make_shapes(None, config.shapes_labeled, config.shapes_unlabeled, config.shapes_val, config.shapes_seed)
@@ -44,7 +44,7 @@ def unlabeled(data: StepData, step: int) -> PairBatch:
 def hidden_labels(
     path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]
 ) -> CocoIndex | None:
-    """The truth of the unlabelled images of ``unlabeled_data``: given, of the embedded data set, or None."""
+    """The truth of the unlabelled images of ``unlabeled_data``: from a file, of the built-in data set, or None."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.index import with_classes
 

@@ -3,8 +3,8 @@
     python scripts/import_annotations.py --format yolo --images DIR --labels DIR --names data.yaml --output own.json
     python scripts/import_annotations.py --format voc --images DIR --labels DIR --output own.json
 
-Images without a file of labels become images without objects, or stay out with ``--only-labeled``. File names in the JSON are
-relative to ``--images``. Folders with ``train/images`` and ``train/labels``, as YOLO's often are, are given by both flags.
+Images without a label file count as images without objects, or are left out with ``--only-labeled``. File names in the JSON are
+relative to ``--images``. Folders with ``train/images`` and ``train/labels``, common for YOLO, are given by both flags.
 """
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def parser() -> Parser:
     add("--format", type=one_of(("yolo", "voc")), required=True, metavar="yolo|voc", help="what is imported")
     add("--images", type=Path, required=True, metavar="DIR", help="folder of the images, with any subfolders")
     add("--labels", type=Path, required=True, metavar="DIR", help="folder of the .txt or .xml files, arranged like the "
-                                                                  "images, or in folders called labels beside images")
-    add("--names", type=Path, metavar="FILE", help="the classes: data.yaml, whose kpt_shape tells that boxes have "
-                                                       "keypoints, or a .txt with one name a line; VOC: only if several "
-                                                       "files shall have the same")
+                                                                  "images, or in folders called labels next to images")
+    add("--names", type=Path, metavar="FILE", help="the classes: data.yaml, whose kpt_shape says that boxes have "
+                                                       "keypoints, or a .txt with one name per line; VOC: only if several "
+                                                       "files should share them")
     add("--zero-based", action="store_true", help="VOC coordinates count from 0, not from 1")
-    add("--only-labeled", action="store_true", help="leave out images without a file of labels, as unlabelled ones")
+    add("--only-labeled", action="store_true", help="leave out images without a label file, as unlabelled ones")
     add("--output", type=Path, required=True, metavar="JSON", help="file to write")
     add_overwrite(result)
     add_rules(result)

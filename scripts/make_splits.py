@@ -5,8 +5,8 @@
 
 For each share and fold it writes ``fold1_10_labeled.json``, a COCO JSON for ``--labeled``, and
 ``fold1_10_unlabeled.json``, the list of all other images for ``--unlabeled``; and once ``manifest.json`` with counts and
-checksums. ``--val`` sets images aside first, with their labels, as ``val.json``; without any share all others become
-``labeled.json``. File names stay those of the source, so training needs ``--images DIR``, or a link ``images`` beside the splits.
+checksums. ``--val`` sets images aside first, with their labels, as ``val.json``; if no share is given, all others become
+``labeled.json``. File names stay those of the source, so training needs ``--images DIR``, or a link ``images`` next to the splits.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PARTS = "labeled", "unlabeled"
-MUCH = 1.5  # times the images asked for, beyond which a split is told
+MUCH = 1.5  # a split with more than this many times the images asked for gives a warning
 PERCENTS = 1, 2, 5, 10
 PROTOCOLS = ("softteacher", "stac", "ubteacher")
 
@@ -45,7 +45,7 @@ def parser() -> Parser:
     add("--percent", type=number(float, "(0, inf)"), nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
     add("--count", type=number(int, "[1, inf)"), nargs="+", metavar="N", help="numbers of images, instead of shares")
     add("--val", type=number(float, "(0, 100)"), metavar="P", help="first set P percent of the images aside as val.json")
-    add("--folds", default="1-5", metavar="A-B", help="numbers of the folds, which are their seeds (default: 1-5)")
+    add("--folds", default="1-5", metavar="A-B", help="numbers of the folds, also used as their seeds (default: 1-5)")
     add("--indices", type=Path, metavar="FILE", help="Unbiased Teacher's COCO_supervision.txt, for --protocol ubteacher")
     add("--min-per-class", type=number(int, "[0, inf)"), default=0, metavar="K", help="add images until each class has K boxes")
     add_rules(result)
@@ -153,7 +153,7 @@ def _shares(arguments: argparse.Namespace) -> Any:
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:
-    """Of the shares, as in the files' names; none where only a validation set was asked for."""
+    """Names of the shares, as in the files' names; none if only a validation set was asked for."""
     if arguments.count:
         return [f"{count}images" for count in arguments.count]
     if arguments.val and not arguments.percent:
@@ -175,7 +175,7 @@ def _hold_out(groups: np.ndarray, percent: float) -> tuple[np.ndarray, np.ndarra
 
 
 def _look_at_size(arguments: argparse.Namespace, name: str, images: int, wanted: int, groups: np.ndarray) -> None:
-    """Refuse a split without other images, and warn of one that is much larger than it was meant."""
+    """Refuse a split without other images, and warn about one that is much larger than requested."""
     causes = [f"--group-by {arguments.group_by!r} makes {counted(int(groups.max()) + 1, 'group')}"] if arguments.group_by else []
     causes += [f"--min-per-class {arguments.min_per_class} adds images"] if arguments.min_per_class else []
     why = " and ".join(causes) or "the protocol drew so many"
@@ -204,7 +204,7 @@ def _draw(
     images = content["images"]
     if arguments.protocol == "ubteacher":
         order = sorted(range(len(images)), key=lambda row: images[row]["id"])
-        # The file's numbers are of detectron2's list: images with an annotation that is no crowd, however small.
+        # The file's numbers refer to detectron2's list: images with a non-crowd annotation, however small.
         boxed = {annotation["image_id"] for annotation in content["annotations"] if annotation.get("iscrowd", 0) == 0}
         usable = np.array([row for row in order if images[row]["id"] in boxed], np.int64)
         return draw_from_file(arguments.indices, percent, fold, usable)

@@ -1,21 +1,21 @@
-"""How well guidance pulls a student in the direction of the true labels: settings compared in minutes, without training.
+"""How well guidance pulls a student towards the true labels: settings compared in minutes, without training.
 
     python scripts/measure_guidance.py RUN_OR_WEIGHTS --compare "low: tau=0.2" "high: tau=0.4 rank=false" "sparse: paradigm=sparse"
 
-Needs a trained detector, a short supervised run will do, and unlabelled images whose labels are known but hidden from it: those
-of the embedded data set, or --truth. For each setting it compares the gradient of each unlabelled loss with that of the labelled
+Needs a trained detector (a short supervised run will do) and unlabelled images whose labels are known but hidden from it: those
+of the built-in data set, or --truth. For each setting it compares the gradient of each unlabelled loss with that of the labelled
 loss on the true labels of the same strong views, and counts how right the labels are; see ``dtg_core/engine/fidelity.py``.
 
 A setting is "NAME: KEY=VALUE ...". Keys are those of a stage's rule: ``tau`` for all stages, ``rpn.tau`` for one of them.
-Without --compare the run's dense and sparse rules are measured, with tau and pseudo_score even where they have followed in
+Without --compare the run's dense and sparse rules are measured, with tau and pseudo_score even if thresholds have adapted in
 training (``tau_rate``). Stages that the run did not guide at all are dense.
 
-Each image is drawn once, in batches of one size, so --images and --batch are the most: where there are few images, both are less.
-A single batch has no standard error. With --step the images may come from two passes, and some of them twice; this is told.
+Each image is drawn once, in batches of equal size, so --images and --batch are upper limits: with few images, both are lower.
+A single batch has no standard error. With --step the images may come from two passes, and some of them twice; this is reported.
 
 Its bias: true labels are assigned by the detector's own rule and reduced by its own divisors, as sparse guidance does. So compare
-settings of one paradigm; between paradigms only training decides. And it sees one step: with a threshold that is too high cosines
-are high too, because pushing everything down resembles what true labels ask of an overfitted detector, but in training scores
+settings of one paradigm; between paradigms only training decides. And it sees a single step: with too high a threshold, cosines
+are high too, because pushing everything down resembles what true labels demand of an overfitted detector, but in training scores
 then sink from step to step (RESULTS.md, blood cells). Thresholds should find about as many boxes as there are objects.
 """
 from __future__ import annotations
@@ -56,16 +56,16 @@ def parser() -> Parser:
     add("--compare", nargs="+", action="extend", default=[], metavar="'NAME: KEY=VALUE ...'",
         help="settings to measure (default: dense and sparse)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
-    add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (embedded data: known)")
+    add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (built-in synthetic data set: known)")
     add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
     add("--images", type=number(int, "[1, inf)"), default=128, metavar="N",
-        help="images to measure on at most, each once (default: 128)")
-    add("--batch", type=number(int, "[1, inf)"), default=16, metavar="N", help="images of one gradient at most (default: 16)")
+        help="most images to measure on, each once (default: 128)")
+    add("--batch", type=number(int, "[1, inf)"), default=16, metavar="N", help="most images per gradient (default: 16)")
     add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
         help="draw images and views from this step on (default: 0)")
     add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
     add_overwrite(result)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 
@@ -94,15 +94,15 @@ def main(argv: Sequence[str]) -> int:
     truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
     if truth is None:
         raise UserError("--truth: missing - give a COCO JSON with the labels of the unlabelled images")
-    most = min(arguments.images, len(images))  # an image twice would make batches alike and standard errors too small
+    most = min(arguments.images, len(images))  # repeated images would make batches alike and standard errors too small
     number = -(-most // arguments.batch)
-    size = most // number  # of all batches, as each counts as much in the means
+    size = most // number  # the same for all batches, as they count equally in the means
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, size)
     hull = settings.views.box_hull
     steps = range(arguments.step, arguments.step + number)
     seen = progress(steps, unit="batch")
     pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
-    objects: list[int] = []  # true ones of each batch
+    objects: list[int] = []  # true objects of each batch
     names: set[object] = set()  # of the images
 
     def with_truth(pair: PairBatch) -> tuple[PairBatch, Targets]:
@@ -130,8 +130,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def drawn(count: int, different: int, there: int) -> str:
-    """How many images were drawn, of those that there are."""
-    if different < count:  # in a second pass through them, or in the place of unreadable ones
+    """How many images were drawn, out of those that exist."""
+    if different < count:  # in a second pass through them, or in place of unreadable ones
         share = f"{different} different ones of {there}"
     else:
         share = "all there are" if count == there else f"of {there}"
@@ -139,7 +139,7 @@ def drawn(count: int, different: int, there: int) -> str:
 
 
 def guided(settings: Config) -> Config:
-    """Stages of a run that guided none of them become dense, so that a supervised run can be measured."""
+    """If a run guided none of its stages, make them dense, so that a supervised run can be measured."""
     stages = settings.guidance.stages
     if any(rule.paradigm != "none" for rule in stages.values()):
         return settings
@@ -162,7 +162,7 @@ def named(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Config:
-    """The config with a setting's keys, which are checked as those of a run are."""
+    """The config with a setting's keys, which are checked like those of a run."""
     from dtg_core.config import RANGES, cross_check
     from dtg_core.engine.effective import effective
     from dtg_core.settings import check_ranges, overridden
@@ -211,7 +211,7 @@ def as_json(
 
 
 def table(found: Mapping[str, Measured], stages: Sequence[str]) -> str:
-    """A line for each setting and stage, and one for all stages where there are several."""
+    """A line for each setting and stage, and one for all stages if there are several."""
     kinds, shares = ("class", "box", "rank", "all"), ("precision", "box_iou", "found", "missed")
     means = ("positives", "clusters", "cluster_size", "pseudo_boxes")
     rows = [["setting", "stage", *kinds, "right", "IoU", "found", "missed", "positives", "clusters", "size", "pseudo"]]

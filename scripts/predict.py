@@ -4,17 +4,17 @@
 
 A PATH is an image, a video (with the extra ``video``), a folder or a quoted pattern such as "photos/**/*.jpg". ``DIR/pictures``
 keeps the paths relative to what was given; frame 1 of ``trip/clip.mp4`` is ``trip/clip.mp4/000001.jpg``. ``DIR/detections.json``
-(COCO's results format) and ``DIR/detections.csv`` hold the classes' names and ids of the training data.
+(COCO's results format) and ``DIR/detections.csv`` use the class names and ids of the training data.
 
 ``DIR/images.json`` is the COCO data set, without annotations, that ``detections.json`` belongs to: the classes and every image that
-was read, also one without boxes. The ids of images are those of ``--annotations``, a COCO JSON that lists them by name; else their
-places among all that were given, in the order of the names in a folder, where a frame of a video counts as one.
+was read, even without boxes. Image ids are those of ``--annotations``, a COCO JSON that lists them by name; otherwise their
+positions among all given images, in the order of the names in a folder, where each frame of a video counts as one.
 
-DIR is a new folder, or that of an earlier prediction, in none of the folders given: drawn pictures among photos would be taken for
-more of them. ``--overwrite`` writes over its files and deletes none, so pictures that are not made again stay. Ctrl-C leaves the
+DIR is a new folder, or that of an earlier prediction, and not inside a given folder: drawn pictures among photos would be taken for
+more of them. ``--overwrite`` overwrites its files and deletes none, so pictures that are not made again stay. Ctrl-C keeps the
 lists of what is done.
 
-Exit status: 0; 1 when no file could be read, or with ``--strict`` when one could not; 2 after a mistake that is told in one line;
+Exit status: 0; 1 when no file could be read, or with ``--strict`` when one could not; 2 after a mistake, reported in one line;
 130 after Ctrl-C.
 """
 from __future__ import annotations
@@ -72,18 +72,18 @@ def parser() -> Parser:
     add("--annotations", type=Path, metavar="JSON", help="COCO JSON that has the images' ids (default: they are numbered)")
     add_rules(result)
     add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-        help="of a run folder (default: teacher)")
+        help="which detector of a run folder (default: teacher)")
     add("--score", type=number(float, "[0, 1)"), default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
     add("--batch", type=number(int, "[1, inf)"), default=8, metavar="N", help="images at once (default: 8)")
     add("--no-pictures", action="store_true", help="write the lists only")
     add("--strict", action="store_true", help="exit with status 1 when a file cannot be read")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    rules_of(arguments)  # a mistake is told before the weights are read
+    rules_of(arguments)  # a mistake is reported before the weights are read
 
     from dtg_core.data.files import IMAGE_SUFFIXES
     from dtg_core.data.video import VIDEO_SUFFIXES
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def require_apart(paths: Sequence[str], output: Path) -> None:
-    """UserError where ``output`` lies in a folder that is given or searched by a pattern: what reads that folder later, as
+    """UserError if ``output`` lies in a folder that is given or searched by a pattern: whatever reads that folder later, such as
     ``train.py --unlabeled``, would take drawn pictures for more photos."""
     target = os.path.realpath(output)
     for path in paths:
@@ -135,11 +135,11 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
     """The files that are meant, as names relative to a common folder, and that folder.
 
     Args:
-        paths: files, folders and patterns. output: what lies under it is no input. suffixes: of the files to take in folders.
+        paths: files, folders and patterns. output: files under it are not input. suffixes: of the files to take in folders.
 
     Raises:
-        UserError: nothing is found under a path, or ``output`` is an input folder or holds one. A folder without images is
-            only told where other paths have some.
+        UserError: nothing is found under a path, or ``output`` is an input folder or holds one. A folder without images
+            only gives a warning if other paths have some.
     """
     from dtg_core.data.files import OWN, instead_of, list_images, passed_over
     from dtg_core.data.report import Report
@@ -181,10 +181,10 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
 
 
 def image_ids(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Ids of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` beside it.
+    """Ids of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` next to it.
 
     Args:
-        annotations: the JSON; nothing but its list of images is looked at. root: of ``names``, those of the images.
+        annotations: the JSON; only its list of images is read. root: folder of ``names``, those of the images.
 
     Raises:
         UserError: it has no such list, or one that leaves an id in doubt, or lacks an image.
@@ -201,7 +201,7 @@ def image_ids(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, 
     for key in ("id", "file_name"):
         value, times = Counter(record[key] for record in records).most_common(1)[0]
         if times > 1:
-            raise UserError(f"{annotations}: {times} images have the {key} {value!r} - mend it, so that each has its own")
+            raise UserError(f"{annotations}: {times} images have the {key} {value!r} - fix it, so that each has its own")
     ids = {os.path.normpath(record["file_name"]): record["id"] for record in records}
     found: dict[str, Any] = {}
     for folder in (root, annotations.parent, annotations.parent / "images"):
@@ -221,7 +221,7 @@ def is_image(record: object) -> bool:
 
 
 def require_own_folder(output: Path) -> None:
-    """UserError where ``output`` holds something and no earlier prediction, not even an unfinished one: among somebody's photos the
+    """UserError if ``output`` holds something but no earlier prediction, not even an unfinished one: among somebody's photos, the
     pictures with boxes would be taken for more of them."""
     try:
         there = {name for name in os.listdir(output) if not name.startswith(".")} if output.is_dir() else set()
@@ -235,13 +235,13 @@ def predict(
     predictor: Predictor, items: Iterable[tuple[Any, str, Image.Image]], names: Sequence[str], output: Path, score: float,
     batch: int, pictures: bool, done: Done,
 ) -> None:
-    """Write everything of ``items``, as of ``images``, or what is done before Ctrl-C; ``done`` tells how far it is."""
+    """Write all results for ``items`` (see ``images``), or what is done before Ctrl-C; ``done`` records the progress."""
     from dtg_core.engine.pictures import draw_found
     from dtg_core.engine.signals import StopSignals
 
     every = frozenset(names)
     lists = [output / name for name in LISTS]
-    drafts = [draft(path) for path in lists]  # renamed when they are whole
+    drafts = [draft(path) for path in lists]  # renamed when they are complete
     with (
         open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table,
         open(drafts[2], "w", encoding="utf-8") as seen, progress(total=total_of(names)) as bar,
@@ -283,7 +283,7 @@ def append(file: TextIO, entry: dict[str, Any], first: bool) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, or tell why it cannot be: its boxes are in the lists all the same. Raises OSError where no other can be
+    """Write a picture, or report why it cannot be written: its boxes are in the lists anyway. Raises OSError if no other could be
     written either."""
     from tqdm import tqdm
 
@@ -312,14 +312,14 @@ def entries(predictor: Predictor, found: Found, name: str, image_id: Any) -> Ite
 
 
 def total_of(names: Sequence[str]) -> int | None:
-    """How many images there will be; None: there are videos, which do not say."""
+    """How many images there will be; None: there are videos, whose length is unknown."""
     from dtg_core.data.video import VIDEO_SUFFIXES
 
     return None if any(Path(name).suffix.lower() in VIDEO_SUFFIXES for name in names) else len(names)
 
 
 def how_far(done: Done, names: Sequence[str]) -> str:
-    """"37 of 66 images", or "37 images" where there are videos."""
+    """"37 of 66 images", or "37 images" if there are videos."""
     total = total_of(names)
     return counted(done.images, "image") if total is None else f"{done.images + done.failed} of {counted(total, 'image')}"
 
@@ -327,10 +327,10 @@ def how_far(done: Done, names: Sequence[str]) -> str:
 def images(
     root: Path, names: Sequence[str], ids: Mapping[str, Any], rules: DataRules, done: Done
 ) -> Iterator[tuple[Any, str, Image.Image]]:
-    """Ids, names and images that can be read, of videos frame by frame; what cannot be read is told and counted in ``done``.
+    """Ids, names and images that can be read, videos frame by frame; what cannot be read is reported and counted in ``done``.
 
-    What has no id in ``ids`` is numbered from 1; images that cannot be read have their numbers too, so that mending one changes no
-    other's.
+    Images without an id in ``ids`` are numbered from 1; unreadable ones have their numbers too, so that fixing one does not
+    change the others'.
     """
     from tqdm import tqdm
 
@@ -359,14 +359,14 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def lower_score(predictor: Predictor, pictures: Sequence[Image.Image], score: float, batch: int) -> str:
-    """What to do where no box has reached ``score``."""
+    """What to do if no box has reached ``score``."""
     scores = [float(found.scores.max()) for found in predictor.predict(pictures, 0.0, batch) if len(found.scores)]
     best = f"; the highest score in the first {counted(len(pictures), 'image')} is {max(scores):.3f}" if scores else ""
     return f"no box over {score:g}{best} - try a lower --score"
 
 
 def outputs(output: Path, names: Collection[str]) -> Iterator[Path]:
-    """The files that are written for ``names``; of a video, whose frames are not known yet, those that are there."""
+    """The files that are written for ``names``; for a video, whose frames are not known yet, those that exist."""
     from dtg_core.data.video import VIDEO_SUFFIXES
 
     yield from (output / name for name in LISTS)
@@ -379,12 +379,12 @@ def outputs(output: Path, names: Collection[str]) -> Iterator[Path]:
 
 
 def draft(path: Path) -> Path:
-    """What a list is called until it is whole."""
+    """The name of a list until it is complete."""
     return path.with_name(f"{path.name}.tmp")
 
 
 def picture_path(output: Path, name: str, names: Container[str]) -> Path:
-    """Where the picture of an image goes; ``names`` are those of all files, none of which shares it."""
+    """Where the picture of an image goes; ``names`` are those of all files, so that no two share it."""
     if Path(name).suffix.lower() not in SAVED_AS_THEY_ARE:
         name += ".png"
         while name in names:
@@ -393,7 +393,7 @@ def picture_path(output: Path, name: str, names: Container[str]) -> Path:
 
 
 def text(name: str) -> str:
-    """A file name that UTF-8 can hold."""
+    """A file name in a form that UTF-8 can encode."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

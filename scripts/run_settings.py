@@ -1,4 +1,4 @@
-"""Everything that a run can be told: the core's configuration and one section for each detector."""
+"""All settings of a run: the core's configuration and one section for each detector."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ For each stage a sheet ``DIR/<stage>.png``: the teacher's candidates coloured by
 student's view with targets and samples in the same colours; the ranks within the largest clusters by teacher and by student
 (the paper's Fig. 4); and the samples that dense and sparse guidance label differently, with the reasons (Fig. 3).
 
-With hidden labels (the embedded data set has them) it tells precision and recall of the clusters' kept boxes beside those of
+With hidden labels (the built-in data set has them) it reports precision and recall of the clusters' kept boxes next to those of
 the pseudo boxes. A weights file alone serves as teacher and student at once.
 """
 from __future__ import annotations
@@ -34,15 +34,15 @@ def parser() -> Parser:
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
     add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
     add_overwrite(result)
-    add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this one")
+    add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this stage")
     add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images on a sheet (default: 4)")
     add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
-        help="draw images and views of this step of training (default: 0)")
+        help="use the images and views of this training step (default: 0)")
     add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images, COCO format")
     add("--measure", type=number(int, "[1, inf)"), default=100, metavar="N",
-        help="images that are counted against the truth (default: 100)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what there is)")
+        help="images compared with the truth (default: 100)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
             continue
         for score in sorted({rule.tau, rule.pseudo_score}):
             for kind, count in tally(parts, score).items():
-                if kind != "clusters" or score >= rule.tau:  # under tau there are none
+                if kind != "clusters" or score >= rule.tau:  # below tau there are none
                     print(line(f"{name}, {kind} over {score:g}", count))
     return 0
 

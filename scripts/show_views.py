@@ -1,4 +1,4 @@
-"""A sheet of labelled images and the views that training makes of them, with the boxes that move along.
+"""A sheet of labelled images and the views that training makes of them, with their boxes moved along.
 
     python scripts/show_views.py [--config FILE] [--labeled JSON] [--set key=value ...] --output views.png
 
@@ -22,7 +22,7 @@ def parser() -> Parser:
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--images", metavar="DIR", help="folder that file names in the JSON are relative to (data.images)")
-    add("--seed", type=int, metavar="N", help="of everything that is drawn (run.seed)")
+    add("--seed", type=int, metavar="N", help="seed of all random draws (run.seed)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
     add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images (default: 4)")
     add("--output", type=Path, default=Path("views.png"), metavar="FILE", help="picture to write (default: views.png)")

@@ -3,10 +3,10 @@
     python scripts/study.py configs/studies/quickstart.yaml [--jobs 2] [--output DIR] [--dry-run] [--set run.steps=40 ...]
 
 A study file names detectors, paradigms, folds, seeds and rows of settings; docs/studies.md explains it. Each run is a
-``train.py`` process with a log of its own. The same command goes on where an earlier one was stopped: finished runs are left
+``train.py`` process with a log of its own. The same command continues where an earlier one was stopped: finished runs are left
 alone, others continue from their checkpoints. A run that fails does not stop the others.
 
-Exit status: 0; 1 when a run has failed; 2 after a mistake that is told in one line; 143 or 130 when a signal has stopped it,
+Exit status: 0; 1 when a run has failed; 2 after a mistake, reported in one line; 143 or 130 when a signal has stopped it,
 after the runs' checkpoints.
 """
 from __future__ import annotations
@@ -40,8 +40,8 @@ def parser() -> Parser:
         help="runs at a time; each gets cores / N threads (default: 1)")
     add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
     add("--launcher", metavar="COMMAND",
-        help='what starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
-    add("--dry-run", action="store_true", help="check the study and print the commands of its runs, and stop")
+        help='command that starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
+    add("--dry-run", action="store_true", help="check the study, print the commands of its runs, and exit")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change a setting of all runs")
     return result
 
@@ -89,7 +89,7 @@ def _commands(planned: Plan) -> list[str]:
 def _run(
     study: Study, file: Path, planned: Plan, folder: Path, parallel: int, train: Sequence[str], overrides: Sequence[str]
 ) -> int:
-    """Train what is not finished and compare. Gives the exit status."""
+    """Train what is not finished and compare. Returns the exit status."""
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.jobs import run_jobs
     from dtg_core.engine.signals import StopSignals
@@ -148,7 +148,7 @@ def _jobs(planned: Plan, logs: Path, train: Sequence[str]) -> list[Job]:
 
 
 def _split(study: Study, folder: Path, overrides: Sequence[str]) -> None:
-    """Make the splits of the study's source, or see that those which are there are of the same source."""
+    """Make the splits of the study's source, or check that existing ones are of the same source."""
     import make_splits
 
     data = study.data

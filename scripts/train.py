@@ -3,7 +3,7 @@
     accelerate launch scripts/train.py --detector gfl
     accelerate launch scripts/train.py --detector faster_rcnn --paradigm sparse --set optim.lr=0.02
 
-Exit status: 0; 2 after a mistake that is told in one line; 3 when the losses are not finite any more; 143 or 130 when a
+Exit status: 0; 2 after a mistake, reported in one line; 3 when the losses are no longer finite; 143 or 130 when a
 signal has stopped it, after a checkpoint.
 """
 from __future__ import annotations
@@ -63,23 +63,23 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.run import Fit, on_main
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
-    # A checkpoint replaces all first weights, which may be gone by then.
+    # A checkpoint replaces all initial weights, whose files may be gone by then.
     resumed = arguments.resume is not None and (arguments.resume != "auto" or on_main(accelerator, lambda: folder.has_checkpoint))
     if not arguments.replay:  # before the data is read, which may take a while
         on_main(accelerator, lambda: _preflight(folder, settings, arguments, resumed))
     report = Report()
     read: list[Sources] = []
-    # First by one process, which makes the embedded data set, and whose error ends the others too.
+    # First in one process, which makes the built-in data set, and whose error ends the others too.
     on_main(accelerator, lambda: read.append(open_sources(settings.data, is_supervised(settings), report)))
     sources = read[0] if read else open_sources(settings.data, is_supervised(settings), report)
-    labeled = settings.data.labeled or "embedded data"
+    labeled = settings.data.labeled or "built-in synthetic data"
     note_small_boxes(sources.labeled, labeled, settings.views, report)
     if accelerator.is_main_process:
         for line in report.lines():
             print(f"warning: {line}", file=sys.stderr)
     if arguments.replay:
         return _replay(arguments, settings, sources, accelerator)
-    torch.manual_seed(settings.run.seed)  # the same first weights in every paradigm and process
+    torch.manual_seed(settings.run.seed)  # the same initial weights in every paradigm and process
     detector, remarks = _detector(settings, sources, resumed)
     if accelerator.is_main_process:
         remarks += [f"{labeled}: {line}" for line in missed_classes(cast("Detector", detector), sources.labeled, settings.views)]
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _config_of(step: Path) -> Path:
-    """The settings of the run that has written ``step``, the file of --replay."""
+    """The config.yaml of the run that has written ``step``, the file given by --replay."""
     config = step.parent.parent / "config.yaml"
     if not step.is_file() or not config.is_file():
         found = f"no {config} beside it" if step.is_file() else "no such file"
@@ -109,7 +109,7 @@ def _config_of(step: Path) -> Path:
 
 
 def _preflight(folder: RunFolder, settings: RunSettings, arguments: argparse.Namespace, resumed: bool) -> None:
-    """UserError for what would end the run after its data has been read."""
+    """UserError for what would otherwise end the run only after its data has been read."""
     import torch
 
     from dtg_core.models.backbone import require_available, require_known
@@ -123,7 +123,7 @@ def _preflight(folder: RunFolder, settings: RunSettings, arguments: argparse.Nam
 
 
 def _require_start(init: str | None, resume: str | None) -> None:
-    """UserError where there is nothing at the path that the run is to start from."""
+    """UserError if there is nothing at the path that the run should start from."""
     from dtg_core.engine.predict import find_weights
 
     if resume not in (None, "auto") and not Path(resume).is_dir():
@@ -133,7 +133,7 @@ def _require_start(init: str | None, resume: str | None) -> None:
 
 
 def _require_free(folder: RunFolder, settings: RunSettings, arguments: argparse.Namespace) -> None:
-    """As RunFolder.require_free; a dry run, which writes nothing, only warns."""
+    """Like RunFolder.require_free; a dry run, which writes nothing, only warns."""
     init = settings.run.init
     try:
         if arguments.overwrite and init is not None and Path(init).resolve().is_relative_to(folder.path.resolve()):
@@ -146,7 +146,7 @@ def _require_free(folder: RunFolder, settings: RunSettings, arguments: argparse.
 
 
 def default_folder(settings: RunSettings) -> Path:
-    """Of a run that names none; runs on different labelled files do not share one."""
+    """The folder of a run that names none; runs on different labelled files do not share one."""
     labeled = settings.data.labeled
     parts = (settings.detector, settings.paradigm, *([Path(labeled).stem] if labeled else []), f"seed{settings.run.seed}")
     return Path("runs", "-".join(parts))
@@ -161,7 +161,7 @@ def _accelerator(accumulate: int) -> Accelerator:
         check_devices(os.environ, torch.cuda.device_count())
     try:
         with warnings.catch_warnings():
-            # The threads that it chooses for several processes on CPUs are a good choice, which needs no advice.
+            # The number of threads that it chooses for several processes on CPUs is fine, so its advice is not needed.
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)
             return Accelerator(gradient_accumulation_steps=accumulate)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -169,7 +169,7 @@ def _accelerator(accumulate: int) -> Accelerator:
 
 
 def _leave_process_group() -> None:
-    """Ends Gloo's threads, one of which may still hold a tensor: letting go of it while Python ends would abort the process."""
+    """End Gloo's threads, one of which may still hold a tensor: releasing it while Python exits would abort the process."""
     import torch
 
     gc.collect()  # the student's DistributedDataParallel, in a cycle, holds the group
@@ -178,11 +178,11 @@ def _leave_process_group() -> None:
 
 
 def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bool) -> RunSettings:
-    """The settings with what the launcher decides: its micro-batches win over ours, and --scale-lr needs to know them."""
+    """The settings with what the launcher decides: its micro-batches override ours, and --scale-lr needs to know them."""
     from dtg_core.engine.schedules import scale_lr
 
     settings = replace(settings, optim=replace(settings.optim, accumulate=accelerator.gradient_accumulation_steps))
-    accelerator.gradient_accumulation_steps = 1  # train_step divides by itself, and exactly
+    accelerator.gradient_accumulation_steps = 1  # train_step does the division itself, and exactly
     if scale:
         before = settings.optim.lr
         settings = replace(settings, optim=scale_lr(settings, accelerator.num_processes))
@@ -191,7 +191,7 @@ def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bo
 
 
 def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[Detector, list[str]]:
-    """The detector with its first weights, and warnings; bare where a run is resumed, whose checkpoint has them."""
+    """The detector with its initial weights, and warnings; bare if a run is resumed, whose checkpoint has them."""
     from dtg_core.engine.initial import start_from
     from dtg_core.engine.predict import find_weights
 
@@ -204,7 +204,7 @@ def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[D
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:
-    """What a weights file tells of itself."""
+    """What a weights file says about itself."""
     return {
         "detector": settings.detector,
         "class_names": list(sources.labeled.class_names),

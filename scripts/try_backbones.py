@@ -3,8 +3,8 @@
     python scripts/try_backbones.py [NAME ...] [--detector gfl|faster_rcnn] [--steps 20] [--set dotted.key=value ...]
 
 Prints a Markdown table: parameters of the whole detector, median time of a step with teacher and student, and the labelled
-loss at the first and over the last five steps, on the embedded data set with configs/quickstart.yaml. One that does not fit is an
-error line; the others are trained all the same.
+loss at the first and over the last five steps, on the built-in data set with configs/quickstart.yaml. One that does not fit
+gives an error line; the others are still trained.
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def parser() -> Parser:
     result = Parser("Train backbones for a few steps each.")
     result.add_argument("names", nargs="*", metavar="NAME", help="timm models (default: one of each of eleven families)")
     result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="gfl|faster_rcnn",
-                        help="on each backbone (default: gfl)")
-    result.add_argument("--steps", type=int, default=20, metavar="N", help="of each (default: 20)")
+                        help="detector on each backbone (default: gfl)")
+    result.add_argument("--steps", type=int, default=20, metavar="N", help="steps for each (default: 20)")
     result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")
     return result
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             settings = _settings(arguments.detector, name, arguments.steps, arguments.set)
             parameters, seconds, losses = _train(settings)
-        except UserError as error:  # the others are tried all the same
+        except UserError as error:  # the others are still tried
             print(f"error: {error}", file=sys.stderr)
             failed = True
             continue

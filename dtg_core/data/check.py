@@ -1,4 +1,4 @@
-"""The checks that take too long for every start: each image is decoded, and sets are compared by what their files hold."""
+"""The checks that take too long for every start: each image is decoded, and sets are compared by the contents of their files."""
 from __future__ import annotations
 
 import contextlib
@@ -42,10 +42,10 @@ def check_images(
     """Decode every image.
 
     Args:
-        index: the images. name: of the data set, in the report.
-        report: takes what is odd, and each image that cannot be used.
+        index: the images. name: the data set's, in the report.
+        report: collects what is odd, and each image that cannot be used.
         workers: processes; 0: this one.
-        shown: passes the looks on as they are made, and shows how far it is of that many.
+        shown: passes the looks on as they are made, and shows progress towards the given number.
 
     Returns:
         One Look for each image.
@@ -66,7 +66,7 @@ def require_images(index: CocoIndex, looks: list[Look], name: Path) -> None:
     """UserError if more images cannot be used than the rules of ``index`` allow."""
     bad = [f"{file}: {look.problem}" for file, look in zip(index.file_names, looks) if look.problem]
     if len(bad) > index.rules.max_bad_images * len(index):
-        raise UserError(f"{name}: {len(bad)} of {len(index)} images cannot be used (first {bad[0]}) - mend them, take them "
+        raise UserError(f"{name}: {len(bad)} of {len(index)} images cannot be used (first {bad[0]}) - fix them, take them "
                         "out, or "
                         "raise data.rules.max_bad_images")
 
@@ -74,7 +74,7 @@ def require_images(index: CocoIndex, looks: list[Look], name: Path) -> None:
 def check_shared(
     one: CocoIndex, ones: list[Look], other: CocoIndex, others: list[Look], name: Path, other_name: Path, report: Report
 ) -> None:
-    """Report images of ``one`` whose file, or nearly the same picture, is also in ``other``, with the looks at both."""
+    """Report images of ``one`` whose file, or nearly the same picture, is also in ``other``, given the looks at both."""
     file_of = {look.digest: file for file, look in zip(other.file_names, others) if look.digest}
     same = [file_of.get(look.digest) for look in ones]
     report.add(name, f"IMAGES ARE ALSO IN {other_name}, BYTE FOR BYTE",
@@ -89,13 +89,13 @@ def check_shared(
     report.add(name, f"IMAGES LOOK LIKE ONES OF {other_name}", near)
 
 
-_kept: CocoIndex  # of a worker process, which gets it once: that of COCO takes longer to send than an image to decode
+_kept: CocoIndex  # a worker process's, sent once: COCO's takes longer to send than an image to decode
 
 
 def _keep(index: CocoIndex) -> None:
     global _kept
     _kept = index
-    # Ctrl-C reaches every process of a terminal. A worker ends by it at once, without a traceback; one that ignored the signal
+    # Ctrl-C reaches every process of a terminal. A worker then ends at once, without a traceback; one that ignored the signal
     # would first look at all images that wait for it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

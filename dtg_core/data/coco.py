@@ -1,7 +1,7 @@
 """A COCO JSON or a plain folder becomes a ``CocoIndex``.
 
 n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it. Faults of a file that leave
-its meaning in doubt are UserErrors; the others are mended or left out, and counted in a ``Report``.
+its meaning in doubt are UserErrors; others are fixed or left out, and counted in a ``Report``.
 """
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from dtg_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 100  # images of a file whose real sizes are looked at; a look at all may take minutes
+SAMPLE = 100  # images of a file whose real sizes are checked; checking all may take minutes
 NEARLY_ALL = 0.95  # of a file's boxes, for a guess at their format
-LARGEST = 1e9  # px; numbers beyond are no coordinates
+LARGEST = 1e9  # px; larger numbers are not coordinates
 GIVE_IMAGES = "give the images' folder by --images (data.images), that of --val by --val-images (data.val_images)"
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
 
@@ -51,11 +51,11 @@ def load_coco(
 
     Args:
         json_path: the file.
-        images: folder that its file names are relative to. Where the first image is not in it, or for None, it is the
-            JSON's own folder, or ``images`` beside it or beside its folder.
-        need_labels: False reads the list of images only, as of unlabeled data, and needs no other key.
+        images: folder that its file names are relative to. If the first image is not in it, or for None, it is the
+            JSON's own folder, or ``images`` next to the JSON or next to its folder.
+        need_labels: False reads the list of images only, as for unlabelled data, and needs no other key.
         rules: what is tolerated; None: the defaults.
-        report: takes what was mended or left out; None: it is logged as warnings.
+        report: collects what was fixed or left out; None: it is logged as warnings.
 
     Returns:
         CocoIndex with classes in ascending order of the category ids.
@@ -86,11 +86,11 @@ def load_coco(
 
 
 def parse_coco(json_path: Path, rules: DataRules | None = None) -> tuple[dict[str, Any], np.ndarray]:
-    """The records of a COCO JSON, checked by ``rules`` as by ``load_coco`` but without a look at the image files.
+    """The records of a COCO JSON, checked by ``rules`` as in ``load_coco`` but without looking at the image files.
 
     Returns:
         The file's content without polygons and without annotations of unknown images; and [images, C] int64, the numbers of
-        usable boxes that are no crowds, with classes in the order of "categories".
+        usable boxes that are not crowds, with classes in the order of "categories".
     """
     rules, notes = rules or DataRules(), Report()
     content, ids, names = _listed(json_path, rules, notes)
@@ -147,7 +147,7 @@ def _with_objects(
     boxes[broken] = math.nan
     usable = ~unknown & ~broken
     boxes *= frame.scale[rows]
-    # Also of unknown images, so that what an annotation is counted as does not depend on the order of the checks.
+    # Also for unknown images, so that what an annotation is counted as does not depend on the order of the checks.
     boxes = _corners(boxes, sizes[rows], usable & (sizes[rows] > 0).all(1), index.rules, path)
     thin = usable & ~(boxes[:, 2:] > boxes[:, :2]).all(1)
     limits = np.where(sizes[rows] > 0, sizes[rows], np.inf)[:, [1, 0, 1, 0]]
@@ -183,7 +183,7 @@ def _with_objects(
         kind = kind.removesuffix("are left out").removesuffix(" and ").strip()
         raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: "
                         f"{int(worst.sum())} "
-                        f"{kind}) - mend them, or raise data.rules.max_bad_annotations")
+                        f"{kind}) - fix them, or raise data.rules.max_bad_annotations")
 
     order = order[np.argsort(rows[order], kind="stable")]
     classes = np.bincount(labels[order][~crowd[order]], minlength=len(class_names))
@@ -207,7 +207,7 @@ def _note(report: Report, path: Path, kind: str, numbers: Sequence[int] | np.nda
 
 
 def _matched(annotations: list[dict[str, Any]], key: str, known: Sequence[Any], path: Path) -> np.ndarray:
-    """[B] int64, place of each annotation's id in ``known``, -1 for a stranger. All strangers: the file makes no sense."""
+    """[B] int64, place of each annotation's id in ``known``, -1 for unknown ones. UserError if all are unknown."""
     place = {value: number for number, value in enumerate(known)}
     found = []
     for annotation in annotations:
@@ -237,13 +237,13 @@ def _numbers(bbox: Any) -> tuple[float, float, float, float]:
 
 
 def _corners(boxes: np.ndarray, sizes: np.ndarray, sure: np.ndarray, rules: DataRules, path: Path) -> np.ndarray:
-    """(x1, y1, x2, y2) of boxes as written [B, 4]; ``sure`` [B] bool are those of which a guess at the format is made."""
+    """(x1, y1, x2, y2) of boxes as written [B, 4]; ``sure`` [B] bool are those from which the format is guessed."""
     as_xywh = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), 1)
     if rules.box_format == "xyxy":
         return boxes
     seen, width_height = boxes[sure], sizes[sure][:, ::-1]
     if rules.box_format == "auto" and len(seen):
-        # Nearly all of them, since one box that is wrong by itself should not hide what the others are.
+        # Nearly all of them, since a single wrong box should not hide what the others are.
         if ((seen <= 1) & (seen >= 0)).all(1).mean() > NEARLY_ALL and (width_height > 4).all():
             raise UserError(f"{path}: all boxes lie within 0 to 1, as shares of the image (found {seen[0].tolist()}) - "
                             "write pixels, or "
@@ -262,7 +262,7 @@ def _without_copies(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``numbers`` of annotations without copies; the copies; and the second ones of equal boxes with different classes.
 
-    A crowd and an object are no copies of each other.
+    A crowd and an object are never copies of each other.
     """
     key = np.column_stack((labels[numbers], crowd[numbers], boxes[numbers], rows[numbers]))
     order = np.lexsort(key.T)  # by image, box, crowd, class; stable
@@ -274,8 +274,8 @@ def _without_copies(
 
 
 def _areas(annotations: list[dict[str, Any]], sides: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[B] float64, the JSON's areas times ``scale`` [B]; those of the boxes, whose clipped sides are [B, 2], where they are
-    none."""
+    """[B] float64, the JSON's areas times ``scale`` [B]; where they are unusable, those of the boxes, by their clipped ``sides``
+    [B, 2]."""
     given = [annotation.get("area") for annotation in annotations]
     areas = np.array([value if isinstance(value, (int, float)) and 0 < value < 1e15 else 0 for value in given], np.float64) * scale
     boxes = sides.prod(1)
@@ -283,7 +283,7 @@ def _areas(annotations: list[dict[str, Any]], sides: np.ndarray, scale: np.ndarr
 
 
 def _odd_ids(annotations: list[dict[str, Any]]) -> list[int]:
-    """Annotations whose id is missing, 0 or another's."""
+    """Annotations whose id is missing, 0 or not unique."""
     ids = [annotation.get("id") for annotation in annotations]
     ids = [value if type(value) in (int, float, str) else None for value in ids]
     counts = Counter(ids)
@@ -298,19 +298,19 @@ class _Frame:
     """The pixels in which the boxes of a file's images are given."""
 
     sizes: np.ndarray  # [n, 2] int32, (height, width)
-    scale: np.ndarray  # [n, 4] float64, what a box (x, y, width, height) is multiplied by to be in them
+    scale: np.ndarray  # [n, 4] float64, factors that bring a box (x, y, width, height) into these pixels
     as_stored: bool  # EXIF turns no image
 
 
 def _frame(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray, path: Path, report: Report) -> _Frame:
-    """Sizes are the JSON's where it says any, else the files'.
+    """Sizes are the JSON's where it has any, otherwise the files'.
 
-    If one of a sample of the files differs from the JSON, all files are asked, and theirs is taken. Where the images of that
-    sample that EXIF would lay on their side have their stored sizes in the JSON, EXIF turns none of the file's, also none by half
-    a turn, which no size tells.
+    If one of a sample of the files differs from the JSON, all files are read, and their sizes used. If the images of that sample
+    that EXIF would turn by 90 degrees have their stored sizes in the JSON, EXIF turns no image of the JSON, not even by 180
+    degrees, which no size shows.
 
     Raises:
-        UserError: most images are the JSON's at another scale, and the rules do not say what then becomes of their boxes.
+        UserError: most images have another scale than in the JSON, and the rules do not say what to do with their boxes.
     """
     told = np.array([[_pixels(record.get(key), key, number, path) for key in ("height", "width")]
                      for number, record in enumerate(records)], np.int64)  # fmt: skip
@@ -342,7 +342,7 @@ def _frame(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
 
 
 def _rescaled(told: np.ndarray, differ: dict[int, tuple[int, int]], looked: int, rules: DataRules, path: Path) -> np.ndarray:
-    """[n, 4] factors of the boxes, from sizes ``told`` [n, 2] by the JSON and those of the ``differ``ing of ``looked`` files."""
+    """[n, 4] factors of boxes, from the JSON's sizes ``told`` [n, 2] and the files' that ``differ``, of ``looked`` files read."""
     scale = np.ones((len(told), 4))
     alike = {}  # files with the JSON's sides times one factor, up to a pixel of the smaller size
     for row, size in differ.items():
@@ -363,16 +363,16 @@ def _rescaled(told: np.ndarray, differ: dict[int, tuple[int, int]], looked: int,
 
 
 def _real_sizes(index: CocoIndex, rows: np.ndarray) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
-    """{row: (height, width) as stored and as turned by EXIF}, from the heads of the files."""
+    """{row: (height, width) as stored and as turned by EXIF}, from the files' headers."""
     sizes = {}
     for row in rows.tolist():
-        with contextlib.suppress(UserError):  # found again when it is decoded
+        with contextlib.suppress(UserError):  # reported when it is decoded
             sizes[row] = image_size(index.path(row), index.rules)
     return sizes
 
 
 def _pixels(value: Any, key: str, number: int, path: Path) -> int:
-    """A side in pixels, 0 if it is none."""
+    """A side in pixels, 0 if it is not one."""
     if type(value) is float and not math.isfinite(value):
         raise UserError(f"{path}: images[{number}].{key} is {value} - write its number of pixels")
     return int(value) if type(value) in (int, float) and 1 <= value < 2**31 else 0
@@ -387,7 +387,7 @@ def _classes(categories: list[dict[str, Any]], path: Path, report: Report) -> tu
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}: categories[{number}].name is {_short(name)} - give the class a name")
-        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):  # control, and half a character
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):  # control characters, lone surrogates
             raise UserError(f"{path}: categories[{number}].name has characters that cannot be shown ({_short(name)}) - rename it")
         if name in names[:number]:
             raise UserError(f"{path}: two categories are called {name!r} - join them, or rename one")
@@ -431,7 +431,7 @@ def _unique_ids(rows: list[dict[str, Any]], where: str, path: Path, report: Repo
 
 
 def _slim(record: dict[str, Any]) -> dict[str, Any]:
-    """Polygons are most of a large file's memory, so they go while the file is read; a box that only they tell stays."""
+    """Polygons take most of a large file's memory, so they are dropped on reading; a box that only they define is kept."""
     shape = record.pop("segmentation", None)
     if shape and record.get("bbox") is None:
         if isinstance(shape, dict):
@@ -484,9 +484,9 @@ def _short(value: Any) -> str:
 
 
 def _image_folder(json_path: Path, first: str, images: Path | None, report: Report) -> Path:
-    """The first folder that has the first image: the given one, the JSON's own, or ``images`` beside the JSON or beside its folder.
+    """The first folder that has the first image: the given one, the JSON's own, or ``images`` next to the JSON or its folder.
 
-    So one ``data.images`` serves a run whose sets lie in different folders. Where several have an image of that name, only the
+    So one ``data.images`` serves a run whose sets are in different folders. If several have an image of that name, only the
     user knows which is meant.
     """
     if images is not None and not Path(images).is_dir():
@@ -504,10 +504,10 @@ def _image_folder(json_path: Path, first: str, images: Path | None, report: Repo
 
 
 def list_folder(folder: Path, rules: DataRules | None = None, report: Report | None = None) -> CocoIndex:
-    """All images under a folder, sorted by path, without boxes, classes and known sizes; hidden files are skipped.
+    """All images under a folder, sorted by path, without boxes, classes or known sizes; hidden files are skipped.
 
     Raises:
-        UserError: it is not a folder, or has no images, with the kinds of files that it has instead.
+        UserError: it is not a folder, or has no images; names the kinds of files that it has instead.
     """
     folder, notes = Path(folder), Report() if report is None else report
     if not folder.is_dir():

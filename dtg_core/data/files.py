@@ -1,4 +1,4 @@
-"""Names of image files: what lies under a folder, and whether the names that a JSON gives are there and stay inside."""
+"""Names of image files: what is under a folder, and whether the files that a JSON names exist and are inside it."""
 from __future__ import annotations
 
 import contextlib
@@ -16,7 +16,7 @@ from dtg_core.errors import UserError
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
 HEIC_SUFFIXES = frozenset((".heic", ".heif"))
 SKIPPED = frozenset(("__macosx", "thumbs.db", "desktop.ini"))  # and hidden ones, such as .ipynb_checkpoints
-PREDICTION = "detections.json", "detections.csv"  # the lists of predict.py, ``.tmp`` until they are whole
+PREDICTION = "detections.json", "detections.csv"  # the lists of predict.py, ``.tmp`` until they are complete
 LONGEST = 4095  # bytes of a path
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 FILE, LINK, OTHER = range(3)
@@ -30,12 +30,12 @@ JUNK = "files are skipped, as hidden or as no image"
 def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[str]:
     """Image files under a folder, or those of other lower-case ``suffixes``, relative to it and sorted; links are followed.
 
-    Hidden and known junk files are skipped, and folders in it that hold a run, a study or a prediction: their pictures have boxes
-    drawn on them.
+    Hidden and known junk files are skipped, and so are subfolders that hold a run, a study or a prediction: their pictures have
+    boxes drawn on them.
     """
     names: list[str] = []
     skipped: dict[str, list[str]] = {OWN: [], VIDEO: [], HEIC: [], JUNK: []}
-    seen: set[str] = set()  # real folders, so that links in a circle end
+    seen: set[str] = set()  # real folders, so that circular links end
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
@@ -69,14 +69,14 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
 
 def _is_own(where: str, names: set[str]) -> bool:
     """Whether this program has written the folder that holds ``names``: as a study, a prediction, even an unfinished one, or a run,
-    whose config.yaml tells the version of its keys."""
+    whose config.yaml states the version of its keys."""
     if {"study.yaml", "logs"} <= names or all(name in names or f"{name}.tmp" in names for name in PREDICTION):
         return True
     return "config.yaml" in names and not names.isdisjoint((".lock", "metrics.jsonl")) and holds_run(where)
 
 
 def holds_run(folder: str | Path) -> bool:
-    """Whether a folder's config.yaml is that of a run, which tells the version of its keys."""
+    """Whether a folder's config.yaml is that of a run, which states the version of its keys."""
     config = Path(folder, "config.yaml")
     with contextlib.suppress(OSError):
         return config.is_file() and re.search(rb"^schema:", config.read_bytes(), re.MULTILINE) is not None
@@ -84,14 +84,14 @@ def holds_run(folder: str | Path) -> bool:
 
 
 def passed_over(report: Report, folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[set[str], str]:
-    """What ``list_images`` has reported of a folder without images: the suffixes of its files, and all in words that follow "no
-    images", such as ", only .heic, .mp4 files"; empty if there is nothing."""
+    """What ``list_images`` has reported on a folder without images: the suffixes of its files, and a text to follow "no images",
+    such as ", only .heic, .mp4 files"; empty if there is nothing."""
     kinds: set[str] = set()
     for kind in (VIDEO, HEIC, JUNK):
         finding = report.findings.get((str(folder), kind))
         paths = [Path(item) for item in finding.items] if finding else []
         kinds |= {path.suffix.lower() for path in paths if path.name[0] != "." and path.name.lower() not in SKIPPED}
-    kinds -= suffixes | {""}  # of suffixes: links that lead nowhere
+    kinds -= suffixes | {""}  # files with such a suffix are broken links
     shown = ", ".join([*sorted(kinds)[:5], *(["..."] if len(kinds) > 5 else [])])
     told = [f"{shown} files"] if kinds else []
     if (str(folder), OWN) in report.findings:
@@ -100,7 +100,7 @@ def passed_over(report: Report, folder: Path, suffixes: frozenset[str] = IMAGE_S
 
 
 def instead_of(kinds: Collection[str], other: str) -> str:
-    """What to do with files of these suffixes, which are no images; ``other`` where none of them is known."""
+    """What to do with non-image files of these suffixes; ``other`` if none of them is known."""
     remedies = [
         ("extract frames, e.g. mkdir frames && ffmpeg -i a.mp4 -vf fps=1 frames/%06d.jpg", VIDEO_SUFFIXES),
         ("convert HEIC to JPEG", HEIC_SUFFIXES),
@@ -109,7 +109,7 @@ def instead_of(kinds: Collection[str], other: str) -> str:
 
 
 def no_folder(path: Path) -> str:
-    """Why a path that should be a folder is none, in words that follow its name and a colon."""
+    """Why a path that should be a folder is not one, as a text to follow its name and a colon."""
     return "is a file, not a folder" if path.exists() else "there is no such folder"
 
 
@@ -143,10 +143,10 @@ def _problem(name: str, rules: DataRules) -> str | None:
 def missing_files(root: Path, names: Sequence[str], source: Path, rules: DataRules) -> list[int]:
     """Rows of the files that are not there.
 
-    Each folder is listed once instead of asking for each file, which matters on network disks.
+    Each folder is listed once instead of checking each file, which matters on network disks.
 
     Raises:
-        UserError: a name differs from an existing one in case only, is no regular file, or is a link that leads out of root.
+        UserError: a name differs from an existing one in case only, is not a regular file, or is a link that leads out of root.
     """
     folders: dict[str, dict[str, int]] = {}
     missing = []
@@ -170,7 +170,7 @@ def missing_files(root: Path, names: Sequence[str], source: Path, rules: DataRul
 def real_paths(root: Path, names: Sequence[str]) -> list[str]:
     """Where files under ``root`` are when links of folders and files are followed.
 
-    Each folder is looked at once instead of each file, as in ``missing_files``.
+    Each folder is listed once instead of checking each file, as in ``missing_files``.
     """
     folders: dict[str, tuple[str, set[str]]] = {}
     paths = []
@@ -186,7 +186,7 @@ def real_paths(root: Path, names: Sequence[str]) -> list[str]:
 
 
 def nearest_name(root: Path, name: str) -> str:
-    """The file beside ``name`` whose name is most like it, in words that end a message; empty if none is like it."""
+    """The file next to ``name`` with the most similar name, as the end of a message; empty if none is similar."""
     folder = os.path.join(root, os.path.dirname(name))
     names: list[str] = []
     with contextlib.suppress(OSError):
@@ -196,7 +196,7 @@ def nearest_name(root: Path, name: str) -> str:
 
 
 def _listed(root: Path, prefix: str, source: Path, rules: DataRules) -> dict[str, int]:
-    """Kind of each entry of a folder, without its folders."""
+    """Kind of each entry of a folder, without subfolders."""
     where = os.path.join(root, prefix)
     if prefix and not rules.allow_outside_root and not _inside(root, prefix):
         raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to "
@@ -204,7 +204,7 @@ def _listed(root: Path, prefix: str, source: Path, rules: DataRules) -> dict[str
     try:
         entries = list(os.scandir(where))
     except PermissionError as error:
-        raise UserError(f"{source}: the images' folder {where} cannot be read ({error.strerror}) - mend its rights") from error
+        raise UserError(f"{source}: the images' folder {where} cannot be read ({error.strerror}) - fix its rights") from error
     except OSError:
         return {}
     kinds = {}

@@ -1,4 +1,4 @@
-"""Moves of an image as 3x3 matrices, and the one warp that carries them out.
+"""Moves of an image as 3x3 matrices, and the one warp that applies them.
 
 A matrix maps (x, y, 1) of the image before to the image after, in the edge convention: pixel 0 spans 0 to 1, so a flip is
 x -> width - x. Later moves are multiplied from the left. Operations and limits are Soft Teacher's
@@ -15,7 +15,7 @@ from dtg_core.config import ViewsConfig
 
 Matrix = np.ndarray  # [3, 3] float64
 
-FILL = (125, 125, 125)  # color of pixels that come from outside the image, and of erased patches
+FILL = (125, 125, 125)  # colour of pixels that come from outside the image, and of erased patches
 
 
 def scale(x: float, y: float) -> Matrix:
@@ -34,7 +34,7 @@ def flip(width: float) -> Matrix:
 
 
 def rotation(degrees: float, height: float, width: float) -> Matrix:
-    """Turn clockwise about the center of the image."""
+    """Turn clockwise about the centre of the image."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = np.array(((cos, -sin, 0), (sin, cos, 0), (0, 0, 1)), np.float64)
     return shift(width / 2, height / 2) @ turn @ shift(-width / 2, -height / 2)
@@ -48,7 +48,7 @@ def shear(degrees_x: float, degrees_y: float) -> Matrix:
 
 
 def fitted(height: int, width: int, short_edge: int, long_edge: int) -> tuple[int, int]:
-    """(height, width) of an image scaled so that its sides reach one of the two limits and exceed none."""
+    """(height, width) of an image scaled so that its sides reach one of the two limits and exceed neither."""
     factor = min(short_edge / min(height, width), long_edge / max(height, width))
     return max(round(height * factor), 1), max(round(width * factor), 1)
 
@@ -67,6 +67,6 @@ def random_move(height: int, width: int, config: ViewsConfig, generator: np.rand
 
 
 def warp(image: Image.Image, matrix: Matrix) -> Image.Image:
-    """Carry out a matrix on a canvas of the same size, bilinear, with ``FILL`` outside."""
+    """Apply a matrix on a canvas of the same size, bilinear, with ``FILL`` outside."""
     inverse = np.linalg.inv(matrix)[:2].ravel().tolist()  # PIL asks where a pixel comes from, in the edge convention
     return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR, fillcolor=FILL)

@@ -1,7 +1,7 @@
 """Any image file as upright 8-bit RGB, or a UserError that says why not.
 
-EXIF orientation is applied, 16 bits are divided by 257 unless a range is given, transparency is laid over white, of several
-frames the first is taken.
+EXIF orientation is applied, 16 bits are divided by 257 unless a range is given, transparency is laid over white, and of several
+frames the first is used.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the n
 NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, ArithmeticError, AttributeError,
             MemoryError, RuntimeError)  # what Pillow raises for damaged files  # fmt: skip
 
-# What can be odd about an image that is used all the same.
+# What can be odd about an image that is used anyway.
 ALPHA = "images with transparency are laid over white"
 DEEP = "images of more than 8 bits are scaled to 8"
 DARK = "images of 16 bits have no value over 4095 and come out nearly black - set data.rules.float_range=[0, 4095] if that is white"
@@ -40,15 +40,15 @@ def read_image(
 
     Args:
         path: the file.
-        size: (height, width) that annotations were made for, 0 where unknown. Where the file has that size only without its
+        size: (height, width) that annotations were made for, 0 where unknown. If the file has that size only without its
             EXIF orientation, it is not turned, because then the boxes were drawn on the stored pixels.
-        rules: how truncated, float and huge files are taken; None: the defaults.
+        rules: how truncated, float and huge files are handled; None: the defaults.
         odd: collects what is odd about the image.
         as_stored: never turn it, since the boxes of its data set were drawn on stored pixels.
 
     Raises:
-        UserError: the file is missing or no readable image; NeedsSetting where it is float or 32 bits deep without a
-            range in the rules, or cut off and these ask to stop at such.
+        UserError: the file is missing or not a readable image; NeedsSetting if it is float or 32 bits deep and the rules
+            give no range, or if it is cut off and they treat that as an error.
     """
     rules, odd = rules or DataRules(), set() if odd is None else odd
     with _opened(path, rules) as image:
@@ -72,7 +72,7 @@ def read_image(
 
 
 def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(height, width) as stored and as turned upright, from the head of the file. Raises UserError as ``read_image``
+    """(height, width) as stored and as turned upright, from the file's header. Raises UserError as ``read_image``
     does."""
     with _opened(path, rules or DataRules()) as image:
         stored = image.height, image.width
@@ -80,21 +80,21 @@ def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, i
 
 
 def is_turned(path: Path, rules: DataRules | None = None) -> bool:
-    """Whether EXIF turns or mirrors the image, from the head of the file. Raises UserError as ``read_image`` does."""
+    """Whether EXIF turns or mirrors the image, from the file's header. Raises UserError as ``read_image`` does."""
     with _opened(path, rules or DataRules()) as image:
         return _orientation(image, set()) > 1
 
 
 @contextlib.contextmanager
 def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
-    """The image with nothing decoded yet. All that Pillow raises for it, here or in the caller's block, becomes a
+    """The image with nothing decoded yet. Everything Pillow raises for it, here or in the caller's block, becomes a
     UserError."""
     try:
         if path.exists() and not path.is_file():  # a FIFO or a device would never end
             raise UserError(f"{path}: it is not a regular file - take it out of the data set")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of metadata
-            # Pillow refuses twice as many by itself, also of an image within the file; this holds for the whole process.
+            # Pillow itself refuses twice as many, also for an image within the file; this holds for the whole process.
             Image.MAX_IMAGE_PIXELS = rules.max_pixels
             with _retried(path) as image:
                 if image.width * image.height > rules.max_pixels:
@@ -112,7 +112,7 @@ def _opened(path: Path, rules: DataRules) -> Iterator[Image.Image]:
 
 
 def _retried(path: Path) -> Image.Image:
-    """Open, again after errors that a disk or a network may get over."""
+    """Open an image, again after errors that a disk or a network may recover from."""
     for wait in RETRIES:
         try:
             return Image.open(path)
@@ -124,7 +124,7 @@ def _retried(path: Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image, odd: set[str]) -> int:
-    """1 to 8. Pillow only warns of broken EXIF data, and then has no entry of it."""
+    """1 to 8. Pillow only warns about broken EXIF data, and then has no entries from it."""
     try:
         exif = image.getexif()
         found = int(exif.get(EXIF_ORIENTATION, 1))
@@ -151,12 +151,12 @@ def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> 
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")  # a copy if it is RGB already, free of the file
+    return image.convert("RGB")  # a copy if it is RGB already, independent of the file
 
 
 def _levels(mode: str, deep: np.ndarray, path: Path, rules: DataRules) -> tuple[float, float]:
-    """The values of black and white, which do not depend on the image: its like should be as bright. NeedsSetting where nobody
-    knows them."""
+    """The values of black and white, which do not depend on the image: similar images should be equally bright. NeedsSetting if
+    they are unknown."""
     if rules.float_range is not None:
         return rules.float_range
     if mode.startswith("I;16"):

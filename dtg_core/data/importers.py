@@ -36,12 +36,12 @@ def import_yolo(
 
     Args:
         images: folder. labels: folder with a ``.txt`` for each image, see ``_label_file``; each line is "class x y width
-            height" (the box's center and sides as shares of the image), the same with keypoints, or "class x y x y x y ..."
+            height" (the box's centre and sides as shares of the image), the same with keypoints, or "class x y x y x y ..."
             (a polygon).
-        names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``; its ``kpt_shape`` tells
+        names: the classes: a ``.txt`` with a name in each line, or a YAML file with the key ``names``; its ``kpt_shape`` says
             that lines have keypoints, which are left out.
-        report: takes what was left out.
-        only_labeled: leave images without a file of labels out; otherwise they show no object, as in YOLO.
+        report: collects what was left out.
+        only_labeled: leave out images without a label file; otherwise they count as showing no object, as in YOLO.
         rules: which images can be used; None: the defaults.
     """
     class_names, keypoints, rules = _class_names(names), _keypoints(names), rules or DataRules()
@@ -80,10 +80,10 @@ def import_voc(
 
     Args:
         images: folder. annotations: folder with an ``.xml`` for each image, see ``_label_file``.
-        report: takes what was left out.
+        report: collects what was left out.
         zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
-        names: the classes, as of ``import_yolo``, for files that share them; None: those that occur, by the alphabet.
-        only_labeled, rules: as of ``import_yolo``.
+        names: the classes, as in ``import_yolo``, for files that share them; None: those that occur, in alphabetical order.
+        only_labeled, rules: as in ``import_yolo``.
     """
     records: list[Record] = []
     objects: list[Record] = []
@@ -119,7 +119,7 @@ def import_voc(
 def _sized(
     folder: Path, labels: Path, suffix: str, report: Report, rules: DataRules, only_labeled: bool
 ) -> Iterator[tuple[str, tuple[int, int], Path | None]]:
-    """Name, upright (height, width), and file of labels if there is one, of each readable image that is wanted."""
+    """Name, upright (height, width), and label file if there is one, of each readable image that is wanted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {no_folder(folder)} - give the folder of the images")
     names = list_images(folder, report)
@@ -141,8 +141,8 @@ def _sized(
 
 
 def _label_file(labels: Path, name: str, suffix: str) -> Path | None:
-    """At the image's place with the same stem, or else where its last folder called images is one called labels, as
-    Ultralytics has it; None: there is none."""
+    """The label file with the image's relative path and stem, or otherwise with its last folder ``images`` replaced by
+    ``labels``, as Ultralytics does; None: there is none."""
     stem = os.path.splitext(name)[0]
     before, found, after = f"/{stem}".rpartition("/images/")
     stems = [stem, f"{before}/labels/{after}"[1:]] if found else [stem]
@@ -194,7 +194,7 @@ def _is_yaml(path: Path) -> bool:
 
 
 def _value(path: Path, key: str) -> Any:
-    """Of a YAML file, None where it has no such key."""
+    """The value of a YAML file's key, None if it has no such key."""
     content = plain_yaml(_text(path), str(path))
     return content.get(key) if isinstance(content, dict) else None
 
@@ -203,7 +203,7 @@ def _value(path: Path, key: str) -> Any:
 
 
 def _keypoints(names: Path) -> int | None:
-    """How many numbers of keypoints follow a line's box, None where the file does not say."""
+    """How many keypoint numbers follow a line's box, None if the file does not say."""
     shape = _value(names, "kpt_shape") if _is_yaml(names) else None
     if shape is None:
         return None
@@ -233,8 +233,8 @@ def _is_pose(values: list[float]) -> bool:
 
 
 def _doubt_polygons(kinds: dict[tuple[int, bool], list[str]], labels: Path, report: Report) -> None:
-    """Polygons hardly ever have all the same number of corners, boxes with keypoints do; with two numbers a keypoint nothing
-    tells them from oriented boxes, though."""
+    """Polygons hardly ever all have the same number of corners, but boxes with keypoints do; with two numbers per keypoint,
+    though, these cannot be told from oriented boxes."""
     [((columns, pose), places)] = kinds.items()
     remedy = "give the data.yaml with their kpt_shape by --names"
     if pose:
@@ -253,7 +253,7 @@ def _yolo_object(
         raise UserError(f"{place}: the class {label} is not among the {classes} names, which count from 0 - add its name")
     if keypoints is not None:
         if len(numbers) not in (4, 4 + keypoints):
-            raise UserError(f"{place}: it has {len(values)} columns, but 5, or {5 + keypoints} by kpt_shape, are wanted - mend the "
+            raise UserError(f"{place}: it has {len(values)} columns, but 5, or {5 + keypoints} by kpt_shape, are wanted - fix the "
                             "line, or kpt_shape")
         numbers = numbers[:4]
     if not all(-SLACK <= value <= 1 + SLACK for value in numbers):
@@ -271,7 +271,7 @@ def _yolo_object(
 
 
 def _voc_root(path: Path) -> ElementTree.Element:
-    """Files that define entities are refused, because these may grow without end."""
+    """Files that define entities are refused, because these may expand without limit."""
     text = _text(path)
     for word in ("<!DOCTYPE", "<!ENTITY"):
         if word in text:
@@ -287,7 +287,7 @@ def _voc_root(path: Path) -> ElementTree.Element:
 
 
 def _voc_size(root: ElementTree.Element) -> dict[str, int]:
-    """Width and height that the boxes were drawn for, {} where the file does not say."""
+    """Width and height that the boxes were drawn for, {} if the file does not say."""
     told = {key: (root.findtext(f"size/{key}") or "").strip() for key in ("width", "height")}
     found = {key: int(text) for key, text in told.items() if text.isdecimal() and 0 < len(text) < 7}
     return found if len(found) == 2 and all(found.values()) else {}

@@ -1,4 +1,4 @@
-"""Images and boxes as arrays, which hold no object per box, and parts of them.
+"""Images and boxes as arrays, without a Python object per box, and subsets of them.
 
 n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it.
 """
@@ -26,7 +26,7 @@ class CocoIndex:
     root: Path  # folder of the images
     image_ids: Sequence[Any]  # n, as the user wrote them
     file_names: Sequence[str]  # n, relative to root
-    sizes: np.ndarray  # [n, 2] int32, (height, width) as the JSON says; 0 where nobody has said
+    sizes: np.ndarray  # [n, 2] int32, (height, width) as the JSON says; 0 if unknown
     boxes: np.ndarray  # [B, 4] float32 (x1, y1, x2, y2), clipped to the image
     labels: np.ndarray  # [B] int64
     box_start: np.ndarray  # [n + 1] int64
@@ -51,24 +51,24 @@ class CocoIndex:
         return self.boxes[here][single], self.labels[here][single]
 
     def objects_per_image(self) -> np.ndarray:
-        """[C] float64, objects of each class in an image on average, without crowds."""
+        """[C] float64, mean objects of each class per image, without crowds."""
         return np.bincount(self.labels[~self.crowd], minlength=len(self.class_names)) / max(len(self), 1)
 
     def image(self, row: int, odd: set[str] | None = None) -> Image.Image:
         """The decoded image; ``odd`` collects what is odd about it.
 
-        Raises UserError when it cannot be read, or has not the size that its boxes were made for.
+        Raises UserError when it cannot be read, or does not have the size that its boxes were made for.
         """
         height, width = self.sizes[row].tolist()
         image = read_image(self.path(row), (height, width), self.rules, odd, self.as_stored)
         if height and image.size != (width, height):
             found = f"{image.width} x {image.height}"
-            raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - mend one of them")
+            raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - fix one of them")
         return image
 
 
 def unlabeled_index(root: Path, file_names: list[str], image_ids: list[Any], rules: DataRules) -> CocoIndex:
-    """Images without boxes, classes and known sizes."""
+    """Images without boxes, classes or known sizes."""
     count = len(file_names)
     names = packed(file_names)
     return CocoIndex(
@@ -106,13 +106,13 @@ def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
 
 
 def without(index: CocoIndex, other: CocoIndex) -> CocoIndex:
-    """The images whose files are not also in ``other``, under whatever link."""
+    """The images whose files are not also in ``other``, even by links."""
     taken = set(real_paths(other.root, other.file_names))
     return subset(index, [row for row, path in enumerate(real_paths(index.root, index.file_names)) if path not in taken])
 
 
 def with_classes(index: CocoIndex, class_names: Sequence[str]) -> CocoIndex:
-    """The same boxes with classes in another order; ``class_names`` are the index' own in any order."""
+    """The same boxes with classes in another order; ``class_names`` are the index's own in any order."""
     order = [index.class_names.index(name) for name in class_names]
     return replace(
         index,

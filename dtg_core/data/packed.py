@@ -12,11 +12,11 @@ from typing import Any, overload
 
 import numpy as np
 
-CODE = "utf-8", "surrogatepass"  # also takes the surrogates that stand for bytes of file names that are no UTF-8
+CODE = "utf-8", "surrogatepass"  # also takes the surrogates that stand for non-UTF-8 bytes of file names
 
 
 class Texts(Sequence[str]):
-    """A list of strings that cannot be changed."""
+    """An immutable list of strings."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         encoded = [text.encode(*CODE) for text in texts]

@@ -1,4 +1,4 @@
-"""Soft Teacher's nine color operations (ssod/datasets/pipelines/rand_aug.py). None of them moves a pixel."""
+"""Soft Teacher's nine colour operations (ssod/datasets/pipelines/rand_aug.py). None of them moves a pixel."""
 from __future__ import annotations
 
 from collections.abc import Callable

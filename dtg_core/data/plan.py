@@ -1,6 +1,6 @@
 """Which image, which view and which random numbers at which step: all a pure function of (seed, step, slot).
 
-A stream is the labeled or the unlabeled images. Slot i of step t takes position t * slots + i of the stream's endless
+A stream is the labelled or the unlabelled images. Slot i of step t takes position t * slots + i of the stream's endless
 sequence, which is one seeded permutation of the pool after another. So there is no state to save: a run that resumes, or
 that has another number of loader workers or of processes (with the same global batch), sees the same batches.
 """
@@ -39,14 +39,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LABELED, UNLABELED = 0, 1  # streams
-# What is drawn for a slot. Each has its own generator, so a change to one recipe leaves the others' draws alone.
+# What is drawn for a slot. Each has its own generator, so a change to one recipe leaves the others' draws unchanged.
 SEED, WEAK, STRONG, SUBSTITUTE = 0, 1, 2, 3
-TRIES = 10  # images of a slot that may be unreadable
+TRIES = 10  # images tried for a slot if they are unreadable
 
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
-@lru_cache(maxsize=8)  # two streams, each at the turn of an epoch
+@lru_cache(maxsize=8)  # two streams, each between two epochs
 def permutation(seed: int, stream: int, epoch: int, size: int) -> np.ndarray:
     """[size] int64, the order in which an epoch visits the pool."""
     return np.random.default_rng((seed, stream, epoch)).permutation(size)
@@ -66,11 +66,11 @@ class StepData(Dataset[StepBatch]):
         unlabeled: images whose boxes are never read; None for supervised training.
         views: how views are made.
         seed: of the whole run, at least 0.
-        labeled_per_device: labeled images of each process' batch, at least 1.
-        unlabeled_per_device: unlabeled ones; 0 as for ``unlabeled=None``.
+        labeled_per_device: labelled images in each process's batch, at least 1.
+        unlabeled_per_device: unlabelled ones; 0 is the same as ``unlabeled=None``.
         rank: of this process. A rank takes a contiguous share of the step's slots.
         world_size: number of processes.
-        unlabeled_from: first step that has an unlabeled batch.
+        unlabeled_from: first step that has an unlabelled batch.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class StepData(Dataset[StepBatch]):
 
 
 def step_data(config: Config, sources: Sources, part: int, parts: int) -> StepData:
-    """The batches of one part of a run's steps; processes times micro-batches are the parts."""
+    """The batches of one part of a run's steps; there are as many parts as processes times micro-batches."""
     return StepData(
         sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
         config.data.unlabeled_per_device, part, parts, unlabeled_from=config.guidance.start_step,
@@ -157,8 +157,8 @@ class MicroBatches(Dataset[StepBatch]):
     """The micro-batches of one process; item i is part i % K of step i // K.
 
     Args:
-        parts: K data sets. Part k of rank r is that of rank r * K + k among K times as many, so the images of a step are the
-            same, whether processes or micro-batches share them.
+        parts: K data sets. Part k of rank r is that of rank r * K + k among K times as many ranks, so the images of a step are
+            the same whether processes or micro-batches share them.
     """
 
     def __init__(self, parts: Sequence[StepData]) -> None:
@@ -170,10 +170,10 @@ class MicroBatches(Dataset[StepBatch]):
 
 
 class EvalData(Dataset[ViewBatch | None]):
-    """Batches of test views; over all processes each image that can be read comes once. ``ViewBatch.image_ids`` says which they
-    are. A batch of which none can be read is None.
+    """Batches of test views; over all processes, each readable image occurs once. ``ViewBatch.image_ids`` says which they are. A
+    batch without readable images is None.
 
-    Where sizes are known, the images of a batch have one canvas, so that figures do not depend on what shares a batch.
+    Where sizes are known, the images of a batch have the same canvas, so that figures do not depend on what else is in a batch.
     """
 
     def __init__(self, index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1) -> None:
@@ -208,7 +208,7 @@ class EvalData(Dataset[ViewBatch | None]):
 
 def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: int) -> DataLoader[StepBatch]:
     """Items ``start`` to ``stop - 1`` of ``StepData`` or ``MicroBatches``, made ahead by ``workers`` processes (0: made
-    when asked for).
+    on demand).
 
     A worker runs on one thread, which is PyTorch's own setting for workers.
     """
@@ -224,9 +224,9 @@ def steps_loader(dataset: Dataset[StepBatch], start: int, stop: int, workers: in
 
 
 def items_of(loader: DataLoader[T]) -> Iterator[T]:
-    """The loader's items; UserError, within seconds, where a worker has died or was refused its shared memory.
+    """The loader's items; UserError, within seconds, if a worker has died or was refused its shared memory.
 
-    PyTorch's own handler, which is put aside, would raise wherever the process then is: within a checkpoint, or at its end.
+    PyTorch's own handler, which is disabled, would raise wherever the process happens to be: in a checkpoint, or at its end.
     """
     items = iter(loader)
     if not loader.num_workers:
@@ -235,7 +235,7 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from items
-    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it died while a batch was handed over
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it died while handing over a batch
         text = str(error)
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in text and "</torch_" not in text:
             raise
@@ -247,14 +247,14 @@ def items_of(loader: DataLoader[T]) -> Iterator[T]:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the training process' to answer, which still needs its batches."""
+    """A signal to the whole process group is for the training process to handle, which still needs its batches."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Workers that are still there at exit would be waited for without end: they ignore the signal that is to end them."""
+    """Kill workers that are left at exit, which would be waited for forever: they ignore the signal that should end them."""
     for child in multiprocessing.active_children():
         if child.daemon:  # multiprocessing ends daemons at exit too
             child.kill()
@@ -263,7 +263,7 @@ def _end_workers() -> None:
 def eval_batches(
     index: CocoIndex, views: ViewsConfig, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> DataLoader[ViewBatch | None]:
-    """Test views of this process' share of the images, see ``EvalData``."""
+    """Test views of this process's share of the images, see ``EvalData``."""
     data = EvalData(index, views, batch, rank, world_size)
     return DataLoader(
         data, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_signals

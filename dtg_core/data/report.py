@@ -9,8 +9,8 @@ from typing import Any
 from dtg_core.errors import printable
 
 SHOWN = 3  # items named in a line
-KEPT = 10_000  # items kept of a finding, for check.json
-#: Words of the kinds of findings as they are for a single item.
+KEPT = 10_000  # items kept per finding, for check.json
+#: Words used in kinds of findings, with their forms for a single item.
 NOUNS = {"annotations": "annotation", "boxes": "box", "categories": "category", "classes": "class", "files": "file",
          "images": "image", "lines": "line", "objects": "object"}  # fmt: skip
 OTHERS = {"are": "is", "crowds": "a crowd", "get": "gets", "have": "has", "look": "looks", "make": "makes", "ones": "one",
@@ -34,7 +34,7 @@ class Finding:
 
 
 def singular(kind: str) -> str:
-    """A kind of finding as it is told of one item: its first noun, and all verbs. Words of a path stay as they are."""
+    """A kind of finding, worded for one item: its first noun and all verbs change. Words of a path stay as they are."""
 
     def replaced(text: str, words: Mapping[str, str], count: int = 0) -> str:
         def one(match: re.Match[str]) -> str:

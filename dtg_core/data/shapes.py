@@ -1,7 +1,7 @@
-"""The embedded data set: drawn scenes in COCO format, a small but real detection problem.
+"""The built-in synthetic data set: drawn scenes in COCO format, a small but real detection problem.
 
-Seven shapes in any rotation, aspect and size from 16 to 80 px on 160 px images. Texture and color say nothing of the class;
-objects overlap, leave the image and stand among lines and shapes of no class; light, blur, noise and JPEG quality vary.
+Seven shapes in any rotation, aspect and size from 16 to 80 px on 160 px images. Texture and colour say nothing about the class;
+objects overlap, leave the image and lie among lines and shapes of no class; light, blur, noise and JPEG quality vary.
 Image k of a split depends on (seed, split, k) only, so a larger split starts with the images of a smaller one.
 """
 from __future__ import annotations
@@ -28,11 +28,11 @@ SIDE = 160  # of an image, px
 FINE = 2  # outlines are drawn on a canvas this much finer, then averaged
 SIZES = (16.0, 80.0)  # longer side of an object before rotation, px
 MOST_OBJECTS = 6
-CLUTTER = (0, 4)  # lines and shapes of no class on the ground
-CONTRAST = 170  # least difference of an object's mean color from what it covers, summed over the channels of 0..255
+CLUTTER = (0, 4)  # lines and shapes of no class on the background
+CONTRAST = 170  # least difference of an object's mean colour from what it covers, summed over the channels of 0..255
 TEXTURE = (8.0, 35.0)  # strength of textures, 0..255
 ASPECT = 0.7  # least ratio of an object's sides
-VISIBLE = 0.4  # share of an object's pixels that later objects leave uncovered
+VISIBLE = 0.4  # least share of an object's pixels that later objects leave uncovered
 SPLITS = ("labeled", "unlabeled", "val")
 
 
@@ -44,7 +44,7 @@ class ShapesPaths:
     unlabeled: Path  # folder of images
     val: Path  # COCO JSON
     images: Path  # folder that the JSONs' file names are relative to
-    unlabeled_truth: Path  # COCO JSON of the unlabeled images, for analysis only
+    unlabeled_truth: Path  # COCO JSON of the unlabelled images, for analysis only
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Scene:
     labels: list[int]
 
 
-# Outlines are in -1 to 1, as polygons to fill and polygons to cut out again.
+# Outlines lie in -1 to 1: a polygon to fill, and one to cut out again or None.
 Outline = tuple[np.ndarray, np.ndarray | None]
 
 
@@ -67,7 +67,7 @@ def _circle(radius: float = 1.0, x: float = 0.0, points: int = 48) -> np.ndarray
 
 
 def _rays(radii: tuple[float, ...], count: int) -> np.ndarray:
-    """A polygon whose corners go around with the given radii in turn."""
+    """A polygon whose corners have the given radii in turn."""
     angles = np.arange(count) * (2 * math.pi / count) - math.pi / 2
     reach = np.resize(radii, count)
     return np.stack((reach * np.cos(angles), reach * np.sin(angles)), 1)
@@ -99,8 +99,8 @@ def make_shapes(root: Path | None, labeled: int, unlabeled: int, val: int, seed:
     """The data set on disk, drawn on first use (seconds) and kept.
 
     Args:
-        root: folder for data sets; None: $DTG_CACHE, else $XDG_CACHE_HOME/dtg-ssod, else ~/.cache/dtg-ssod.
-        labeled: number of labeled images.
+        root: folder for data sets; None: the first of $DTG_CACHE, $XDG_CACHE_HOME/dtg-ssod, ~/.cache/dtg-ssod.
+        labeled: number of labelled images.
         unlabeled: number of images without labels.
         val: number of images to evaluate on.
         seed: of the scenes.
@@ -112,7 +112,7 @@ def make_shapes(root: Path | None, labeled: int, unlabeled: int, val: int, seed:
     folder = root / f"shapes-v{VERSION}-{labeled}-{unlabeled}-{val}-seed{seed}"
     if not folder.is_dir():
         log.info("drawing the shapes data set once into %s", folder)
-        # Written beside its place and renamed, so that a stopped process leaves no half of it and two do not mix.
+        # Written next to its place and renamed, so that a stopped process leaves nothing half done and two do not mix.
         draft = root / f".{folder.name}-{uuid.uuid4().hex}"
         with writing(root, "set DTG_CACHE to a folder with room"):
             try:
@@ -131,14 +131,14 @@ def draw_scene(seed: int, split: str, number: int) -> Scene:
     """Image ``number`` of a split."""
     generator = np.random.default_rng((seed, SPLITS.index(split), number))
     canvas = _texture(SIDE, SIDE, _color(generator), generator)
-    if generator.random() < 0.5:  # a second ground
+    if generator.random() < 0.5:  # a second background
         edge = _filled(_halfplane(generator))
         canvas = _mixed(canvas, _texture(SIDE, SIDE, _color(generator), generator), edge)
     canvas = _clutter(canvas, int(generator.integers(CLUTTER[0], CLUTTER[1] + 1)), generator)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[int] = []
     masks: list[np.ndarray] = []  # of the whole objects
-    seen: list[np.ndarray] = []  # of what later objects leave of them
+    seen: list[np.ndarray] = []  # of what later objects leave visible
     for _ in range(int(generator.integers(1, MOST_OBJECTS + 1))):
         label = int(generator.integers(len(CLASS_NAMES)))
         placed = _place(OUTLINES[CLASS_NAMES[label]], masks, seen, generator)
@@ -157,12 +157,12 @@ def draw_scene(seed: int, split: str, number: int) -> Scene:
 def _place(
     outline: Outline, masks: list[np.ndarray], seen: list[np.ndarray], generator: np.random.Generator
 ) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
-    """Alpha [SIDE, SIDE] and box of an object at a free enough place, or None; keeps the lists of masks."""
+    """Alpha [SIDE, SIDE] and box of an object at a free enough place, or None; updates the lists of masks."""
     for _ in range(8):
         size = generator.uniform(*SIZES)
         aspect, angle = generator.uniform(ASPECT, 1), generator.uniform(0, 2 * math.pi)
         half = size / 2 * np.array((1, aspect))
-        margin = 0.2 * size  # the center stays this far inside, so most of an object is in the image
+        margin = 0.2 * size  # the centre stays this far inside, so most of an object is in the image
         center = generator.uniform(margin, SIDE - margin, 2)
         turn = np.array(((math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))))
         fine = Image.new("L", (SIDE * FINE, SIDE * FINE))
@@ -170,7 +170,7 @@ def _place(
         for polygon, ink in zip(outline, (255, 0)):
             if polygon is not None:
                 corners = (polygon * half) @ turn + center
-                pen.polygon((corners * FINE - 0.5).ravel().tolist(), fill=ink)  # PIL draws from pixel centers
+                pen.polygon((corners * FINE - 0.5).ravel().tolist(), fill=ink)  # PIL draws from pixel centres
         extent = fine.getbbox()
         if extent is None:
             continue
@@ -186,7 +186,7 @@ def _place(
 
 
 def _paint(canvas: np.ndarray, alpha: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Fill an object with a texture whose mean color differs from what it covers."""
+    """Fill an object with a texture whose mean colour differs from what it covers."""
     rows, columns = np.nonzero(alpha.any(1))[0], np.nonzero(alpha.any(0))[0]
     here = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     below = canvas[here].mean((0, 1))
@@ -209,7 +209,7 @@ def _color(generator: np.random.Generator) -> np.ndarray:
 
 
 def _texture(height: int, width: int, base: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """[height, width, 3] float32 in 0..255 with a mean color near ``base``."""
+    """[height, width, 3] float32 in 0..255 with a mean colour near ``base``."""
     kind = int(generator.integers(6))
     y, x = np.ogrid[0:height, 0:width]
     angle = generator.uniform(0, 2 * math.pi)
@@ -247,7 +247,7 @@ def _clutter(canvas: np.ndarray, count: int, generator: np.random.Generator) -> 
 
 
 def _blob(generator: np.random.Generator) -> np.ndarray:
-    """A lumpy closed curve or a jagged polygon, far from all classes."""
+    """A lumpy closed curve or a jagged polygon, unlike any class."""
     size, center = generator.uniform(6, 28), generator.uniform(0, SIDE, 2)
     if generator.random() < 0.5:
         angles = np.arange(40) * (2 * math.pi / 40)

@@ -1,4 +1,4 @@
-"""Which images a run sees: the embedded shapes, or the user's JSON files and folders, checked one by one and together."""
+"""Which images a run sees: built-in synthetic data, or the user's JSON files and folders, checked one by one and together."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from dtg_core.errors import UserError
 
 @dataclass(frozen=True)
 class Sources:
-    """``unlabeled`` is None for supervised training, ``val`` where nothing is to be evaluated."""
+    """``unlabeled`` is None for supervised training, ``val`` if nothing is to be evaluated."""
 
     labeled: CocoIndex
     unlabeled: CocoIndex | None
@@ -22,12 +22,12 @@ class Sources:
 
 
 def open_sources(config: DataConfig, supervised: bool, report: Report | None = None) -> Sources:
-    """Read what ``config`` names; without ``config.labeled`` make the embedded data set.
+    """Read what ``config`` names; without ``config.labeled`` make the built-in synthetic data set.
 
     Args:
-        config: of the data.
+        config: the data's settings.
         supervised: no unlabelled images.
-        report: takes what was mended or left out; None: it is logged as warnings.
+        report: collects what was fixed or left out; None: it is logged as warnings.
 
     Raises:
         UserError: what ``load_coco`` finds; no unlabelled images although they are wanted; validation classes that differ.

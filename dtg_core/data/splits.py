@@ -37,7 +37,7 @@ def draw_from_file(path: Path, percent: float, fold: int, usable: np.ndarray) ->
 
     Args:
         path: JSON {percent: {fold: [indices]}}. percent: e.g. 1, which the file may write as "1.0". fold: from 0.
-        usable: positions of the images that have a box which is no crowd, sorted by image id: what the indices count.
+        usable: positions of the images that have a non-crowd box, sorted by image id; the indices count these.
     """
     folds = read_json(path)
     keys = [key for key in folds if _is_number(key) and float(key) == percent] if isinstance(folds, dict) else []
@@ -69,10 +69,10 @@ def fill_classes(
 
     Args:
         positions: [n] of the drawn images. groups: [images] int64. boxes_of: [images, C] counts. class_names: C.
-        least: boxes of a class.
+        least: boxes per class.
 
     Raises:
-        UserError: a class has fewer boxes in all.
+        UserError: a class has fewer boxes in total.
     """
     total = boxes_of.sum(0)
     if (total < least).any():
@@ -96,7 +96,7 @@ def group_images(records: Sequence[dict[str, Any]], by: str | None) -> np.ndarra
 
     Args:
         records: the JSON's images.
-        by: a key of theirs; or else a pattern, whose first group (or whole match) in the file name is the group's name.
+        by: one of their keys, otherwise a pattern, whose first group (or whole match) in the file name is the group's name.
             None: each image on its own. Images without the key or a match are on their own.
     """
     if by is None:

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: UTF-8, no key twice, numbers of a sane length and depth; every fault has a line and a
+"""JSON by its standard: UTF-8, no duplicate keys, sane nesting and lengths of numbers; each fault is reported with its line and
 column."""
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from dtg_core.errors import UserError
 
-LARGE = 100_000_000  # bytes from which reading takes seconds, so that it is announced
+LARGE = 100_000_000  # bytes; reading more takes seconds, so that it is announced
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # first, because they begin like UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-_LONG_NUMBER = re.compile(r"\d{4301,}")  # Python reads no longer integers
+_LONG_NUMBER = re.compile(r"\d{4301,}")  # Python refuses longer integers
 
 
 class _KeyTwice(ValueError):
@@ -32,7 +32,7 @@ def read_json(path: Path, convert: Callable[[dict[str, Any]], dict[str, Any]] | 
         convert: applied to each object as soon as it is read, to keep memory low.
 
     Raises:
-        UserError: the file is missing, of another encoding or not JSON.
+        UserError: the file is missing, in another encoding or not JSON.
     """
     text = _text(path)
 

@@ -16,7 +16,7 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
     """Decode the first video stream of a file, one frame at a time; frames may differ in size.
 
     Raises:
-        UserError: PyAV is not installed, or the file holds no frame or breaks off; then after the frames before.
+        UserError: PyAV is not installed, or the file holds no frame or breaks off; then after its readable frames.
     """
     try:
         import av
@@ -31,7 +31,7 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
                 raise UserError(f"{path}: it holds no video - take it out")
             stream = video.streams.video[0]
             for frame in video.decode(stream):
-                # As the display matrix of a phone's video tells, in degrees counterclockwise.
+                # From the display matrix of a phone's video, in degrees counterclockwise.
                 yield frame.to_image().rotate(frame.rotation, expand=True)
                 count += 1
             promised = stream.frames  # 0: the file does not say
@@ -45,8 +45,8 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
 
 
 def _is_last(frame: Any, stream: Any) -> bool:
-    """Whether a frame is shown until the stream's end. That of a trimmed video, whose edit list leaves frames out that the file
-    still has and counts, is; that of a file that is cut off is not."""
+    """Whether a frame lasts until the stream's end. The last one of a trimmed video does, whose edit list skips frames that the
+    file still has and counts; the last one of a file that is cut off does not."""
     if frame.pts is None or stream.duration is None:
         return False
     return bool(frame.pts + (frame.duration or 0) >= (stream.start_time or 0) + stream.duration)

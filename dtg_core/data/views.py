@@ -1,9 +1,9 @@
-"""Weak, strong, labeled and test views of an image, and batches of them (Soft Teacher's recipes, used in Sec. 3.1).
+"""Weak, strong, labelled and test views of an image, and batches of them (Soft Teacher's recipes, used in Sec. 3.1).
 
-    labeled = resize, flip, color          strong (student) = resize, flip, color and a geometric move in random order, erase
+    labelled = resize, flip, colour        strong (student) = resize, flip, colour and a geometric move in random order, erase
     weak (teacher) = resize, flip          test = resize
 
-Images stay 8-bit PIL images until the end. A view knows the matrix that moved it; colors and erasing never touch it.
+Images stay 8-bit PIL images until the end. A view knows the matrix that moved it; colour and erasing never affect it.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dtg_core.structures import PairBatch, Targets, ViewBatch
 CANVAS_MULTIPLE = 32  # stride of the coarsest map of a usual backbone
 SMALLEST_SIDE = 1.0  # px of the view; smaller objects are left out
 HARD_SIDE = 8.0  # px of the view: a cell of the finest feature map of usual detectors
-HARD_SHARE = 0.2  # of all boxes, beyond which those under HARD_SIDE are told of
+HARD_SHARE = 0.2  # of all boxes, above which those below HARD_SIDE are reported
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class View:
 def labeled_view(
     image: Image.Image, boxes: np.ndarray, labels: np.ndarray, config: ViewsConfig, generator: np.random.Generator
 ) -> View:
-    """Resize, flip, color; ``boxes`` [G, 4] and ``labels`` [G] are those of the image."""
+    """Resize, flip, colour; ``boxes`` [G, 4] and ``labels`` [G] are those of the image."""
     image, matrix = _resized_and_flipped(image, config, generator)
     if config.color:
         image = random_color(image, generator)
@@ -66,7 +66,7 @@ def weak_view(
 def strong_view(
     image: Image.Image, boxes: np.ndarray, labels: np.ndarray, config: ViewsConfig, generator: np.random.Generator
 ) -> View:
-    """Resize, flip, color and a geometric move in random order, erase: the student's view. Boxes under patches stay."""
+    """Resize, flip, colour and a geometric move in random order, erase: the student's view. Boxes under patches stay."""
     image, matrix = _resized_and_flipped(image, config, generator)
     color_first, moved = generator.random() < 0.5, generator.random() < config.geometric
     if config.color and color_first:
@@ -88,9 +88,9 @@ def test_view(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, config:
 
 
 def test_canvas(height: int, width: int, config: ViewsConfig) -> tuple[int, int]:
-    """(height, width) that the test view of an image has with its padding, if no larger one is beside it.
+    """(height, width) of an image's test view with its padding, if no larger one is in the batch.
 
-    Test views should share a batch with their like only: what else is on the canvas acts on predictions through group
+    Test views should only share a batch with those of the same canvas: the rest of the canvas affects predictions through group
     normalisation and at the borders.
     """
     return canvas([fitted(height, width, config.test_short_edge, config.long_edge)])
@@ -107,7 +107,7 @@ def largest_sides(index: CocoIndex, config: ViewsConfig) -> np.ndarray:
 
 
 def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: Report) -> None:
-    """Tell of boxes that the views of training lose, and of many that they make hard to find."""
+    """Report boxes that the training views lose, and those that they make hard to find, if there are many."""
     sides = largest_sides(index, config)
     lost, hard = sides < SMALLEST_SIDE, sides < HARD_SIDE
     report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there (views.short_edge, "
@@ -124,20 +124,20 @@ def _places(index: CocoIndex, boxes: np.ndarray) -> Iterator[str]:
 
 
 def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The least (height, width) in multiples of 32 that holds views of all sizes."""
+    """The smallest (height, width) in multiples of 32 that holds views of all sizes."""
     height, width = (-(-max(side) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE for side in zip(*sizes, strict=True))
     return height, width
 
 
-test_view.__test__ = test_canvas.__test__ = False  # type: ignore[attr-defined]  # not tests, though pytest may take them for some
+test_view.__test__ = test_canvas.__test__ = False  # type: ignore[attr-defined]  # not tests, as pytest may think
 
 
 def collate(views: Sequence[View], seeds: Sequence[int], image_ids: Sequence[Any]) -> ViewBatch:
-    """Pad N views with zeros at the right and the bottom to a common canvas whose sides are multiples of 32.
+    """Pad N views with zeros on the right and at the bottom to a common canvas whose sides are multiples of 32.
 
     Args:
         views: N views of any sizes.
-        seeds: N, of whatever is drawn for the images in this step.
+        seeds: N, of all random draws for the images in this step.
         image_ids: N, the user's.
     """
     pixels = torch.zeros(len(views), 3, *canvas([view.size for view in views]), dtype=torch.uint8)
@@ -171,7 +171,7 @@ def collate_pair(weak: Sequence[View], strong: Sequence[View], seeds: Sequence[i
 
 def _resized(image: Image.Image, short_edge: int, long_edge: int) -> tuple[Image.Image, Matrix]:
     height, width = fitted(image.height, image.width, short_edge, long_edge)
-    matrix = scale(width / image.width, height / image.height)  # as achieved with whole pixels, not as asked for
+    matrix = scale(width / image.width, height / image.height)  # as achieved with whole pixels, not as requested
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # PIL averages when it shrinks
     return image, matrix
@@ -198,7 +198,7 @@ def _view(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, matrix: Mat
 
 
 def _erase(pixels: Tensor, config: ViewsConfig, generator: np.random.Generator) -> None:
-    """Cut patches out of ``pixels`` [3, height, width] in place; a patch has the view's shape, cut off at the border."""
+    """Cut patches out of ``pixels`` [3, height, width] in place; a patch has the view's aspect ratio, cut off at the border."""
     height, width = pixels.shape[1:]
     low, high = config.erase_patches
     for share, x, y in generator.random((int(generator.integers(low, high + 1)), 3)):

@@ -1,11 +1,11 @@
-"""What a training step costs beside the networks' own passes.
+"""What a training step costs compared with the networks' own passes.
 
 The *bare passes* are the networks alone on the same views: the teacher's forward pass without gradients, and the student's
 forward and backward passes on the labelled and the strong views, with the sum of all predictions as the loss. A stage on
-proposals gets those of the real step, so that the shapes are equal and making proposals counts for the step. Clipping,
+proposals gets those of the real step, so that the shapes are equal and making proposals counts towards the step. Clipping,
 optimizer and moving average are part of the step and not of the bare passes. ``overhead`` is step / bare passes: 1.05 is 5 % more.
 
-Step, bare passes and parts are timed in turn within one process, so that whatever else the machine does meets all of them; a
+Step, bare passes and parts are timed in turn within one process, so that whatever else the machine does affects all of them; a
 figure is the median over the repeats. The learning rate is 0: each repeat does the same work.
 """
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dtg_core.structures import PairBatch, Proposals, StepBatch, Supervision, Vi
 
 #: Parts of a step in their order. "other" is the rest: sums over processes, checks for values that are not finite.
 PARTS = ("data", "teacher", "guidance", "student", "losses", "backward", "optimizer", "ema", "other")
-WARM_UP = 2  # repeats that are not counted: caches fill, memory is taken
+WARM_UP = 2  # repeats that are not counted: caches fill, memory is allocated
 
 
 def benchmark(
@@ -48,9 +48,9 @@ def benchmark(
     """Figures of one kind of step, as JSON values.
 
     Args:
-        config: of the run. detector: the student's, untrained. sources: of images. accelerator: device and precision.
-        paradigm: of every stage; "none": supervised. repeats: that are counted.
-        candidates: of an image, about; untrained teachers have none of their own, see ``with_candidates``.
+        config: the run's settings. detector: the student's, untrained. sources: of images. accelerator: device and precision.
+        paradigm: of every stage; "none": supervised. repeats: number of counted ones.
+        candidates: rough number per image; untrained teachers have none of their own, see ``with_candidates``.
         against: another paradigm whose step is timed in turn with this one's.
 
     Returns:
@@ -81,7 +81,7 @@ def benchmark(
     step = partial(loop.train_step, main, [batch])
     figures = step()
     memory = peak_memory(device)
-    # AdamW keeps the numbers of its steps on the host.
+    # AdamW keeps its step counts on the host.
     with device_work([state["step"] for state in main.plain_optimizer.state.values() if "step" in state]) as work:
         step()
     timers: dict[str, Callable[[], Any]] = {"step": step, "bare_passes": bare_passes(main, batch)}
@@ -128,10 +128,10 @@ def _ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def with_candidates(
     teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], count: int
 ) -> dict[str, StageRule]:
-    """Rules whose ``tau`` lies so that about ``count`` samples of an image are candidates of each stage.
+    """Rules whose ``tau`` is set so that about ``count`` samples per image are candidates in each stage.
 
     An untrained teacher scores all samples alike, and the thresholds of a trained one would leave none. ``pseudo_score`` of all
-    stages becomes the last stage's tau: sparse guidance then keeps the boxes that dense guidance has clusters for.
+    stages becomes the last stage's tau: sparse guidance then keeps the boxes for which dense guidance has clusters.
     """
     outputs = teacher.run(pair.teacher)
     taus = {}
@@ -139,7 +139,7 @@ def with_candidates(
         best = predictions.logits.amax(2).float()
         logits = to_float64(best[samples.usable(pair.teacher.sizes)].sort(descending=True).values)
         place = min(count * len(best), len(logits) - 1)
-        middle = (logits[place - 1] + logits[place]) / 2  # at least one candidate, and one sample that is none
+        middle = (logits[place - 1] + logits[place]) / 2  # at least one candidate, and one sample that is not
         taus[name] = min(max(float(middle.sigmoid()), 1e-6), 1 - 1e-6)
     pseudo = taus[list(outputs)[-1]]
     changed = {name: replace(rules[name], tau=tau, background_tau=None) for name, tau in taus.items()}
@@ -147,7 +147,7 @@ def with_candidates(
 
 
 def bare_passes(training: loop.Training, batch: StepBatch) -> Callable[[], None]:
-    """The networks' own passes of a step (see the module), ready to be called again and again."""
+    """The networks' own passes of a step (see the module), ready to be called repeatedly."""
     config, accelerator, teacher, detector = training.config, training.accelerator, training.teacher, training.module.detector
     branches: list[tuple[ViewBatch, Mapping[str, Supervision]]] = []
     told = None
@@ -176,7 +176,7 @@ def bare_passes(training: loop.Training, batch: StepBatch) -> Callable[[], None]
 def _same_samples(
     detector: Detector, views: ViewBatch, supervision: Mapping[str, Supervision] | None
 ) -> dict[str, Supervision]:
-    """Supervision that makes ``run`` use the proposals which it has made under ``supervision``."""
+    """Supervision that makes ``run`` use the proposals that it has made under ``supervision``."""
     outputs = detector.run(views, supervision)
     return {
         name: Supervision(proposals=samples if isinstance(samples, Proposals) else None)
@@ -188,7 +188,7 @@ def _same_samples(
 
 
 class Stopwatch:
-    """Seconds by name; what a function calls under another name does not count for its own."""
+    """Seconds by name; what a function calls under another name does not count towards its own."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device, self.clock = device, clock
@@ -196,14 +196,14 @@ class Stopwatch:
         self.running, self.since = ["other"], clock()
 
     def lap(self) -> None:
-        """Give the time since the last call to what runs now."""
+        """Add the time since the last call to what runs now."""
         _wait_for(self.device)
         now = self.clock()
         self.seconds[self.running[-1]] += now - self.since
         self.since = now
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, whose time counts for ``name``."""
+        """``function``, with its time counted under ``name``."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.lap()
@@ -218,7 +218,7 @@ class Stopwatch:
 
 
 def parts_of_step(training: loop.Training, batch: StepBatch) -> dict[str, float]:
-    """Seconds of each part of a step but its data. The device is waited for between parts, so their sum may exceed a step."""
+    """Seconds of each part of a step except its data. The host waits for the device between parts, so they may exceed a step."""
     places: Sequence[tuple[str, Any, str]] = (
         ("teacher", training.teacher, "run"),
         ("guidance", loop, "teach"),  # without the teacher's pass

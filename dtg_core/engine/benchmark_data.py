@@ -1,4 +1,4 @@
-"""How fast weak and strong views are made, beside the same operations by torchvision.transforms.v2.
+"""How fast weak and strong views are made, compared with the same operations by torchvision.transforms.v2.
 
 Both start from the same image files and end with one 8-bit tensor of the weak and one of the strong view. The operations and
 their probabilities are those of ``dtg_core/data/views.py``; torchvision's pipeline runs as its guide recommends, on 8-bit
@@ -25,11 +25,11 @@ from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import strong_view, weak_view
 
 Pipeline = Callable[[Image.Image], tuple[Tensor, Tensor]]
-PAIRS = 32  # of one timing
+PAIRS = 32  # per timing
 
 
 def benchmark_views(pool: CocoIndex, config: ViewsConfig, repeats: int) -> dict[str, Any]:
-    """Pairs of a weak and a strong view a second on one core, decoding included.
+    """Pairs of a weak and a strong view per second on one core, decoding included.
 
     Returns:
         "pairs_per_second" of "dtg", "v2_tensor" and "v2_pil"; "ratio": of ours to the faster of torchvision's two, the median
@@ -76,7 +76,7 @@ def _ours(config: ViewsConfig) -> Pipeline:
 
 
 def torchvision_pair(config: ViewsConfig, on_tensors: bool) -> Pipeline:
-    """The operations of ``weak_view`` and ``strong_view``, made of torchvision's transforms."""
+    """The operations of ``weak_view`` and ``strong_view``, built from torchvision's transforms."""
     bilinear = v2.InterpolationMode.BILINEAR
     low, high = config.short_edge
     start = [v2.ToImage()] if on_tensors else []
@@ -110,8 +110,8 @@ def torchvision_pair(config: ViewsConfig, on_tensors: bool) -> Pipeline:
 
 
 def _colors() -> list[Any]:
-    """The nine operations of ``dtg_core/data/photometric.py``; ranges are drawn where torchvision draws, others are fixed at the
-    middle."""
+    """The nine operations of ``dtg_core/data/photometric.py``; magnitudes are drawn where torchvision draws them, and otherwise
+    fixed at the middle."""
     span = 0.28, 0.18 * MAGNITUDES + 0.1
     middle = (MAGNITUDES + 1) // 2
     return [

@@ -7,8 +7,8 @@ A checkpoint is a folder ``step_00000100`` of
     state.json                                    the step, the caller's state, the optimizer's settings
     manifest.json                                 size and SHA-256 of the files above, and of itself
 
-It is written beside its place as ``step_00000100.tmp``, flushed to the disk and renamed once, so a folder without ``.tmp``
-is whole. Older ones are deleted only after that. One process writes; the folder belongs to one run.
+It is first written as ``step_00000100.tmp``, flushed to the disk and then renamed in one go, so a folder without ``.tmp``
+is complete. Older ones are deleted only after that. One process writes; the folder belongs to one run.
 """
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STUDENT, TEACHER, OPTIMIZER = "student.safetensors", "teacher.safetensors", "opt
 STATE, MANIFEST = "state.json", "manifest.json"
 _FILES = (STUDENT, TEACHER, OPTIMIZER, STATE)
 _METADATA = "dtg_ssod"  # key of our JSON among a weights file's metadata
-_MOST_TENSORS = 100_000  # of a weights file; a hostile one may name millions of empty ones
+_MOST_TENSORS = 100_000  # in a weights file; a hostile one may list millions of empty ones
 
 
 def _say(message: str) -> None:
@@ -57,20 +57,20 @@ def save_checkpoint(
     """Write the checkpoint of ``step`` into ``folder`` and delete all but the newest ``keep`` up to this step.
 
     Args:
-        folder: holds the run's checkpoints; made when missing.
+        folder: holds the run's checkpoints; created if missing.
         step: number of finished steps.
         student: the plain module (not a wrapper), whose parameters ``optimizer`` holds.
         teacher: the plain module.
         optimizer: any torch optimizer whose state is tensors and plain values.
-        state: JSON values to be handed back by ``load_checkpoint``.
+        state: JSON values to be returned by ``load_checkpoint``.
         keep: how many checkpoints stay.
 
     Returns:
-        The checkpoint. A whole one of the same step is left as it is.
+        The checkpoint. A complete one of the same step is left unchanged.
 
     Raises:
         OSError: disk full or not writable; every older checkpoint is untouched, and nothing half-written is left behind
-            unless the disk refuses that too.
+            unless deleting it fails too.
     """
     final = folder / checkpoint_name(step)
     if final.exists():
@@ -140,9 +140,9 @@ def load_checkpoint(
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] = _say) -> Path | None:
-    """The newest whole checkpoint of a folder, None when there is none at all.
+    """The newest complete checkpoint of a folder, None when there is none at all.
 
-    Damaged ones are passed over with a warning that names the file. Raises UserError when all of them are damaged.
+    Damaged ones are skipped with a warning that names the file. Raises UserError when all of them are damaged.
     """
     damaged = []
     for _, path in _checkpoints(folder):
@@ -159,7 +159,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = _say) -> Path 
 
 
 def discard_newer(folder: Path, step: int) -> None:
-    """Delete checkpoints after ``step``: they belong to a course that a resume from ``step`` gives up."""
+    """Delete checkpoints after ``step``: resuming from ``step`` abandons the training that they belong to."""
     for number, path in _checkpoints(folder):
         if number > step:
             _remove(path)
@@ -174,7 +174,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that half of it is never taken for one. What cannot be deleted stays."""
+    """Delete a checkpoint; renamed first, so that half of one is never mistaken for a checkpoint. What cannot be deleted stays."""
     try:
         doomed = path.with_name(f"{path.name}.tmp")
         os.rename(path, doomed)
@@ -184,13 +184,13 @@ def _remove(path: Path) -> None:
 
 
 def _manifest(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The manifest's one spelling; it carries its own digest, so that a changed bit in it shows as well."""
+    """The manifest's only valid form; it contains its own digest, so that a flipped bit in it is noticed too."""
     text = json.dumps(entries, indent=1, sort_keys=True)
     return f'{{"files": {text},\n"sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}\n'.encode()
 
 
 def _verified(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The bytes of a whole checkpoint's files and its parsed state.json. Raises UserError naming the damaged file."""
+    """The bytes of a complete checkpoint's files and its parsed state.json. Raises UserError naming the damaged file."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint - give a folder step_NNNNNNNN, or auto")
 
@@ -244,7 +244,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU that are contiguous and share no memory, as safetensors asks for."""
+    """Copies on the CPU that are contiguous and share no memory, as safetensors requires."""
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()) for name, tensor in tensors.items()}
 
 
@@ -288,7 +288,7 @@ def _pack_optimizer(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, 
 def _unpack_optimizer(
     optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
-    """The optimizer's state dictionary from what ``_pack_optimizer`` made; without parameters that are frozen by now."""
+    """The optimizer's state dictionary from what ``_pack_optimizer`` made; without parameters that are now frozen."""
     names = _parameter_names(optimizer, module)
     held = {name for group in names for name in group}
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad} - held
@@ -306,7 +306,7 @@ def _unpack_optimizer(
             # the parameter's memory layout: another order of elements may round differently in vectorised kernels
             value = torch.empty_like(parameters[name], dtype=value.dtype, requires_grad=False).copy_(value)
         state.setdefault(index[name], {})[key] = value
-    # The settings are this run's, and so are the kernels: a change that was asked for acts, and the device may be another.
+    # The settings are this run's, and so are the kernels: requested changes take effect, and the device may differ.
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
@@ -316,7 +316,7 @@ def _unpack_optimizer(
 def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, Any]) -> None:
     """Write a module's weights and JSON ``metadata`` as one safetensors file, replacing an older one at once.
 
-    Raises OSError when the disk refuses; the older file is then untouched.
+    Raises OSError if that fails; the older file is then untouched.
     """
     data = safetensors.save(_plain(module.state_dict()), {_METADATA: json.dumps(dict(metadata))})
     with draft_of(path) as draft:
@@ -325,13 +325,13 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, Any]) -> 
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a weights file on the CPU, and its metadata ({} where it has none of ours).
+    """The tensors of a weights file on the CPU, and its metadata ({} if it has none of ours).
 
     Args:
         path: ``.safetensors``, or ``.pt`` / ``.pth`` that holds nothing but tensors, flat or under "state_dict" or "model".
 
     Raises:
-        UserError: missing, damaged, or with pickled code, which is never run.
+        UserError: missing, damaged, or containing pickled code, which is never run.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such weights file - give a .safetensors file")
@@ -343,7 +343,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        with reading(path), open(path, "rb"):  # safetensors calls a file without rights missing
+        with reading(path), open(path, "rb"):  # safetensors reports an unreadable file as missing
             pass
         found = " ".join(str(error).split())
         raise UserError(f"{path}: not a whole safetensors file ({found}) - copy or make it anew") from error
@@ -353,7 +353,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         loaded = read_tensors(path)
     except UserError:
         raise
-    except Exception as error:  # a hostile or damaged file ends in errors of many kinds
+    except Exception as error:  # a hostile or damaged file can raise many kinds of errors
         raise UserError(f"{path}: holds more than tensors, or is damaged ({type(error).__name__}) - convert it to "
                         "safetensors where it was made") from error
     for key in ("state_dict", "model"):

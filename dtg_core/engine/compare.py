@@ -1,10 +1,10 @@
 """Finished runs side by side, in the form of the paper's tables.
 
-Runs whose settings differ in the seed or the fold only are one row: a mean and the standard deviation over them. A *fold* is
-another draw of the same data: ``data.shapes_seed``, or files whose names differ in the number of a fold only. Settings that
-cannot have had an effect, as the sparse threshold of a dense stage, are left out before runs are compared, and images per
-process and micro-batches give way to the images of a step, which are what training depends on. The launcher's mixed precision
-counts as a setting.
+Runs whose settings only differ in the seed or the fold are one row: a mean and the standard deviation over them. A *fold* is
+another draw of the same data: ``data.shapes_seed``, or files whose names only differ in the number of a fold. Settings that
+cannot have had an effect, such as the sparse threshold of a dense stage, are left out before runs are compared, and images per
+process and micro-batches are replaced by the images of a step, which are what training depends on. The launcher's mixed
+precision counts as a setting.
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
 
 FIGURES = ("AP", "AP50", "AP75")
-#: The launcher's, which is no setting of the config either.
+#: The launcher's, which is not a setting of the config either.
 PRECISION = "mixed_precision"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
@@ -59,13 +59,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in seed and fold only."""
+    """Runs that only differ in seed and fold."""
 
     name: str
     runs: list[Run]
 
     def values(self, which: str, figure: str) -> list[float | None]:
-        """Of each run, by seed and fold."""
+        """The figure of each run, by seed and fold."""
         return [run.results[which].get(figure) for run in sorted(self.runs, key=lambda run: run.draw)]
 
 
@@ -84,7 +84,7 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
     Args:
         paths: run folders.
         stages: names of each detector's stages; a detector that is not in it has all stages of its settings.
-        over: keys, beside seed and fold, that may differ between the runs of a row.
+        over: keys, besides seed and fold, that may differ between the runs of a row.
 
     Raises:
         UserError: a run is not finished, is given twice, was evaluated on another data set than the first, or learnt from
@@ -114,7 +114,7 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
 
 
 def reference(rows: Sequence[Row], row: Row) -> Row:
-    """The row that a row is measured against: the first with its detector and its labelled images."""
+    """The row that a row is compared with: the first with its detector and its labelled images."""
     return next(other for other in rows if _labeled_by(other) == _labeled_by(row))
 
 
@@ -146,7 +146,7 @@ def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
 def tables(comparison: Comparison) -> dict[str, Table]:
     """The tables by title: results, the student's, AP on the way, cost, AP of each class, settings that differ."""
     rows, runs = comparison.rows, [run for row in comparison.rows for run in row.runs]
-    versus = [f"{name} - first" for name in FIGURES] if len(rows) > 1 else []
+    versus = [f"{name} - baseline" for name in FIGURES] if len(rows) > 1 else []
     results: Table = [["", *FIGURES, *versus, "runs"]]
     student: Table = [["student", *FIGURES]]
     cost: Table = [["", "minutes of training", "seconds per step", "waiting for data", "steps", "images of a step"]]
@@ -156,7 +156,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         results.append([row.name, *means, *differences, str(len(row.runs))])
         student.append([row.name, *(_mean_and_spread(row.values("student", name)) for name in FIGURES)])
         cost.append([row.name, *_cost(row)])
-    found = {"Results": results, "The student, whose average the teacher is": student}
+    found = {"Results": results, "Student (the teacher is its moving average)": student}
     if any(len(run.curve) > 1 for run in runs):
         way: Table = [["step", *(row.name for row in rows)]]
         for step in sorted({point[0] for run in runs for point in run.curve}):
@@ -178,7 +178,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """All tables, as text that is readable as it stands."""
+    """All tables, as text that is readable as it is."""
     parts = []
     for title, rows in tables(comparison).items():
         cells = [[cell.replace("|", "\\|") for cell in line] for line in rows]
@@ -226,7 +226,7 @@ def save(comparison: Comparison, folder: Path) -> None:
 
 
 def _mean_curve(row: Row, column: int, scale: float) -> list[Point]:
-    """Of the runs of a row, if there are several, evaluated at the same steps; else empty."""
+    """The mean curve of a row's runs, if there are several, evaluated at the same steps; otherwise empty."""
     curves = [run.curve for run in row.runs]
     if len(curves) < 2 or len({tuple(point[0] for point in curve) for curve in curves}) > 1:
         return []
@@ -272,32 +272,32 @@ def _shared(run: Run, over: Sequence[str]) -> dict[str, Any]:
 
 
 def _batch(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The images of a step; a run that does not tell had one process."""
+    """The images of a step; a run that does not record them had one process."""
     parts = settings.get("optim.accumulate") or 1
     alone = {kind: (settings.get(f"data.{kind}_per_device") or 0) * parts for kind in ("labeled", "unlabeled")}
     return {f"{BATCH}.{kind}": number for kind, number in results.get(BATCH, alone).items()}
 
 
 def _digest(run: Run, which: str) -> str | None:
-    """Of a data set that the run has read; None: it does not tell."""
+    """Digest of a data set that the run has read; None: not recorded."""
     return ((run.results.get("data") or {}).get(which) or {}).get("sha256")
 
 
 def _evaluated_on(run: Run) -> tuple[str, list[str]]:
     """The images, and the classes."""
     val = run.settings.get("data.val")
-    images = f"{run.settings.get('data.shapes_val')} embedded images" if val is None else str(val)
+    images = f"{run.settings.get('data.shapes_val')} synthetic images" if val is None else str(val)
     return images, list(run.results["teacher"].get("classes", {}))
 
 
 def _drawing(run: Run) -> Any:
-    """Which drawing of the embedded data a run was evaluated on; None for files."""
+    """Which drawing of the built-in data a run was evaluated on; None for files."""
     return run.settings.get(EMBEDDED_FOLD) if run.settings.get("data.val") is None else None
 
 
 def _refuse_other_images(run: Run, first: Run) -> None:
-    """Unless both were evaluated on the same images, boxes and classes, wherever their file lies. Folds of the embedded data have
-    images of their own, as many in each."""
+    """UserError unless both were evaluated on the same images, boxes and classes, wherever their file is. Folds of the built-in
+    data have their own images, as many in each."""
     own, firsts = _evaluated_on(run), _evaluated_on(first)
     digests = (_digest(run, "val"), _digest(first, "val")) if _drawing(run) == _drawing(first) else (None, None)
     if own[1] == firsts[1] and (digests[0] == digests[1] if None not in digests else own == firsts):
@@ -333,14 +333,14 @@ def _refuse_copies(runs: Sequence[Run], over: Sequence[str]) -> None:
 
 
 def _differing(groups: Sequence[Sequence[Run]], over: Sequence[str]) -> dict[str, list[str]]:
-    """{key: value by row} of the keys to tell the rows apart by; "" where a key has no effect."""
+    """{key: value by row} for the keys that distinguish the rows; "" where a key has no effect."""
     shared = [_shared(members[0], over) for members in groups]
     names = [members[0].name for members in groups]
     found = {}
     for key in dict.fromkeys(key for settings in shared for key in settings):
         values = [yaml_scalar(settings[key]) if key in settings else "" for settings in shared]
         told = {value for value in values if value}
-        # Between rows of one kind also what only one of them knows, as after an update of the program.
+        # Between rows of the same name, also what only one of them has, as after an update of the program.
         alike = any(a != b and names[i] == names[j] for i, a in enumerate(values) for j, b in enumerate(values))
         if len(told) > 1 or alike:
             found[key] = values
@@ -369,8 +369,8 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def _difference(row: Row, first: Row, figure: str) -> str:
-    """Of the teachers' means; with its spread where both rows have the same seeds and folds, run by run. None where they were
-    evaluated on other drawings of the embedded data."""
+    """Difference of the teachers' means; with its spread if both rows have the same seeds and folds, run by run. Empty if they
+    were evaluated on different drawings of the built-in data."""
     if row is first or {_drawing(run) for run in row.runs} != {_drawing(run) for run in first.runs}:
         return ""
     ours, theirs = ([value or 0.0 for value in one.values("teacher", figure)] for one in (row, first))
@@ -380,8 +380,8 @@ def _difference(row: Row, first: Row, figure: str) -> str:
 
 
 def _remarks(comparison: Comparison) -> Iterator[str]:
-    yield ("- AP, AP50, AP75: the teacher's, mean ± standard deviation over seeds and folds; differences to the first row of the "
-           "same detector and labelled images, with their deviation run by run where both rows have the same seeds and folds. "
+    yield ("- AP, AP50, AP75: the teacher's, mean ± standard deviation over seeds and folds. Differences are to the baseline, the "
+           "first row of the same detector and labelled images, with their deviation run by run where seeds and folds are equal. "
            "Times are those of this machine then.")
     yield from (f"- {note}." for note in comparison.notes)
     for row in comparison.rows:

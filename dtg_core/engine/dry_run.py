@@ -1,4 +1,4 @@
-"""What a run will cost, from two of its steps that are thrown away. Nothing is written."""
+"""What a run will cost, estimated from two of its steps, which are discarded. Nothing is written."""
 from __future__ import annotations
 
 import math
@@ -26,10 +26,10 @@ CHECKPOINTS = 3  # kept at once while a new one is written
 
 
 def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, accelerator: Accelerator) -> list[str]:
-    """Make batches of the dearest kind of step, train on them, and forecast.
+    """Make batches of the most expensive kind of step, train on them, and forecast.
 
     Args:
-        config: of the run. detector: the student's; it is changed. sources: the data. folder: of the run, which may not
+        config: the run's settings. detector: the student's; it is changed. sources: the data. folder: the run's, which may not
         exist.
 
     Returns:
@@ -56,7 +56,7 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
         reading = time.perf_counter() - began
         moved = [batch.to(accelerator.device)] * parts
         figures = train_step(made, moved)
-        broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures are there
+        broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures have arrived
         training = time.perf_counter() - began - reading
     training, reading, whole = forecast(training, reading, parts, config)
     size = _checkpoint_bytes(made.module, made.teacher, made.optimizer)
@@ -87,7 +87,7 @@ def forecast(training: float, reading: float, parts: int, config: Config) -> tup
     """Seconds that a step takes to train and, with one process, to read, and that the whole run takes.
 
     Args:
-        training: seconds of a step with ``parts`` micro-batches. reading: of a micro-batch. config: of the run.
+        training: seconds of a step with ``parts`` micro-batches. reading: of a micro-batch. config: the run's settings.
     """
     accumulate, workers = config.optim.accumulate, config.data.workers
     training, reading = training / parts * accumulate, reading * accumulate
@@ -96,8 +96,8 @@ def forecast(training: float, reading: float, parts: int, config: Config) -> tup
 
 
 def _broken(figures: Figures, scaled: bool) -> bool:
-    """Whether a step went wrong. Under a fp16 scaler the losses tell, for its first gradients overflow until it has found its
-    scale."""
+    """Whether a step went wrong. Under an fp16 scaler only the losses show it, because its first gradients overflow until it has
+    found its scale."""
     losses = [float(value) for name, value in figures.items() if name.startswith(("labeled/", "unlabeled/"))]
     return bool(figures["skipped"]) and not (scaled and all(map(math.isfinite, losses)))
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from dtg_core.config import Config
 
-#: Settings that change no weight and no figure, but for the order of sums.
+#: Settings that change no weight and no figure, except for the order of sums.
 SILENT = {
     "schema", "run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
     "run.max_skipped", "run.channels_last", "run.compile", "data.workers", "optim.reference_batch", "data.labeled_per_device",
     "data.unlabeled_per_device", "optim.accumulate",
 }  # fmt: skip
-#: The images of a step, over all processes: what the last three come to.
+#: The images of a step, over all processes: what the last three result in.
 BATCH = "images_of_a_step"
-#: The paradigms that read a setting of a stage's rule; dense guidance alone reads the others.
+#: The paradigms that read a setting of a stage's rule; only dense guidance reads the others.
 READERS = {"paradigm": {"dense", "sparse", "none"}, "pseudo_score": {"sparse"}, "proposals": {"sparse"},
            "tau_rate": {"dense", "sparse"}}  # fmt: skip
 #: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
@@ -26,7 +26,7 @@ UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data
 
 
 def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The settings that had an effect: without other detectors' sections and stages, and what the paradigms do not read."""
+    """The settings that had an effect: without other detectors' sections and stages, or what the paradigms do not read."""
     detector = settings.get("detector")
     core = {field.name for field in fields(Config)} | {BATCH}
     own = stages.get(str(detector))
@@ -36,7 +36,7 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
 
     def matters(key: str) -> bool:
         parts = key.split(".")
-        if key in SILENT | UNREAD or key == "paradigm":  # the stages' own say more than the run's
+        if key in SILENT | UNREAD or key == "paradigm":  # the stages' own are more specific than the run's
             return False
         if key == "optim.momentum":
             return settings.get("optim.name") == "sgd"
@@ -53,13 +53,13 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
 
 
 def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How each stage was guided, from settings by dotted key; those of other detectors are among them if the settings name them."""
+    """How each stage was guided, from settings by dotted key; those of other detectors are included if the settings name them."""
     return {key.split(".")[2]: value for key, value in settings.items()
             if key.startswith("guidance.stages.") and key.endswith(".paradigm")}  # fmt: skip
 
 
 def paradigm_of(stages: Mapping[str, Any]) -> str:
-    """"dense", "sparse" or "supervised"; of each stage if they differ."""
+    """"dense", "sparse" or "supervised"; listed by stage if they differ."""
     kinds = set(stages.values())
     if len(kinds) <= 1:
         return "supervised" if kinds <= {"none"} else kinds.pop()

@@ -1,8 +1,8 @@
 """COCO's detection metric, and running a detector over a data set for it.
 
-No file of a user reaches the evaluator: the ground truth is rebuilt from a checked ``CocoIndex`` with ids 1, 2, 3, ... and
-areas of its boxes, because evaluators answer odd ids, missing areas and NaN with wrong numbers instead of errors. Results
-that are given out carry the data set's own ids.
+No user file reaches the evaluator: the ground truth is rebuilt from a checked ``CocoIndex`` with ids 1, 2, 3, ... and
+areas of its boxes, because evaluators respond to odd ids, missing areas and NaN with wrong numbers instead of errors. Results
+for the user carry the data set's own ids.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: COCO's twelve figures, in the evaluator's order.
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-#: IoU thresholds whose curves of precision over recall are kept, with their places among the evaluator's ten.
+#: IoU thresholds whose precision-recall curves are kept, with their places among the evaluator's ten.
 CURVES = {"0.50": 0, "0.75": 5}
 
 
@@ -39,7 +39,7 @@ class Found:
     rows: list[NDArray[np.float64]] = field(default_factory=list)  # parts of [D, 7]: x1, y1, x2, y2, score, label, image
 
     def add(self, detections: Detections, views: ViewBatch, image: Sequence[int], index: CocoIndex) -> None:
-        """Take a batch's detections.
+        """Add a batch's detections.
 
         Args:
             detections: in the pixels of ``views``, on any device; fetched in one transfer.
@@ -72,10 +72,10 @@ def coco_metrics(index: CocoIndex, found: Found, faster: bool = True) -> dict[st
     Args:
         index: the ground truth; crowd boxes count as COCO counts them.
         found: detections of images of ``index``, each image once; objects of images that were not seen do not count.
-        faster: by faster-coco-eval where it is installed, which gives the same figures sooner; else by pycocotools.
+        faster: by faster-coco-eval if it is installed, which gives the same figures sooner; otherwise by pycocotools.
 
     Returns:
-        {"AP": .., ... the twelve FIGURES in 0..100, None where there is no object to find, "classes": {name: AP or None}}.
+        {"AP": .., ... the twelve FIGURES in 0..100, None if there is no object to find, "classes": {name: AP or None}}.
 
     Raises:
         ValueError: an image given twice, an unknown image or class, a value that is not finite.
@@ -86,10 +86,10 @@ def coco_metrics(index: CocoIndex, found: Found, faster: bool = True) -> dict[st
 def metrics_and_curves(
     index: CocoIndex, found: Found, faster: bool = True
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
-    """``coco_metrics``, and the curves that lie behind it.
+    """``coco_metrics``, and the curves behind it.
 
     Returns:
-        (what ``coco_metrics`` gives, {IoU of CURVES: {class: its precision at recalls 0, 0.01, .. 1}}); classes without any
+        (what ``coco_metrics`` returns, {IoU of CURVES: {class: its precision at recalls 0, 0.01, .. 1}}); classes without any
         object have no curve.
     """
     seen, rows = found.merged()
@@ -137,12 +137,12 @@ def find(
     """Run a detector over views of the images of ``index`` and gather what all processes found.
 
     Args:
-        detector: satisfies ``dtg_core.protocol.Detector``; in evaluation mode meanwhile.
-        index: whose ``image_ids`` the views name.
-        batches: this process' share of the images, on the CPU; None where no image of a batch can be read.
+        detector: a ``dtg_core.protocol.Detector``; in evaluation mode meanwhile.
+        index: its ``image_ids`` are those in the views.
+        batches: this process's share of the images, on the CPU; None where no image of a batch can be read.
         device: where the detector is.
         score_threshold: of kept detections.
-        accelerator: gives autocast for the network, and the other processes.
+        accelerator: provides autocast for the network, and the other processes.
 
     Raises:
         Whatever fails, on every process, so that none waits for the others.
@@ -189,7 +189,7 @@ def unseen(index: CocoIndex, found: Found) -> list[str]:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """The twelve figures and each class' AP as a text table."""
+    """The twelve figures and each class's AP as a text table."""
     def shown(value: float | None) -> str:
         return "   -" if value is None else f"{value:5.1f}"
 

@@ -1,4 +1,4 @@
-"""What the teacher tells the student of a batch, step by step, beside what sparse guidance would have told (Figs. 3 and 4).
+"""What the teacher tells the student about a batch, step by step, and what sparse guidance would have told it (Figs. 3 and 4).
 
 What training does within one step is kept, so that it can be looked at. Nothing here is fast.
 """
@@ -33,12 +33,12 @@ from dtg_core.structures import (
 )
 
 BOTH, DENSE_ONLY, SPARSE_ONLY, OTHER_CLASS = "both", "dense only", "sparse only", "other class"
-SAME_OBJECT = 0.5  # IoU of a cluster's target with a pseudo box of its class, from which they mean the same
+SAME_OBJECT = 0.5  # IoU of a cluster's target with a pseudo box of its class from which they mean the same object
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a sample that either guidance makes a positive is labeled by both."""
+    """How a sample that either guidance makes a positive is labelled by both."""
 
     sample: int
     kind: str
@@ -51,20 +51,20 @@ class Explained:
 
     candidates: Candidates  # teacher's view
     clusters: Clusters
-    detections: Detections  # the teacher's final boxes over the lower threshold, in its view
-    samples: Samples  # of the student
+    detections: Detections  # the teacher's final boxes above the lower threshold, in its view
+    samples: Samples  # the student's
     dense: Assignment  # before background is drawn at random
     sparse: Assignment
     pseudo: Targets  # pseudo boxes in the student's view
     student_logit: Tensor  # [P] of the class that dense guidance assigns
     teacher_score: Tensor  # [N, S] best score of the teacher's samples that belong to a student's sample; -1: none does
-    foreground: Tensor  # [N, S] bool, one of these is over its threshold
+    foreground: Tensor  # [N, S] bool, one of these is above its threshold
     num_classes: int
     rule: StageRule
     threshold: Tensor | None  # [C] scores instead of the tau or pseudo_score that the rule's paradigm reads
 
     def differences(self, image: int) -> list[Difference]:
-        """Of all samples of an image that are positive by dense or sparse guidance."""
+        """Differences for all samples of an image that are positive by dense or sparse guidance."""
         dense, sparse = (
             {sample: row for row, (at, sample) in enumerate(zip(part.image.tolist(), part.sample.tolist())) if at == image}
             for part in (self.dense, self.sparse)
@@ -110,9 +110,9 @@ def explain(
     """Guide one stage both ways.
 
     Args:
-        teacher, student: in evaluation mode. pair: unlabeled views on their device.
-        name: of the stage. rule: of the stage; both of its thresholds are used. hull: how boxes are moved.
-        threshold: [C] scores, for the paradigm of the rule, in the place of its threshold.
+        teacher, student: in evaluation mode. pair: unlabelled views on their device.
+        name, rule: the stage's; both thresholds of the rule are used. hull: how boxes are moved.
+        threshold: [C] scores, replacing the threshold of the rule's own paradigm.
 
     Returns:
         Explained, on the CPU as far as the given views are.
@@ -128,7 +128,7 @@ def explain(
     lowest = min(rule.tau, rule.pseudo_score, *(() if threshold is None else threshold.tolist()))
     detections = teacher.detect(outputs, pair.teacher, lowest)
     pseudo = pseudo_labels(detections, rule.pseudo_score if sparse_limit is None else sparse_limit, pair, hull)
-    if stage.num_classes == 1:  # an RPN knows objects only
+    if stage.num_classes == 1:  # an RPN only knows objects
         pseudo = replace(pseudo, labels=torch.zeros_like(pseudo.labels))
     sparse = stage.assign(moved, pseudo, pair.student.sizes, pair.student.seeds)
 
@@ -184,9 +184,9 @@ class Tally:
 
 
 def tally(parts: Sequence[tuple[Explained, Targets]], score: float | Tensor, min_iou: float = 0.5) -> dict[str, Tally]:
-    """Boxes with a score over ``score``, those that clusters keep and final ones, against objects in the teacher's view.
+    """Boxes with a score above ``score``, those that clusters keep and final ones, against objects in the teacher's view.
 
-    A tensor is of thresholds, [C] of the classes or [1] for all of them.
+    A tensor holds thresholds, [C] by class or [1] for all classes.
     """
     counts = {"clusters": Tally(), "pseudo boxes": Tally()}
     for explained, truth in parts:

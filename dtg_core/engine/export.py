@@ -1,7 +1,7 @@
 """A trained detector as one graph, pixels in and boxes out, for torch.export and ONNX, compared with the detector itself.
 
 The graph holds normalisation, network, decoding and NMS. It takes ``image`` [3, H, W] uint8 RGB of one fixed size, and ``size``
-[2] int64, the (height, width) of the picture at its top left; the rest is padding, whose pixels do not matter. It gives
+[2] int64, the (height, width) of the picture at its top left; the rest is padding, whose pixels do not matter. It returns
 ``boxes`` [D, 4] float32 in the pixels of ``image``, clipped to ``size``, ``scores`` [D] float32, best first, and ``labels`` [D]
 int64, rows of the class names; D is free, and may be 0.
 """
@@ -34,7 +34,7 @@ from dtg_core.protocol import Detector
 from dtg_core.structures import Targets, ViewBatch
 
 #: Largest differences from the detector itself that are accepted. Float32 sums in another order stay far below both; a box
-#: that NMS treats otherwise, a changed rounding or a misread size goes far beyond.
+#: that NMS treats differently, changed rounding or a misread size goes far beyond.
 BOX_TOLERANCE = 0.05  # px
 SCORE_TOLERANCE = 1e-3
 SUFFIXES = {"torch_export": ".pt2", "onnx": ".onnx"}  # of the formats
@@ -47,7 +47,7 @@ class DetectorGraph(nn.Module):
     """What is exported: a detector on one image of fixed size.
 
     Args:
-        detector: satisfies ``dtg_core.protocol.Detector``. score_threshold: of boxes that are given.
+        detector: a ``dtg_core.protocol.Detector``. score_threshold: of boxes that are returned.
     """
 
     def __init__(self, detector: Detector, score_threshold: float) -> None:
@@ -87,7 +87,7 @@ class Difference:
 
 
 def difference(one: Boxes, other: Boxes) -> Difference:
-    """Each detection compared with the nearest of its class in the other list; infinite where the lists have no pairs."""
+    """Each detection compared with the nearest of its class in the other list; infinite if the lists have no pairs."""
     if len(one[0]) != len(other[0]):
         return Difference(math.inf, math.inf)
     if len(one[0]) == 0:
@@ -103,20 +103,20 @@ def export(
     predictor: Predictor, pictures: Sequence[Image.Image], output: Path, stem: str, formats: Sequence[str],
     size: tuple[int, int], score_threshold: float, opset: int,
 ) -> Iterator[str]:
-    """Write a detector's graph in each format, with its description beside it.
+    """Write a detector's graph in each format, with its description next to it.
 
-    A file gets its name when it was run on all pictures and agrees with the detector; otherwise it ends in ``.rejected``.
+    A file gets its name if it ran on all pictures and agrees with the detector; otherwise its name ends in ``.rejected``.
 
     Args:
         predictor: on the CPU; its parameters are frozen. pictures: RGB, to compare on. output: folder. stem: of the files' names.
-        formats: keys of ``SUFFIXES``. size: (H, W) of the graph's image. score_threshold: of boxes that the graph gives.
+        formats: keys of ``SUFFIXES``. size: (H, W) of the graph's image. score_threshold: of boxes that the graph returns.
         opset: ONNX opset.
 
     Yields:
-        A line on each file.
+        A line about each file.
 
     Raises:
-        UserError: a file is there already, an extra is not installed, the pictures show nothing to compare, the graph cannot
+        UserError: a file exists already, an extra is not installed, the pictures show nothing to compare, the graph cannot
             be written in a format, or it differs from the detector.
     """
     files = {kind: output / f"{stem}{SUFFIXES[kind]}" for kind in formats}
@@ -128,7 +128,7 @@ def export(
     graph = DetectorGraph(predictor.detector, score_threshold).eval().requires_grad_(False)
     inputs = [on_canvas(picture, *size) for picture in pictures]
     with torch.no_grad():
-        # Before the graph is traced also because tables that detectors keep for a canvas have to hold numbers by then.
+        # Before the graph is traced, also because tables that detectors cache per canvas must hold numbers by then.
         expected = [graph(*prepared) for prepared in inputs]
         count = sum(len(boxes) for boxes, _, _ in expected)
         if not count:
@@ -157,10 +157,10 @@ def export(
 
 
 def _compared(run: Callable[..., Boxes], inputs: Sequence[Prepared], expected: Sequence[Boxes]) -> tuple[Difference, str]:
-    """The largest difference over all images, in numbers and in words; infinite where the graph breaks off."""
+    """The largest difference over all images, in numbers and in words; infinite if the graph fails."""
     try:
         each = [difference(wanted, run(*prepared)) for prepared, wanted in zip(inputs, expected)]
-    except Exception as error:  # of either runtime
+    except Exception as error:  # from either runtime
         return Difference(math.inf, math.inf), f"it breaks off with {_first_line(error)}"
     boxes, scores = np.max([(one.boxes, one.scores) for one in each], 0)  # NaN if any is
     worst = Difference(float(boxes), float(scores))
@@ -202,7 +202,7 @@ def _require_onnx() -> None:
 
 
 def _nms_of_any_number(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """The shape of NMS' result, for tracing. torchvision's own says that it keeps two boxes at least, so that a graph fails
+    """The shape of the result of NMS, for tracing. torchvision's own says that at least two boxes are kept, so that a graph fails
     where there are fewer."""
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
@@ -219,10 +219,10 @@ def _traced(graph: nn.Module, inputs: Prepared) -> ExportedProgram:
 def _written(
     kind: str, program: ExportedProgram, path: Path, told: dict[str, Any], opset: int
 ) -> Callable[[Tensor, Tensor], Boxes]:
-    """Write the file, and give what is in it as a function."""
+    """Write the file, and return its contents as a function."""
     with _quiet():
         if kind == "torch_export":
-            whole = io.BytesIO()  # a disk that refuses makes PyTorch's own writer abort the process
+            whole = io.BytesIO()  # a write error makes PyTorch's own writer abort the process
             torch.export.save(program, whole, extra_files={"description.json": json.dumps(told)})
             path.write_bytes(whole.getbuffer())
             return torch.export.load(path).module()
@@ -233,7 +233,7 @@ def _written(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters tell of their own deprecations, defaults and attempts, of which a user can mend nothing."""
+    """Silence exporters' reports of their own deprecations, defaults and attempts, about which a user can do nothing."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

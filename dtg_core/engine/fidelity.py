@@ -1,7 +1,7 @@
-"""How much guidance pulls the student where true labels would: a measure of settings that needs no training.
+"""How much guidance pulls the student where true labels would: a way to compare settings without training.
 
 On the strong views of unlabelled images whose labels are known but hidden from the teacher, each unlabelled loss has a
-gradient, and so has the detector's labelled loss on the true labels. Their cosine tells whether the guidance pulls in the right
+gradient, and so has the detector's labelled loss on the true labels. Their cosine says whether the guidance pulls in the right
 direction, the ratio of their norms how hard. Gradients are those of head and feature pyramid (the backbone's follow from
 them) of a student in evaluation mode, batch by batch.
 
@@ -30,21 +30,21 @@ from dtg_core.models.student import learn, loss_terms
 from dtg_core.protocol import Detector, Stage
 from dtg_core.structures import Assignment, LossTerm, PairBatch, Samples, Supervision, Targets, ViewBatch
 
-#: The loss terms of a gradient, and the gradient of the labelled loss that it is compared with.
+#: The loss terms of a gradient, and which gradient of the labelled loss it is compared with.
 KINDS = {"class": (("cls", "background"), "class"), "box": (("box",), "box"), "rank": (("rank",), "class")}
 ALL = "all"  # the sum of a stage's losses, or of all stages
-RIGHT = 0.5  # IoU of a target box with a true object of its class, from which the label is right
+RIGHT = 0.5  # IoU of a target box with a true object of its class from which the label counts as right
 
 Key = tuple[str, str]  # stage and kind
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one unlabelled loss' gradient with the true labels'."""
+    """Agreement of one unlabelled loss's gradient with that of the true labels."""
 
     cosine: float  # mean over the batches; a batch without a gradient counts as 0
     error: float | None  # standard error of that mean, None for a single batch
-    ratio: float  # norm over that of the labelled loss' gradient, of all batches together; with beta for rank matching
+    ratio: float  # norm over that of the labelled loss's gradient, over all batches together; with beta for rank matching
 
 
 @dataclass
@@ -57,18 +57,18 @@ class Measured:
     batches: int = 0
 
     def add_gradients(self, own: Mapping[Key, Tensor], true: Mapping[Key, Tensor]) -> None:
-        """Those of a batch, see ``gradients``."""
+        """Add those of a batch, see ``gradients``."""
         for (stage, kind), gradient in own.items():
             other = true[stage, KINDS[kind][1] if kind in KINDS else ALL]
             products = float(gradient @ other), float(gradient @ gradient), float(other @ other)
             self.products.setdefault((stage, kind), []).append(products)
 
     def agreements(self, stage: str) -> dict[str, Agreement]:
-        """By kind."""
+        """Agreements of a stage, by kind."""
         return {kind: agreement(rows) for (at, kind), rows in self.products.items() if at == stage}
 
     def label_figures(self, stage: str) -> dict[str, float]:
-        """Shares and means of the stage's labels, and what the teacher gave for an image."""
+        """Shares and means of the stage's labels, and what the teacher gave per image."""
         counts = self.labels[stage]
         prefix = f"guidance/{stage}/"
         told = {key.removeprefix(prefix): value / self.batches for key, value in self.figures.items() if key.startswith(prefix)}
@@ -82,7 +82,7 @@ class Measured:
 
 
 def agreement(products: Sequence[tuple[float, float, float]]) -> Agreement:
-    """From the products of own and true, own and own, true and true gradient, of each batch."""
+    """Agreement from the products of own and true, own and own, true and true gradient, of each batch."""
     cosines = [dot / math.sqrt(own * true) if own * true > 0 else 0.0 for dot, own, true in products]
     error = statistics.stdev(cosines) / math.sqrt(len(cosines)) if len(cosines) > 1 else None
     own, true = (sum(row[place] for row in products) for place in (1, 2))
@@ -93,14 +93,14 @@ def measure(
     teacher: Detector, student: Detector, batches: Iterable[tuple[PairBatch, Targets]],
     settings: Mapping[str, Mapping[str, StageRule]], hull: Hull,
 ) -> dict[str, Measured]:
-    """Compare guidance by several settings with the true labels, on the same views.
+    """Compare guidance under several settings with the true labels, on the same views.
 
     Args:
         teacher, student: in evaluation mode. batches: unlabelled views and the true objects in the students' views.
         settings: rules of each stage, by the setting's name. hull: how boxes are moved between views.
 
     Returns:
-        Measured by the setting's name. Stages that a setting does not guide are not in it, but count in ``ALL``.
+        Measured, by the settings' names. Stages that a setting does not guide are not in it, but count in ``ALL``.
     """
     names, parameters = list(student.stages), head_parameters(student)
     found = {name: Measured() for name in settings}
@@ -121,7 +121,7 @@ def measure(
 
 
 def head_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """Parameters outside of the backbone; the backbone is frozen, so that no backward pass enters it."""
+    """Parameters outside the backbone; the backbone is frozen, so that no backward pass enters it."""
     for module in student.modules():
         if isinstance(module, Pyramid):
             module.body.requires_grad_(False)
@@ -161,14 +161,14 @@ def count_labels(
     """Labels of a batch against its true objects.
 
     Returns:
-        ``images``; ``positives``: samples that train toward an object; ``right``: those whose target box overlaps a true object
+        ``images``; ``positives``: samples trained towards an object; ``right``: those whose target box overlaps a true object
         of their class by ``RIGHT``; ``overlap``: the sum of these IoUs; ``true``: samples that the stage's own rule gives to a
         true object; ``found``: those that are positives of that class; ``missed``: those that are called background.
     """
-    classes = truth.labels if stage.num_classes > 1 else torch.zeros_like(truth.labels)  # an RPN knows objects only
+    classes = truth.labels if stage.num_classes > 1 else torch.zeros_like(truth.labels)  # an RPN only knows objects
     same = (assignment.image.unsqueeze(1) == truth.image) & (assignment.label.unsqueeze(1) == classes)
     overlap = torch.where(same, box_iou(assignment.box, truth.boxes), 0.0)
-    best = nn.functional.pad(overlap, (0, 1)).amax(1)  # of no object: 0
+    best = nn.functional.pad(overlap, (0, 1)).amax(1)  # 0 if there is no object
     right = best >= RIGHT
 
     true = stage.assign(samples, truth, views.sizes, views.seeds)

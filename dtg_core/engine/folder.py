@@ -1,9 +1,9 @@
 """A run's folder.
 
     config.yaml             every setting
-    metrics.jsonl           one object a line: losses and figures of the guidance, means since the line before
-    results.json            teacher's and student's COCO figures at the last evaluation
-    precision.json          the teacher's curves of precision over recall at the last evaluation
+    metrics.jsonl           one object per line: losses and guidance figures, means since the previous line
+    results.json            teacher's and student's COCO metrics at the last evaluation
+    precision.json          the teacher's precision-recall curves at the last evaluation
     pictures/               what the teacher taught and found at each evaluation
     report.html             all of this to look at, one file
     weights/*.safetensors   teacher and student, self-contained
@@ -29,16 +29,16 @@ from dtg_core.data.files import holds_run
 from dtg_core.drafts import reading, writing
 from dtg_core.errors import UserError
 
-#: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts there.
+#: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts in.
 BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
 #: The name of a checkpoint's folder, by the number of steps before it.
 CHECKPOINT = re.compile(r"step_(\d{8,})")
-#: All names that a run and the scripts that look at it give; ``--overwrite`` deletes nothing else.
+#: All names used by a run and the scripts that look at it; ``--overwrite`` deletes nothing else.
 WRITTEN = re.compile(
     r"\.lock|(config\.yaml|metrics\.jsonl|results\.json|precision\.json|report\.html)(\.tmp)?"
     r"|pictures|weights|checkpoints|nonfinite|trackers|evaluation(-.*)?|abandoned-\d+"
 )
-#: What some of these folders hold, by the first word of their name. ``trackers`` are Accelerate's, which give names of their own.
+#: What some of these folders hold, by the first word of their name. ``trackers`` are Accelerate's, which choose their own names.
 WITHIN = {
     "pictures": re.compile(r"(guidance-\w+|predictions)-\d+\.jpg(\.tmp)?"),
     "weights": re.compile(r"(teacher|student)\.safetensors(\.tmp)?"),
@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is one, whole or not."""
+        """Whether there is one, complete or not."""
         with reading(self.checkpoints), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return any(CHECKPOINT.fullmatch(name) for name in os.listdir(self.checkpoints))
         return False
@@ -81,7 +81,7 @@ class RunFolder:
             return 0
 
     def require_free(self, resume: bool, overwrite: bool) -> None:
-        """Raises UserError when the folder holds something that neither flag is for. Nothing is written."""
+        """Raises UserError when the folder holds something that neither flag allows. Nothing is written."""
         if self.path.is_file():
             raise UserError(f"{self.path}: is a file - give a folder with --output")
         with reading(self.path):
@@ -130,7 +130,7 @@ class RunFolder:
             self.lock.flush()
 
     def set_aside(self, names: Iterable[str]) -> Path:
-        """Move files and folders into a new ``abandoned-N``, beside copies of the settings and the log. Raises OSError."""
+        """Move files and folders into a new ``abandoned-N``, next to copies of the settings and the log. Raises OSError."""
         place = next(place for number in count(1) if not (place := self.path / f"abandoned-{number}").exists())
         place.mkdir()
         for name in ("config.yaml", "metrics.jsonl"):
@@ -143,7 +143,7 @@ class RunFolder:
 
 
 def _foreign(folder: Path, written: re.Pattern[str]) -> Iterator[str]:
-    """What no run has written into ``folder`` and the folders in it, by names relative to it."""
+    """Names, relative to ``folder``, of what no run has written into it and its subfolders."""
     for entry in folder.iterdir():
         within, folds = WITHIN.get(re.split("[-_]", entry.name)[0]), entry.is_dir() and not entry.is_symlink()
         if not written.fullmatch(entry.name) or (folds and entry.suffix not in ("", ".tmp")):

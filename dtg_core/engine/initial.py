@@ -1,6 +1,6 @@
-"""A detector's first weights from a file of an earlier run, also one of other classes.
+"""A detector's initial weights from a file of an earlier run, even one with other classes.
 
-The layers that depend on the classes are those whose shapes change when the same detector is built for one class more, so no
+The layers that depend on the classes are those whose shapes change when the same detector is built with one more class, so no
 detector has to name its head.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ def start_from(
     """Load a weights file into a fresh detector.
 
     Args:
-        path: the file; of this project's files the classes are compared too.
+        path: the file; for this project's files the classes are compared too.
         detector: made by ``build`` for ``class_names``; changed.
         build: makes the detector for a number of classes, without reading any weights.
         class_names: of the labelled data.
@@ -30,8 +30,8 @@ def start_from(
         Warnings: how many tensors were not taken from the file.
 
     Raises:
-        UserError: not a weights file; of other classes, unless ``reset_head``; of another architecture. Nothing has been changed
-            then.
+        UserError: not a weights file; for other classes, unless ``reset_head``; for another architecture. Then nothing has been
+            changed.
     """
     tensors, metadata = load_weights(path)
     own = detector.state_dict()

@@ -1,4 +1,4 @@
-"""Processes side by side, a few at a time: one log file for each, one failing alone, all of them stopped in order."""
+"""Processes run a few at a time: each has its own log file and fails alone, and all of them are stopped in an orderly way."""
 from __future__ import annotations
 
 import contextlib
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dtg_core.engine.signals import StopSignals
 
-POLL = 0.1  # seconds between two looks at the processes
-GRACE = 60.0  # seconds that the children of a process may take longer than itself to stop
-LOOK = 300.0  # seconds between two lines about all of them
+POLL = 0.1  # seconds between two checks of the processes
+GRACE = 60.0  # seconds that the children of a process may take longer to stop than itself
+LOOK = 300.0  # seconds between two status lines about all of them
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Job:
     """One process to be run.
 
     Args:
-        command: gives its arguments at the moment it starts.
-        log: gets its output, after that of earlier attempts.
-        work: of the whole job, in any unit that is the same in all jobs. done: how much of it is done already.
-        result: a few words about a job that has ended well.
-        after: name of the job that has to end well first.
+        command: returns its arguments at the moment it starts.
+        log: gets its output, appended to that of earlier attempts.
+        work: of the whole job, in any unit that is the same for all jobs. done: how much of it is done already.
+        result: a few words about a job that has succeeded.
+        after: name of the job that has to succeed first.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Running:
     asked: float | None = None  # when it was asked to stop
 
     def stop(self) -> None:
-        """Ask it and the processes that it has started, which are a group of their own."""
+        """Ask it to stop, with the processes that it has started, which are a group of their own."""
         self.asked = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
 
     def ended(self) -> bool:
-        """Whether it has; a launcher that was asked to stop may be gone before the processes that it has started."""
+        """Whether it has ended; a launcher that was asked to stop may be gone before the processes that it has started."""
         if self.process.poll() is None:
             return False
         if self.asked is None or time.monotonic() - self.asked > GRACE:
@@ -75,12 +75,12 @@ def run_jobs(
     """Run all jobs, ``parallel`` of them at a time, in their order as far as ``after`` allows.
 
     Args:
-        jobs: what is to be done; names are unique, and an ``after`` that is not among them is done.
-        environment: of the processes. say: shows a line. signals: a received one stops all processes and starts no more.
+        jobs: what is to be done; names are unique, and an ``after`` that is not among them counts as done.
+        environment: the processes'. say: shows a line. signals: a received one stops all processes and starts no more.
 
     Returns:
-        {name: what went wrong} of the jobs that failed, and of those that waited for them. A job that was stopped or not
-        started because of a signal is not among them.
+        {name: what went wrong} for the jobs that failed, and those that waited for them. A job that was stopped or not
+        started because of a signal is not included.
     """
     board = _Board(list(jobs), say)
     try:
@@ -101,7 +101,7 @@ def run_jobs(
 
 
 def _wait(running: Sequence[Running], signals: StopSignals) -> bool:
-    """Until one has ended or a signal has come. False: neither has for some minutes."""
+    """Wait until one has ended or a signal has come. False: neither happened for some minutes."""
     asked, began = signals.received, time.monotonic()
     while not any(one.ended() for one in running) and signals.received == asked:
         time.sleep(POLL)
@@ -122,7 +122,7 @@ class _Board:
 
     def next_ready(self) -> Job | None:
         """Take the first waiting job whose ``after`` is done; drop those whose ``after`` has failed."""
-        for job in list(self.waiting):  # a job stands after the one that it waits for, so chains fall as well
+        for job in list(self.waiting):  # a job comes after the one that it waits for, so chains fail as well
             if job.after in self.failed:
                 self.waiting.remove(job)
                 self.failed[job.name] = f"not started, since {job.after} failed"
@@ -153,7 +153,7 @@ class _Board:
             self.tell("waiting until they have stopped, after a checkpoint")
 
     def collect(self) -> None:
-        """Note the jobs that have ended since."""
+        """Record the jobs that have ended since the last call."""
         for one in [one for one in self.running if one.ended()]:
             self.running.remove(one)
             status, job = one.process.returncode, one.job
@@ -173,7 +173,7 @@ class _Board:
                  f"{self.left()}]  {event}")
 
     def left(self) -> str:
-        """The time left by the pace since the beginning, of all processes together."""
+        """The time left at the pace since the beginning, for all processes together."""
         done = sum(job.done() for job in self.jobs)
         rest = sum(max(job.work - job.done(), 0) for job in self.jobs if job.name not in self.failed)
         pace = (time.monotonic() - self.began) / max(done - self.before, 1)
@@ -193,7 +193,7 @@ def _process(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, "" if there is none."""
+    """The last line of a log with any content, "" if there is none."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("$ ")), "")
 

@@ -1,7 +1,7 @@
 """The training step. ``train_step`` is the whole method: teach, student, weigh, update, average.
 
-The batch (data/plan.py), the schedules and the random draws follow from the step's number, and all that steps change is in
-``Training``. So a run resumes at any step without replaying the steps before.
+The batch (data/plan.py), the schedules and the random draws depend only on the step's number, and everything that steps change
+is in ``Training``, so a run can resume at any step without replaying the earlier ones.
 """
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from dtg_core.structures import LossTerm, StepBatch, Supervision
 def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
     """SGD with momentum (Sec. 4.2) or AdamW over the parameters that are not frozen.
 
-    A CPU updates each parameter in one pass (fused), other devices use multi-tensor kernels. So does a CPU with a loss scaler: a
-    fused kernel skips a step by itself, and Accelerate would not learn of it.
+    A CPU updates each parameter in one pass (fused); other devices use multi-tensor kernels. So does a CPU with a loss scaler: a
+    fused kernel skips a step by itself, without Accelerate noticing.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fused = accelerator.device.type == "cpu" and accelerator.scaler is None
@@ -45,7 +45,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelera
 
 @dataclass(frozen=True)
 class Training:
-    """All that steps need, and what they change, on its device."""
+    """Everything that steps need or change, on its device."""
 
     config: Config
     accelerator: Accelerator
@@ -65,7 +65,8 @@ def prepare(config: Config, detector: Detector, objects: ArrayLike, accelerator:
     """Student, teacher, optimizer and thresholds at step 0, laid out and compiled as ``config.run`` says.
 
     Args:
-        config: of the run. detector: the student's, with its first weights. objects: [C] mean objects of a labelled image by class.
+        config: the run's settings. detector: the student's, with its initial weights.
+        objects: [C] mean objects per labelled image, by class.
         accelerator: device, precision, processes.
     """
     if config.run.channels_last:
@@ -85,12 +86,13 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
 
     Args:
         training: what this step needs and changes.
-        batches: the micro-batches of one step, mostly one: labelled views, and pairs of unlabelled views or None.
+        batches: the micro-batches of one step, usually one: labelled views, and pairs of unlabelled views or None.
 
     Returns:
-        Losses and figures of the guidance by name, still on the device. "skipped" is 1 if the loss, the gradient or the updated
-        weights were not finite; the teacher is then unchanged, and in the first two cases the student too, but for the statistics
-        of trained batch norms. "overflowed" is set if the weights themselves are not finite, which no later step can repair.
+        Losses and guidance figures by name, still on the device. "skipped" is 1 if the loss, the gradient or the updated
+        weights were not finite; the teacher is then unchanged, and in the first two cases so is the student, except for the
+        statistics of trained batch norms. "overflowed" is set if the weights themselves are not finite, which no later step can
+        repair.
     """
     config, accelerator, student, teacher = training.config, training.accelerator, training.student, training.teacher
     step, detector = batches[0].step, training.module.detector
@@ -98,7 +100,7 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
         group["lr"] = learning_rate(step, config.optim)
     weight = unlabeled_weight(step, config.guidance)
 
-    first = accelerator.process_index * len(batches)  # of all processes' parts of the step, the first that is here
+    first = accelerator.process_index * len(batches)  # index of this process's first part of the step
     lessons = [_teach(training, batch, part, guided=weight > 0) for part, batch in enumerate(batches, first)]
     counts = _count_ahead(training, lessons) if len(lessons) > 1 else None
     figures: Figures = {}
@@ -136,7 +138,7 @@ class Lesson:
     """A micro-batch and what the teacher says about it."""
 
     batch: StepBatch
-    part: int  # of the step, over all processes
+    part: int  # index in the step, over all processes
     supervision: Mapping[str, Supervision]
     figures: Figures
 
@@ -153,7 +155,7 @@ def _teach(training: Training, batch: StepBatch, part: int, guided: bool) -> Les
 
 
 def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[str, Tensor], int]:
-    """Objects of each class that the teacher has found, by stage, and in how many images, over all processes."""
+    """Objects of each class found by the teacher, by stage, and in how many images, over all processes."""
     found: dict[str, Any] = {}
     images = 0
     for lesson in lessons:
@@ -167,7 +169,7 @@ def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[st
 
 
 def _forward(training: Training, student: nn.Module, lesson: Lesson) -> dict[str, LossTerm]:
-    """The student's loss terms. Dropout and the like follow from the seed, the step and the part alone."""
+    """The student's loss terms. Dropout and the like depend only on the seed, the step and the part."""
     batch, supervision = lesson.batch, lesson.supervision
     torch.manual_seed((training.config.run.seed * 1_000_003 + batch.step) * 1_009 + lesson.part)
     with training.accelerator.autocast():
@@ -178,8 +180,8 @@ def _forward(training: Training, student: nn.Module, lesson: Lesson) -> dict[str
 def _count_ahead(training: Training, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
     """The divisors of all micro-batches, which have to be known before the first backward pass.
 
-    They depend on the student's predictions, so this costs one more forward pass of each micro-batch, without gradients. In
-    return N micro-batches give the gradient of one batch, exactly where their images have one size (else padding differs).
+    They depend on the student's predictions, so this costs an extra forward pass of each micro-batch, without gradients. In
+    return, N micro-batches give the gradient of one batch, exactly if all images have one size (otherwise padding differs).
     """
     buffers = list(training.module.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -203,16 +205,16 @@ def _over_processes(counts: Mapping[str, Tensor], accelerator: Accelerator) -> d
 
 @torch.no_grad()
 def is_finite(module: nn.Module) -> bool:
-    """Whether all parameters that train and all float buffers are finite; values that overflow when squared are not."""
+    """Whether all parameters that train and all float buffers are finite; values that overflow when squared count as infinite."""
     tensors: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
     tensors += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    # sync: the teacher must never average what an overflowing update has left. The 2-norm is the quickest on a CPU.
+    # sync: the teacher must never average in the weights of an overflowing update. The 2-norm is the fastest on a CPU.
     return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
 
 
 @torch.no_grad()
 def share_statistics(detector: nn.Module, accelerator: Accelerator) -> None:
-    """Average the batch statistics that train over the processes, so that all of them average the same teacher."""
+    """Average trained batch statistics over the processes, so that the teacher is the same in all of them."""
     if accelerator.num_processes == 1:
         return
     norms = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
@@ -224,7 +226,7 @@ def share_statistics(detector: nn.Module, accelerator: Accelerator) -> None:
 
 @torch.no_grad()
 def heal_statistics(detector: nn.Module, teacher: nn.Module) -> None:
-    """Take batch statistics that a bad batch has spoilt from the teacher: no later batch would mend them."""
+    """Replace batch statistics that a bad batch has spoilt with the teacher's: no later batch would repair them."""
     for own, averaged in zip(detector.buffers(), teacher.buffers()):
         if own.is_floating_point():
             own.copy_(torch.where(own.isfinite(), own, averaged))
@@ -244,7 +246,7 @@ class Window:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, figures: Figures) -> None:
-        """Take the figures of a step; of one that was skipped only that it was."""
+        """Add the figures of a step; for a skipped step, only the fact that it was skipped."""
         if figures.get("skipped"):
             figures = {"skipped": figures["skipped"]}
         add_up(self.sums, figures)

@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object a line in ``metrics.jsonl``, and a progress bar or plain lines on the terminal.
+"""What a run reports: one JSON object per line in ``metrics.jsonl``, and a progress bar or plain lines on the terminal.
 
 Neither ever stops training: what cannot be written is given up with one warning. Only one process of a run makes them.
 """
@@ -30,8 +30,8 @@ class MetricsWriter:
     """Appends lines to ``metrics.jsonl``.
 
     Args:
-        path: the file; its folder is made when missing.
-        resume_step: lines of later steps and torn lines are dropped from a file that is there. None: it starts empty.
+        path: the file; its folder is created if missing.
+        resume_step: lines of later steps and torn lines are dropped from an existing file. None: it starts empty.
         drop: key of lines of ``resume_step`` itself that are dropped as well, because they will be written again.
     """
 
@@ -79,7 +79,7 @@ class Trackers:
     """Dashboards such as TensorBoard and Weights & Biases, by Accelerate's names. One that fails is given up with a warning.
 
     Args:
-        names: of Accelerate's trackers. folder: of the run. settings: flat, shown with the run.
+        names: of Accelerate's trackers. folder: the run's. settings: flat, shown with the run.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class Trackers:
             raise ValueError(f"unknown tracker{nearest(name, map(str, LOGGER_TYPE_TO_CLASS))}")
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": folder / "trackers"} if kind.requires_logging_directory else {}
-        with open(os.devnull) as nobody, _stdin(nobody):  # a tracker that asks for a password must not wait for it
+        with open(os.devnull) as nobody, _stdin(nobody):  # a tracker must not wait for a password
             tracker = kind(folder.resolve().name, **where)
             getattr(tracker, "start", lambda: None)()  # older versions have started already
             tracker.store_init_configuration({key: yaml_scalar(value) for key, value in settings.items()})
@@ -112,7 +112,7 @@ class Trackers:
     def _try(self, name: str, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a foreign service comes up with
+        except Exception as error:  # whatever an external service may raise
             self._live.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
             _print(f"warning: tracker {name}: given up ({reason}) - training goes on; metrics.jsonl holds everything")
@@ -154,7 +154,7 @@ class Progress:
             _never_fail(self.bar.update)
 
     def report(self, values: Mapping[str, float]) -> None:
-        """Show figures of the step that was done last."""
+        """Show figures of the last step."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.bar is not None:
             _never_fail(lambda: self.bar.set_postfix_str(shown) if self.bar is not None else None)
@@ -176,10 +176,10 @@ class Progress:
 
 
 class RunReport:
-    """What the main process tells while training: metrics.jsonl, trackers and the terminal.
+    """What the main process reports while training: metrics.jsonl, trackers and the terminal.
 
     Args:
-        folder: of the run. run: steps and trackers. settings: flat, shown with the run. start: step. evaluates_again: the line of
+        folder: the run's. run: steps and trackers. settings: flat, shown with the run. start: step. evaluates_again: the line of
         that step's evaluation is dropped.
     """
 
@@ -210,13 +210,13 @@ class RunReport:
 
 
 class Clock:
-    """Time of a step, and the part of it that was spent waiting for data, between log lines."""
+    """Time per step, and the part of it that was spent waiting for data, between log lines."""
 
     def __init__(self, start: int) -> None:
         self.done, self.since, self.data = start, time.perf_counter(), 0.0
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """``batches``, with the time that they take noted."""
+        """``batches``, recording the time that they take."""
         iterator, nothing = iter(batches), object()
         while True:
             began = time.perf_counter()
@@ -228,7 +228,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not time of a step."""
+        """Time spent inside does not count as step time."""
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
@@ -242,7 +242,7 @@ class Clock:
 
 
 def guidance_figures(means: Mapping[str, float]) -> dict[str, float]:
-    """The guidance figures that are worth a place on the terminal: "head candidates"."""
+    """The guidance figures that are shown on the terminal, named like "head candidates"."""
     kinds = ("candidates", "clusters", "pseudo_boxes")
     names = [name for name in means if name.startswith("guidance/") and name.endswith(kinds)]
     return {" ".join(name.split("/")[1:]): means[name] for name in names}

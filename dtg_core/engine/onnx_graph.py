@@ -1,4 +1,4 @@
-"""An exported program as an ONNX file: two operators that PyTorch's exporter lacks or rounds, and the errors in words.
+"""An exported program as an ONNX file: two operators that PyTorch's exporter lacks or rounds, and readable errors.
 
 Needs the extra ``export`` (onnx, onnxscript, onnxruntime).
 """
@@ -21,15 +21,15 @@ from torch.export import ExportedProgram
 from dtg_core.boxes import GROUP_SPAN
 from dtg_core.errors import UserError
 
-op: Any = opset18  # its annotations know nothing of the Python numbers that it takes
+op: Any = opset18  # its annotations do not cover the Python numbers that it accepts
 LOWEST = float(np.finfo(np.float32).min)
 
 
 def grouped_nms(boxes: DOUBLE, scores: DOUBLE, iou_threshold: float) -> INT64:
     """``torchvision.ops.nms`` of boxes [M, 4] that ``dtg_core.boxes.spread_groups`` has moved apart.
 
-    ONNX has NMS in float32 only, which would round boxes that far from the origin. So they are moved back, and their groups
-    become the classes of the operator.
+    ONNX only has NMS in float32, which would round boxes that far from the origin. So they are moved back, and their groups
+    become the operator's classes.
     """
     span = op.CastLike(op.Constant(value_float=float(GROUP_SPAN)), boxes)
     group = op.Round(op.Div(op.Slice(boxes, [0], [1], [1]), span))  # [M, 1]
@@ -48,7 +48,7 @@ def grouped_nms(boxes: DOUBLE, scores: DOUBLE, iou_threshold: float) -> INT64:
 
 
 def stable_sort(values: FLOAT, stable: bool = True, dim: int = -1, descending: bool = False) -> tuple[FLOAT, INT64]:
-    """``torch.sort(stable=True)``: ONNX' TopK puts the lower index first among equal values."""
+    """``torch.sort(stable=True)``: ONNX's TopK puts the lower index first among equal values."""
     length = op.Gather(op.Shape(values), [dim])
     return op.TopK(values, length, axis=dim, largest=int(descending))
 
@@ -68,10 +68,10 @@ def write(
             names of the graph's inputs and outputs. opset: ONNX opset.
 
     Returns:
-        What ONNX Runtime makes of the file, as a function of the graph's inputs.
+        The file as run by ONNX Runtime, a function of the graph's inputs.
 
     Raises:
-        UserError: an operation has no counterpart in ONNX, the opset cannot be had, or ONNX Runtime does not take the file.
+        UserError: an operation has no counterpart in ONNX, the opset is not available, or ONNX Runtime does not accept the file.
     """
     names = list(told["inputs"])
     try:

@@ -1,7 +1,7 @@
-"""HTML pages that stand alone: tables, charts as SVG, and embedded pictures, so that a browser asks nobody for anything.
+"""Self-contained HTML pages: tables, charts as SVG, and embedded pictures, so that a browser loads nothing else.
 
-Charts are drawn by hand because a run writes its page wherever it trains: that must not need a plotting library, or take its
-seconds. All texts that are given are escaped here.
+Charts are drawn by hand because a run writes its page wherever it trains: that must not need a plotting library, or the seconds
+that it takes. All given texts are escaped here.
 """
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dataclasses import dataclass
 Table = list[list[str]]  # the first line is the header
 Point = tuple[float, float]
 
-#: Told apart by most eyes, also from black.
+#: Distinguishable for most eyes, also from black.
 COLORS = ("#1769c4", "#e0700f", "#2a9950", "#c22f4e", "#7d50b5", "#8a6a3f", "#d35bb0", "#64748b", "#a09a1a", "#1ba3b5")
-MOST_POINTS = 300  # of a line; more are averaged
-DOTTED = 30  # up to so many points are dots too
+MOST_POINTS = 300  # per line; more are averaged
+DOTTED = 30  # up to this many points are drawn as dots too
 LEFT, RIGHT, TOP, BOTTOM = 46, 24, 8, 34  # px around the plot; on the right, room for half a step number
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart. Lines of the same name share an entry of the legend, which has the first one's color."""
+    """One line of a chart. Lines of the same name share an entry of the legend, which has the first one's colour."""
 
     name: str
     points: Sequence[Point]  # by ascending x
-    color: int = 0  # place in COLORS, taken around
+    color: int = 0  # place in COLORS, cyclic
     thin: bool = False
 
 
@@ -47,7 +47,7 @@ def paragraph(text: str) -> str:
 
 
 def table(lines: Table) -> str:
-    """Numbers to the right, the first column to the left."""
+    """Numbers are right-aligned, the first column left-aligned."""
     rows = []
     for number, (first, *rest) in enumerate(lines):
         tag = "td" if number else "th"
@@ -63,7 +63,7 @@ def picture(data: bytes, kind: str, caption: str) -> str:
 
 
 def folded(title: str, text: str) -> str:
-    """Preformatted text behind a title to click on."""
+    """Preformatted text that unfolds when its title is clicked."""
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
@@ -79,9 +79,9 @@ def chart(
     """A chart whose axes start at 0.
 
     Args:
-        title: of the figure that is drawn.
-        lines: values that are not finite are left out. With one name only there is no legend.
-        top, right: where the axes end; None: at the greatest value.
+        title: of the chart.
+        lines: values that are not finite are left out. With only one name there is no legend.
+        top, right: where the axes end; None: at the largest value.
         size: width and height in px.
     """
     width, height = size
@@ -134,7 +134,7 @@ def _legend(lines: Sequence[Line]) -> str:
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """At most MOST_POINTS: the means of as many runs of neighbours; the last point stays where it is."""
+    """At most MOST_POINTS points: means over groups of neighbours; the last point stays where it is."""
     if len(points) <= MOST_POINTS:
         return list(points)
     run = math.ceil((len(points) - 1) / (MOST_POINTS - 1))
@@ -144,7 +144,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from ``low`` or below to ``high`` or above, as many as ``about`` or a few more or less."""
+    """Round numbers from ``low`` or below to ``high`` or above, about ``about`` of them."""
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -23,7 +23,7 @@ from dtg_core.errors import UserError
 from dtg_core.structures import AnchorGrid, PairBatch, ViewBatch
 
 Color = tuple[int, int, int]
-#: Twelve colors that can be told apart on most images.
+#: Twelve colours that can be told apart on most images.
 COLORS: tuple[Color, ...] = (
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (67, 133, 255), (245, 130, 48), (190, 60, 220),
     (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 150, 140), (170, 110, 40),
@@ -32,18 +32,18 @@ PAPER, INK, PALE = (255, 255, 255), (30, 30, 30), (130, 130, 130)
 LEAST_SIDE = 480  # px; smaller images are enlarged for their predictions
 TILE = 300  # px, the longer side of an image on a sheet
 GAP = 10
-MANY = 10  # boxes of a view, beyond which not all are named
+MANY = 10  # boxes in a view above which not all are named
 LONGEST_LIST = 14  # members of a cluster in the picture of ranks
 
 
 def color_of(number: int) -> Color:
-    """The same color for the same class or cluster."""
+    """The same colour for the same class or cluster."""
     return COLORS[number % len(COLORS)]
 
 
 @lru_cache(maxsize=8)
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu, which has most alphabets, where it is installed; else Pillow's own."""
+    """DejaVu, which has most alphabets, if it is installed; otherwise Pillow's own."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:
@@ -75,7 +75,7 @@ class Canvas:
         self.pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=width)
 
     def label(self, x: float, y: float, text: str, color: Color) -> None:
-        """Text on a ground of ``color`` above (x, y), in pixels of the canvas; it stays inside of the image."""
+        """Text on a background of ``color`` above (x, y), in pixels of the canvas; it stays inside the image."""
         left, top, right, bottom = self.pen.textbbox((0, 0), text, font=font(self.text_size))
         width, height = right - left + 6, bottom - top + 5
         x = min(max(x, 0), max(self.image.width - width, 0))
@@ -110,7 +110,7 @@ def draw_found(image: Image.Image, found: Found, class_names: Sequence[str]) -> 
 def predictions_sheet(
     index: CocoIndex, rows: Sequence[int], found: Sequence[Found], class_names: Sequence[str], columns: int = 4
 ) -> Image.Image:
-    """Images of a data set, each with what was ``found`` in it in colors over its own labels in white; unreadable ones are left
+    """Images of a data set, each with what was ``found`` in it in colours over its own labels in white; unreadable ones are left
     out."""
     tiles = []
     for row, boxes in zip(rows, found):
@@ -139,7 +139,7 @@ def _draw_boxes(canvas: Canvas, found: Found, class_names: Sequence[str], width:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], header: Sequence[str] = ()) -> Image.Image:
-    """Tiles in rows and columns, with a line of text over each column."""
+    """Tiles in rows and columns, with a line of text above each column."""
     head = 24 if header else 0
     heights = [max(tile.height for tile in row) for row in rows]
     columns = max((len(row) for row in rows), default=0)
@@ -159,7 +159,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], header: Sequence[str] = ()) -> 
 
 
 def views_sheet(index: CocoIndex, rows: Sequence[int], config: ViewsConfig, seed: int) -> Image.Image:
-    """Labeled images as stored, and their labeled, weak and strong views with the boxes that were moved with them.
+    """Labelled images as stored, and their labelled, weak and strong views with the boxes that were moved with them.
 
     A thin line is the stored box moved corner by corner by the view's matrix, the thick one the box that training uses.
     """
@@ -184,7 +184,7 @@ def _view_tile(view: View, stored: np.ndarray, class_names: Sequence[str]) -> Im
     boxes, labels = view.boxes.tolist(), view.labels.tolist()
     for box, label in zip(boxes, labels):
         canvas.box(box, color_of(label), 3 if len(boxes) <= MANY else 2)
-    # Over many boxes names would hide what they name: then each class has one, and the color tells the others.
+    # With many boxes, names would hide what they name: then each class is named once, and colour identifies the others.
     named = range(len(boxes)) if len(boxes) <= MANY else [labels.index(label) for label in dict.fromkeys(labels)]
     for row in named:
         x, y = boxes[row][0] * canvas.scale, boxes[row][1] * canvas.scale
@@ -222,7 +222,7 @@ def guidance_sheet(explained: Explained, pair: PairBatch, class_names: Sequence[
 
 
 def _cluster_colors(explained: Explained, image: int) -> dict[int, Color]:
-    """{cluster of the image: its color}, the best first."""
+    """{cluster of the image: its colour}, the best first."""
     candidates, clusters = explained.candidates, explained.clusters
     own = [number for number, row in enumerate(clusters.keep.tolist()) if int(candidates.image[row]) == image]
     return {number: color_of(place) for place, number in enumerate(own)}
@@ -267,7 +267,7 @@ def _draw_sample(canvas: Canvas, explained: Explained, image: int, sample: int, 
 
 
 def _rank_tile(explained: Explained, image: int) -> Image.Image:
-    """The members of the largest clusters, by score from the top: left the teacher's order, right the student's."""
+    """The members of the largest clusters, by score from the top: the teacher's order on the left, the student's on the right."""
     page = Image.new("RGB", (TILE, TILE), (247, 247, 247))
     pen, colors = ImageDraw.Draw(page), _cluster_colors(explained, image)
     dense = explained.dense.dense

@@ -1,9 +1,9 @@
-"""Trained weights as a detector that takes images and gives boxes in their pixels.
+"""Trained weights as a detector that takes images and returns boxes in their pixels.
 
     from dtg_core import load_detector
     found = load_detector("runs/mine").predict(["a.jpg", "b.jpg"])
 
-A weights file tells all that is needed: the detector's name, its settings, and the user's classes.
+A weights file says all that is needed: the detector's name, its settings, and the user's classes.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dtg_core.settings import load_config, plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
 
 #: {name in a weights file: its package and class of settings}. The core imports no detector; this is the only place that
-#: knows some by name, because a weights file has nothing but a name to go by. They are looked up when it is opened.
+#: knows some by name, because a weights file has only a name to go by. They are imported when such a file is opened.
 PACKAGES = {"gfl": ("gfl_dtg", "GFLConfig"), "faster_rcnn": ("faster_rcnn_dtg", "FasterRCNNConfig")}
 
 
@@ -54,7 +54,7 @@ class Predictor:
     class_names: tuple[str, ...]
     category_ids: list[Any]  # as the user wrote them
     device: torch.device
-    thresholds: Mapping[str, Tensor]  # [C] that the run's guidance has come to, of stages that have one for each class
+    thresholds: Mapping[str, Tensor]  # [C] where the run's guidance ended, for stages that have one for each class
 
     @torch.no_grad()
     def predict(
@@ -63,7 +63,7 @@ class Predictor:
         """Boxes of each image.
 
         Args:
-            images: files, or RGB images of PIL. score_threshold: of boxes that are kept; None: the run's.
+            images: files, or PIL images in RGB. score_threshold: of boxes that are kept; None: the run's.
             batch: images at once.
 
         Raises:
@@ -76,7 +76,7 @@ class Predictor:
         return found
 
     def _found(self, images: Sequence[Image.Image], threshold: float) -> list[Found]:
-        """In images of any sizes; only those with one canvas share a batch."""
+        """Detections in images of any sizes; only those with the same canvas share a batch."""
         kinds: dict[tuple[int, int], list[int]] = {}
         for number, image in enumerate(images):
             kinds.setdefault(test_canvas(image.height, image.width, self.settings.views), []).append(number)
@@ -112,11 +112,11 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     """Rebuild a detector from a weights file alone.
 
     Args:
-        path: a file of ``weights/`` in a run folder, or the run folder. device: None: an accelerator, else the CPU.
+        path: a file of ``weights/`` in a run folder, or the run folder. device: None: an accelerator, or else the CPU.
         which: "teacher" or "student" of a run folder.
 
     Raises:
-        UserError: not a weights file of this project, damaged, of settings that are not known any more, or no such device.
+        UserError: not a weights file of this project, damaged, with settings that no longer exist, or no such device.
     """
     where = pick_device(device)
     path = find_weights(path, which)
@@ -133,8 +133,8 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
 
 
 def find_weights(path: Path, which: str = "teacher") -> Path:
-    """The weights file meant by a run folder, its teacher or student, where UserError tells that there is none; a file's path
-    comes back as it is, there or not."""
+    """The weights file of a run folder, its teacher or student, UserError if there is none; a file's path is returned
+    unchanged, whether it exists or not."""
     if not path.is_dir():
         return path
     weights = path / "weights" / f"{which}.safetensors"
@@ -146,7 +146,7 @@ def find_weights(path: Path, which: str = "teacher") -> Path:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """A device by its name; None: an accelerator if there is one. Raises UserError when it is not there or cannot be used."""
+    """A device by its name; None: an accelerator if there is one. Raises UserError when it does not exist or cannot be used."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return accelerator or torch.device("cpu")
@@ -157,7 +157,7 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name}: there is no such device - use {' or '.join(there)}")
     try:
         torch.zeros(1, device=name)
-    except RuntimeError as error:  # of a GPU that another process holds
+    except RuntimeError as error:  # from a GPU that another process holds
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name}: cannot be used ({reason}) - use cpu") from error
     return torch.device(name)

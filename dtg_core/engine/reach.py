@@ -1,7 +1,7 @@
 """Which classes a detector's anchors miss, found with its own label assignment before training begins.
 
-An object that is given no sample is background to the detector, and a class whose objects mostly are is never learnt, whatever the
-losses say.
+An object without any sample is background to the detector, and a class most of whose objects are background is never learnt,
+whatever the losses say.
 """
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dtg_core.data.views import SMALLEST_SIDE, canvas, largest_sides
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets
 
-TRIED, LEAST = 200, 3  # objects that are tried in all, and of each class
-MOST = 0.5  # share of them without a sample from which on a class is told of
+TRIED, LEAST = 200, 3  # objects that are tried in total, and at least per class
+MOST = 0.5  # share of them without a sample above which a class is reported
 
 
 @torch.no_grad()
 def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) -> Iterator[str]:
-    """A line for each class most of whose boxes get no sample of the detector's first stage.
+    """A line for each class most of whose boxes get no sample in the detector's first stage.
 
     Boxes are tried one by one, in a view of the middle training size, so that they do not compete.
 
@@ -34,7 +34,7 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
     image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     tries = max(TRIED // len(index.class_names), LEAST)
     largest = largest_sides(index, config)
-    usable = np.isfinite(largest) & (largest >= SMALLEST_SIDE)  # others are told of by ``note_small_boxes``
+    usable = np.isfinite(largest) & (largest >= SMALLEST_SIDE)  # others are reported by ``note_small_boxes``
     for label, name in enumerate(index.class_names):
         rows = np.flatnonzero(usable & (index.labels == label))
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), tries)).astype(int)]
@@ -53,7 +53,7 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
 
 
 def _has_sample(detector: Detector, box: torch.Tensor, size: tuple[int, int]) -> bool:
-    """Whether the first stage trains any sample toward ``box`` [4], alone in a view of (height, width)."""
+    """Whether the first stage trains any sample towards ``box`` [4], alone in a view of (height, width)."""
     stage, zero = next(iter(detector.stages.values())), torch.zeros(1, dtype=torch.int64)
     grid = detector.grid(canvas([size]), box.device)
     found = stage.assign(grid, Targets(box.unsqueeze(0), zero, zero), torch.tensor([size], dtype=torch.float32), zero)

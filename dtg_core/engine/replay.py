@@ -21,7 +21,7 @@ from dtg_core.structures import StepBatch, ViewBatch
 
 
 def describe(batches: Sequence[StepBatch], losses: Figures, accelerator: Accelerator) -> dict[str, Any]:
-    """JSON values that tell a step: seeds and image ids of every micro-batch of every process, and the losses."""
+    """JSON values that describe a step: seeds and image ids of every micro-batch of every process, and the losses."""
     parts = [
         {"labeled": _images(batch.labeled), "unlabeled": _images(batch.unlabeled.teacher) if batch.unlabeled else []}
         for batch in batches

@@ -1,6 +1,6 @@
 """``report.html`` of a run folder: curves, AP of each class, precision over recall, predictions, and what the teacher teaches.
 
-``save_pictures`` draws at each evaluation, ``write_report`` makes the page of what the folder holds by then.
+``save_pictures`` draws at each evaluation, ``write_report`` makes the page from what the folder then holds.
 """
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted
 
 TAUGHT, PREDICTED = 3, 8  # images on the sheets
-SCORE = 0.3  # of predictions that are drawn
+SCORE = 0.3  # lowest score of predictions that are drawn
 MOST_CLASSES = 60  # with a chart of their own
 APS = (("teacher", "AP"), ("student", "AP"), ("teacher", "AP50"), ("teacher", "AP75"))
 
-#: Titles of the guidance's figures; others keep their name.
+#: Titles of guidance figures; others keep their name.
 GUIDANCE = {
     "candidates": "Candidates in an image", "clusters": "Clusters in an image", "cluster_size": "Candidates in a cluster",
     "matched": "Share of candidates that reach the student", "background": "Background samples in an image",
@@ -57,10 +57,10 @@ def save_pictures(
     folder: Path, step: int, teacher: Detector, student: Detector, sources: Sources, config: Config,
     found: evaluate.Found | None, device: torch.device, thresholds: Mapping[str, Tensor],
 ) -> None:
-    """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, at each evaluation of the same images.
+    """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, always of the same images.
 
     Args:
-        folder: for the pictures.
+        folder: where the pictures go.
         teacher, student: the student is in evaluation mode meanwhile.
         found: the teacher's detections of the validation set, if there is one.
         thresholds: [C] of the stages that have one for each class.
@@ -91,13 +91,13 @@ def save_pictures(
 
 
 def sample_rows(index: CocoIndex, count: int) -> list[int]:
-    """At most ``count`` rows of images with objects, from all over the data set."""
+    """At most ``count`` rows of images with objects, from across the data set."""
     rows = np.flatnonzero(np.diff(index.box_start))
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
 
 
 def found_in(found: evaluate.Found, row: int, index: CocoIndex) -> Found:
-    """The detections over SCORE of an image of ``index``, best first."""
+    """The detections in an image of ``index`` with a score above SCORE, best first."""
     every = found.merged()[1]
     own = every[(every[:, 6] == row) & (every[:, 4] > SCORE)]
     own = own[own[:, 4].argsort()[::-1]]
@@ -114,7 +114,7 @@ def _save(sheet: Image.Image, path: Path) -> None:
 
 
 def write_report(folder: Path) -> None:
-    """Write ``report.html`` of a run folder that has a ``config.yaml``; what else is missing is left out.
+    """Write ``report.html`` of a run folder that has a ``config.yaml``; whatever else is missing is left out.
 
     Raises:
         OSError: a file cannot be read or written. UserError, ValueError: one is not what a run writes.
@@ -143,7 +143,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _paradigms(settings: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
-    """Of the stages that the log tells of."""
+    """The paradigms of the stages in the log."""
     logged = {name.split("/")[1] for line in lines for name in line if name.startswith("labeled/")}
     told = paradigm_of({stage: value for stage, value in stage_paradigms(settings).items() if stage in logged})
     return told if told == "supervised" else f"{told} guidance"
@@ -168,11 +168,11 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[str]:
                 points.setdefault(name, []).append((line["step"], value))
 
     def lines_of(names: Mapping[str, str]) -> list[Line]:
-        """Of the figures that are there, by name in the file and in the legend."""
+        """Lines for those figures that exist, given as {name in the file: name in the legend}."""
         return [Line(names[name], points[name], color) for color, name in enumerate(names) if name in points]
 
     def under(branch: str, kind: str = "") -> dict[str, str]:
-        """Figures "branch/stage/kind", of one kind only if given; told by what is not given."""
+        """Figures "branch/stage/kind", only of one kind if given; labelled by what is not given."""
         parts = {name: name.split("/")[1:] for name in sorted(points) if name.startswith(f"{branch}/")}
         return {name: stage if kind else f"{stage} {own}" for name, (stage, own) in parts.items() if kind in ("", own)}
 
@@ -211,7 +211,7 @@ def _precision(curves: Mapping[str, Mapping[str, Sequence[float]]], results: Map
 
 
 def _pictures(folder: Path, step: int) -> list[str]:
-    """The newest picture of each kind up to ``step``; later ones are of a time before the run was resumed."""
+    """The newest picture of each kind up to ``step``; later ones are from before the run was resumed."""
     newest: dict[str, tuple[int, Path]] = {}
     for path in sorted(folder.glob("*.jpg")):
         match = re.fullmatch(r"(.+)-(\d+)", path.stem)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be continued: its stamp tells the settings, data and number of processes it was made with."""
+"""Whether a checkpoint may be continued: its stamp records the settings, data and number of processes it was made with."""
 from __future__ import annotations
 
 import fnmatch
@@ -20,7 +20,7 @@ from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
 
-#: Settings that may change: they do not touch the course of the training, or the stamp judges them by their effect.
+#: Settings that may change: they do not affect training, or the stamp records their effect instead.
 FREE = (
     "schema", "run.init", "run.reset_head",
     "run.steps", "run.output", "run.log_every", "run.evaluate_every", "run.checkpoint_every", "run.evaluate_batch",
@@ -31,7 +31,7 @@ FREE = (
 
 
 def stamp(config: Config, sources: Sources, processes: int, mixed_precision: str) -> dict[str, Any]:
-    """JSON values that say what a checkpoint was made with; ``mixed_precision`` is the launcher's, as "no" or "bf16"."""
+    """JSON values that say what a checkpoint was made with; ``mixed_precision`` is the launcher's, such as "no" or "bf16"."""
     labeled, unlabeled = global_batch(config, processes)
     made = {
         "torch": torch.__version__,
@@ -76,9 +76,9 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
 
 
 def changed_course(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> list[str]:
-    """What of the first ``step`` steps a run with the stamp ``new`` would have done otherwise; AP of other images counts too.
+    """What a run with the stamp ``new`` would have done differently in the first ``step`` steps, including AP on other images.
 
-    Settings of the guidance and unlabelled data have not acted where none of both runs has guided its student yet.
+    Guidance settings and unlabelled data have had no effect if neither run has guided its student yet.
     """
     guided = step > min(_first_guided(old), _first_guided(new))
     changes = [text for key, text in _differences(old, new).items()
@@ -99,13 +99,13 @@ def _first_guided(stamp: Mapping[str, Any]) -> float:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What has changed between two stamps and may not without insisting, by setting or stream of data."""
-    before = json.loads(json.dumps(flatten(Config()))) | old["config"]  # what an older version did not know had its default
+    """Changes between two stamps that are only allowed by insisting, by setting or stream of data."""
+    before = json.loads(json.dumps(flatten(Config()))) | old["config"]  # what an older version did not have is at its default
     changes = {key: f"{key}: {_short(before.get(key))} -> {_short(new['config'].get(key))}"
                for key in sorted(old["config"].keys() | new["config"].keys())
                if before.get(key) != new["config"].get(key)
                and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)}  # fmt: skip
-    precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not tell
+    precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not record it
     if precisions[0] != precisions[1]:
         changes["mixed_precision"] = f"--mixed_precision: {precisions[0]} -> {precisions[1]}"
     for stream in ("labeled", "unlabeled"):
@@ -122,7 +122,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, st
 
 
 def code_digest() -> str:
-    """A hash of the source of the core and of the detector packages beside it, which tells versions apart that carry the same
+    """A hash of the source of the core and of the detector packages next to it, which distinguishes versions of the same
     number."""
     root, found = Path(dtg_core.__file__).parent.parent, hashlib.sha256()
     for file in sorted([*root.glob("dtg_core/**/*.py"), *root.glob("*_dtg/**/*.py")]):

@@ -52,17 +52,17 @@ from dtg_core.structures import StepBatch
 
 T = TypeVar("T")
 
-#: Exit statuses of a run beside 0; a signal's is 128 and its number.
+#: Exit statuses of a run besides 0; for a signal it is 128 plus the signal's number.
 GAVE_UP = 3
-MOST_UNSAVED = 3  # failed checkpoints in a row before the run stops, rather than train for days without one
+MOST_UNSAVED = 3  # failed checkpoints in a row before the run stops, rather than training for days without one
 
 
 class Fit:
-    """Training of one detector; ``run`` does it all. Every process of a run has one.
+    """Training of one detector; ``run`` does it all. There is one in every process of a run.
 
     Args:
-        config: all settings. detector: the student's, on the CPU. sources: the data. folder: of the run, opened.
-        metadata: what a weights file has to tell, beside its tensors, to be used on its own.
+        config: all settings. detector: the student's, on the CPU. sources: the data. folder: the run folder, opened.
+        metadata: what a weights file has to contain, besides its tensors, to be usable on its own.
     """
 
     def __init__(
@@ -77,31 +77,31 @@ class Fit:
         self.stamp = stamp(config, sources, accelerator.num_processes, accelerator.mixed_precision)
 
         self.window = Window()  # since the last log line
-        self.changed: list[dict[str, Any]] = []  # where the course was continued with other settings or data
-        self.evaluation_due = False  # at the step of the checkpoint that was resumed
+        self.changed: list[dict[str, Any]] = []  # where training was continued with other settings or data
+        self.evaluation_due = False  # at the step of the resumed checkpoint
         self.skipped_in_a_row = 0
-        self.unsaved_in_a_row = 0  # checkpoints that the disk has refused; of the main process
+        self.unsaved_in_a_row = 0  # checkpoints that could not be written; counted in the main process
         self.recent: Sequence[StepBatch] = ()
         self.watch = Watch(config.guidance, float(objects.sum()), self._score_histogram)
         self.report: RunReport | None = None
-        self.given_up: set[str] = set()  # of pictures and report.html, what has failed
+        self.given_up: set[str] = set()  # which of pictures and report.html have failed
 
     def run(self, resume: str | None, insist: bool = False, stop_at: int | None = None) -> int:
         """Train, from a checkpoint if ``resume`` is "auto" or names one, and evaluate.
 
         Args:
-            resume: the checkpoint. insist: continue it with other settings or data too.
-            stop_at: step after which to write a checkpoint and stop, as a signal there would.
+            resume: the checkpoint. insist: continue it even with other settings or data.
+            stop_at: step after which to write a checkpoint and stop, as on a signal.
 
         Returns:
-            The exit status: 0, ``GAVE_UP`` or 128 and the number of a signal.
+            The exit status: 0, ``GAVE_UP``, or 128 plus the number of a signal.
         """
         start = self._resume(resume, insist) if resume else 0
         if start > self.config.run.steps:
             raise UserError(f"{self.folder.path}: is at step {start} already, and run.steps={self.config.run.steps} is less - "
                             "raise --steps")
         if start == self.config.run.steps and on_main(self.accelerator, self._weights_step) != start:
-            self.evaluation_due = True  # it was stopped where it ends by now
+            self.evaluation_due = True  # it was stopped at what is now its last step
         if start == self.config.run.steps and not self.evaluation_due:
             self._say(f"{self.folder.path}: finished already, at step {start} - raise --steps to go on")
             return 0
@@ -114,7 +114,7 @@ class Fit:
         try:
             with StopSignals() as signals:
                 status = self._train(start, signals, stop_at)
-            if status:  # not by an evaluation
+            if status:  # otherwise an evaluation did
                 self._show()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             problem = advice(error, self.recent, self.accelerator)
@@ -170,7 +170,7 @@ class Fit:
         return 0
 
     def _batches(self, start: int) -> Iterator[list[StepBatch]]:
-        """For each step this process' micro-batches, on its device."""
+        """For each step, this process's micro-batches, on its device."""
         config, accelerator, parts = self.config, self.accelerator, self.config.optim.accumulate
         first_part, all_parts = accelerator.process_index * parts, accelerator.num_processes * parts
         data = MicroBatches([
@@ -186,7 +186,7 @@ class Fit:
     # Log and evaluation -------------------------------------------------------------------------------------------------
 
     def _log(self, done: int, clock: Clock) -> None:
-        """Write a line of means since the line before. Every process takes part, the main one writes."""
+        """Log the means since the previous log line. Every process takes part; the main one writes."""
         means = self.window.means(self.accelerator)
         self.window.clear()
         lines, times = clock.lap(done)
@@ -204,7 +204,7 @@ class Fit:
             self._say(warning)
 
     def _evaluate(self, done: int, signals: StopSignals) -> bool:
-        """Evaluate teacher and student, each image in one process. False: broken off by a signal."""
+        """Evaluate teacher and student, each image in one process only. False: interrupted by a signal."""
         self.evaluation_due = True
         if self.sources.val is None:
             self._show(done)
@@ -245,7 +245,7 @@ class Fit:
         return True
 
     def _show(self, evaluated: int | None = None, found: Found | None = None) -> None:
-        """Write report.html, after an evaluation with new pictures."""
+        """Write report.html, with new pictures if there was an evaluation."""
         if self.report is None:
             return
         folder, training = self.folder.path, self.training
@@ -269,7 +269,7 @@ class Fit:
 
     @torch.no_grad()
     def _score_histogram(self, stage: str) -> str:
-        """How the teacher scores the samples of the last step's unlabelled images; for a warning, so it may wait."""
+        """How the teacher scores the samples of the last step's unlabelled images; only for a warning, so it may be slow."""
         pair = self.recent[0].unlabeled
         if pair is None:
             return "no unlabelled image"
@@ -282,7 +282,7 @@ class Fit:
     # Checkpoints --------------------------------------------------------------------------------------------------------
 
     def _resume(self, resume: str, insist: bool) -> int:
-        """Restore a checkpoint and give its step. All processes take the one that the main process chooses."""
+        """Restore a checkpoint and return its step. All processes use the one that the main process chooses."""
         auto = resume == "auto"
         chosen = on_main(self.accelerator, lambda: newest_checkpoint(self.folder.checkpoints) if auto else Path(resume))
         if chosen is None:
@@ -310,14 +310,14 @@ class Fit:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if insist or not auto:  # else it is the same course, which comes to the same figures again
+        if insist or not auto:  # otherwise the same training is repeated and gives the same figures
             on_main(self.accelerator, lambda: self._put_away(state["step"]))
         if self.accelerator.is_main_process:
             discard_newer(self.folder.checkpoints, state["step"])
         return state["step"]
 
     def _put_away(self, step: int) -> None:
-        """Move what the folder holds of after ``step``, so that it is not taken for what this course comes to."""
+        """Move away files of later steps than ``step``, so that they are not taken for results of this training."""
         evaluated = self.folder.evaluated
         made = {"results.json": evaluated, "precision.json": evaluated, "weights": self._weights_step()}
         later = [name for name, at in made.items() if at is not None and at > step]
@@ -328,7 +328,7 @@ class Fit:
         self._say(f"{place}: holds results and weights of after step {step} now, which this course may not come to")
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors. Every process takes part."""
+        """What a checkpoint holds besides tensors. Every process takes part."""
         scaler = self.accelerator.scaler
         return {
             "stamp": self.stamp,
@@ -342,7 +342,7 @@ class Fit:
         }
 
     def _save(self, done: int) -> None:
-        """Write a checkpoint; when the disk refuses, the older one stays and training goes on, but not for ever."""
+        """Write a checkpoint; if that fails, the older one stays and training goes on, but not forever."""
         state = self._state()
         on_main(self.accelerator, lambda: self._write_checkpoint(done, state))
 
@@ -363,7 +363,7 @@ class Fit:
                       "one stays")
 
     def _finish(self, signals: StopSignals) -> int:
-        """Keep what was learnt before it is evaluated, so that nothing is lost if that fails."""
+        """Save what was learnt before evaluating it, so that nothing is lost if that fails."""
         self.evaluation_due = True
         self._save(self.config.run.steps)
         on_main(self.accelerator, self._write_weights)
@@ -372,17 +372,17 @@ class Fit:
 
     @contextlib.contextmanager
     def _reading(self, done: int) -> Iterator[None]:
-        """Where the data fail after ``done`` whole steps, keep what was learnt, and add to the error how it goes on."""
+        """If reading fails after ``done`` whole steps, save what was learnt, and say in the error how to continue."""
         try:
             yield
         except UserError as error:
-            if done and self.accelerator.num_processes == 1:  # several cannot: the others are in the midst of the next step
+            if done and self.accelerator.num_processes == 1:  # several cannot: the others are in the middle of the next step
                 with contextlib.suppress(OSError):
                     self._checkpoint(self.folder.checkpoints, done, self._state())
             raise UserError(f"{error}{self._continues()}") from error
 
     def _continues(self) -> str:
-        """The end of a message where there is a checkpoint to go on from."""
+        """The end of a message if there is a checkpoint to continue from."""
         return "; --resume auto continues" if self.folder.has_checkpoint else ""
 
     def _write_weights(self) -> None:
@@ -396,13 +396,13 @@ class Fit:
                 raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
 
     def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
-        """Write the last of too many steps that were not finite, for ``--replay``."""
+        """Write the last of too many non-finite steps, for ``--replay``."""
         step, folder = batches[0].step, self.folder.nonfinite
         losses = {name: value for name, value in figures.items() if name.count("/") == 2}
         told, state = describe(batches, losses, self.accelerator), self._state()
         if self.accelerator.is_main_process:
             try:
-                shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)  # of an earlier try, which would be kept
+                shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)  # an earlier try's, which would be kept
                 saved = self._checkpoint(folder, step, state, keep=1)
                 (folder / "step.json").write_text(json.dumps({**told, "checkpoint": saved.name}, indent=1) + "\n")
             except OSError as error:
@@ -416,7 +416,7 @@ class Fit:
     # Small helpers ------------------------------------------------------------------------------------------------------
 
     def _weights_step(self) -> int | None:
-        """The step that the weights were written at, the last one of their settings."""
+        """The step at which the weights were written, the last one of their settings."""
         file = self.folder.path / "weights" / "teacher.safetensors"
         try:
             return dotted(plain_yaml(load_weights(file)[1]["config"], str(file), RENAMED))["run.steps"]
@@ -444,7 +444,7 @@ class Fit:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Let the main process act and give its result to all. When it fails, the others end with status 2 instead of waiting."""
+    """Run ``action`` in the main process and return its result in all. If it fails, the others exit with status 2, not wait."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

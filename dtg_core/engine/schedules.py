@@ -1,4 +1,4 @@
-"""Schedules: every one a pure function of the step, so that nothing of them has to be saved."""
+"""Schedules: each is a pure function of the step, so that nothing has to be saved."""
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,14 +1,14 @@
-"""A study: a grid of training runs, which of them are to be done, and what they may share.
+"""A study: a grid of training runs, which of them still have to be done, and what they can share.
 
-Before ``guidance.start_step`` all paradigms train alike: no unlabelled image is looked at, and every draw follows from the seed
-and the step. So runs that differ only in what acts later can start from one checkpoint, the *phase*, bit for bit as if each had
-been trained from its first step. A phase's folder bears a hash of all settings that act in it.
+Before ``guidance.start_step`` all paradigms train alike: no unlabelled image is used, and every draw depends on the seed and the
+step. So runs that differ only in what takes effect later can start from one checkpoint, the *phase*, bit for bit as if each had
+been trained from its first step. A phase's folder name contains a hash of all settings that take effect in it.
 
-    STUDY/study.yaml the study file, as it was first
+    STUDY/study.yaml the study file, as it was at first
     STUDY/splits/    labelled and unlabelled lists, when the study names a source
     STUDY/phases/    shared supervised phases
-    STUDY/runs/      a run folder each
-    STUDY/logs/      what each process has said
+    STUDY/runs/      the run folders
+    STUDY/logs/      the output of each process
     STUDY/compare.*  the table
 """
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
 MARK = "study.yaml"  # in a study's folder
-OLD_MARKS = {"runs", "logs"}  # folders in those of studies that were made before there was the mark
+OLD_MARKS = {"runs", "logs"}  # folders in studies that were made before the mark existed
 #: Intervals of a study's numbers, as in ``dtg_core.config.RANGES``.
 STUDY_RANGES = {
     "seeds": "[0, 4294967296)",
@@ -48,36 +48,36 @@ STUDY_RANGES = {
 @dataclass(frozen=True)
 class StudyData:
     """Which images. With neither ``source`` nor ``labeled`` they are those of the config; a fold is then
-    ``data.shapes_seed``, another drawing of the embedded data set. Paths are relative to the working folder."""
+    ``data.shapes_seed``, another drawing of the built-in synthetic data set. Paths are relative to the working folder."""
 
-    source: str | None = None  # COCO JSON, of which shares keep their labels; the splits are made into the study's folder
-    labeled: str | None = None  # instead: splits that are there, e.g. splits/fold{fold}_{percent}_labeled.json
+    source: str | None = None  # COCO JSON, shares of which keep their labels; the splits go into the study's folder
+    labeled: str | None = None  # instead: existing splits, e.g. splits/fold{fold}_{percent}_labeled.json
     unlabeled: str | None = None  # with ``labeled``; {fold} and {percent} too. None: the config's
     val: str | None = None  # None: the config's
     images: str | None = None  # folder that file names in the JSONs are relative to
     percents: tuple[float, ...] = ()
     folds: tuple[int, ...] = ()
-    min_per_class: int = 0  # add images to a share until each class has so many boxes
-    group_by: str | None = None  # keep images together, as ``make_splits.py --group-by``
+    min_per_class: int = 0  # add images to a share until each class has this many boxes
+    group_by: str | None = None  # keep images together, like ``make_splits.py --group-by``
 
 
 @dataclass(frozen=True)
 class Study:
     """What a study file says."""
 
-    config: str | None = None  # of all runs, relative to the study file; None: configs/quickstart.yaml
+    config: str | None = None  # for all runs, relative to the study file; None: configs/quickstart.yaml
     detectors: tuple[str, ...] = ("gfl",)
     paradigms: tuple[Literal["dense", "sparse", "supervised"], ...] = ("supervised", "sparse", "dense")
     seeds: tuple[int, ...] = (0,)
     data: StudyData = field(default_factory=StudyData)
-    set: dict[str, Any] = field(default_factory=dict)  # settings of all runs, beside the config
-    rows: dict[str, Any] = field(default_factory=dict)  # name: settings of a row, beside those; none: one row without any
+    set: dict[str, Any] = field(default_factory=dict)  # settings of all runs, besides the config
+    rows: dict[str, Any] = field(default_factory=dict)  # name: settings of a row, besides those; none: one row without any
     share_supervised_phase: bool = True
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A place of the grid."""
+    """A cell of the grid."""
 
     detector: str
     paradigm: str
@@ -96,7 +96,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Phase:
-    """Supervised training up to ``steps``, which several runs share."""
+    """Supervised training up to ``steps``, shared by several runs."""
 
     name: str
     folder: Path
@@ -139,14 +139,14 @@ class PlannedRun:
         return RunFolder(self.folder).has_checkpoint
 
     def told(self) -> str:
-        """The teacher's AP; empty where there is none."""
+        """The teacher's AP as text; empty if there is none."""
         try:
             return f"AP {json.loads((self.folder / 'results.json').read_text(encoding='utf-8'))['teacher']['AP']:.2f}"
         except (OSError, ValueError, KeyError, TypeError):  # not written, or no object in the validation set
             return ""
 
     def command(self) -> list[str]:
-        """Arguments of train.py, to go on from what is there. A run that starts from a phase takes over its log lines."""
+        """Arguments of train.py, to continue from what exists. A run that starts from a phase takes over its log lines."""
         if self.phase is None or self.started:
             return [*self.arguments, "--resume", "auto"]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs in the order of the table; ``copies`` are places of the grid that are left out: {name: the run they equal}."""
+    """Runs in the order of the table; ``copies`` are cells of the grid that are left out: {name: the run they equal}."""
 
     runs: list[PlannedRun]
     copies: dict[str, str]
@@ -169,7 +169,7 @@ class Plan:
 
 
 def require_study_folder(folder: Path) -> None:
-    """UserError unless a study may write into ``folder``: it is missing, empty or a study's already."""
+    """UserError unless a study may write into ``folder``: it is missing, empty or already a study's."""
     if not folder.is_dir():
         if os.path.lexists(folder):
             raise UserError(f"{folder}: is a file, not a folder - give another --output")
@@ -223,7 +223,7 @@ def read_study(file: Path) -> Study:
 
 
 def cells(study: Study) -> Iterator[Cell]:
-    """The grid in the order of the table: what is compared directly stands together."""
+    """The grid in the order of the table: what is compared directly is adjacent."""
     rows, percents, folds = study.rows or {"": None}, study.data.percents or (None,), study.data.folds or (None,)
     for detector, percent, row, paradigm in product(study.detectors, percents, rows, study.paradigms):
         for fold, seed in product(folds, study.seeds):
@@ -236,7 +236,7 @@ def arguments_of(
     """Arguments of train.py for a cell, without those of resuming.
 
     Args:
-        config: the file, None: train.py's default. folder: of the study. output: of the run. overrides: win over all else.
+        config: the file, None: train.py's default. folder: the study's. output: the run's. overrides: win over all else.
     """
     data = study.data
     flags: dict[str, Any] = {"--detector": cell.detector, "--config": config, "--paradigm": cell.paradigm, "--seed": cell.seed}
@@ -267,11 +267,11 @@ def plan(
     """Every run of a study, each once, with the phase that it shares.
 
     Args:
-        file: of the study. folder: for its runs. overrides: "dotted.key=value" for all runs.
+        file: the study's. folder: for its runs. overrides: "dotted.key=value" for all runs.
         parse: arguments of train.py to all settings, {dotted key: JSON value}. stages: names of each detector's stages.
 
     Raises:
-        UserError: naming the run whose settings cannot be used, or whose folder was made with others.
+        UserError: naming the run whose settings cannot be used, or whose folder was made with other ones.
     """
     config = None if study.config is None else Path(os.path.relpath(file.parent / study.config))
     unique: dict[str, tuple[Cell, PlannedRun, str]] = {}
@@ -310,21 +310,21 @@ def plan(
 
 
 def phase_key(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> str:
-    """All settings that act before ``guidance.start_step``, and this step, as a text. Runs with the same one train alike until
-    then."""
+    """All settings that take effect before ``guidance.start_step``, and this step, as a text. Runs with the same text train alike
+    until then."""
     unguided = {key: "none" if key.startswith(STAGES) and key.endswith(".paradigm") else value for key, value in settings.items()}
     return json.dumps({**acting_settings(unguided, stages), "guidance.start_step": settings["guidance.start_step"]}, sort_keys=True)
 
 
 def acting_settings(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """``effective`` with the images of a micro-batch and the number of these, whose sums round differently."""
+    """``effective`` with the images and the number of micro-batches, whose sums round differently."""
     parts = settings.get("optim.accumulate")
     batch = {f"{BATCH}.{kind}": [settings.get(f"data.{kind}_per_device"), parts] for kind in ("labeled", "unlabeled")}
     return effective({**settings, **batch}, stages)
 
 
 def steps_done(folder: Path) -> int:
-    """The last step that a run folder's log tells of."""
+    """The last step in a run folder's log."""
     file = folder / "metrics.jsonl"
     return max((line.get("step", 0) for line in read_metrics(file)), default=0) if file.is_file() else 0
 
@@ -332,7 +332,7 @@ def steps_done(folder: Path) -> int:
 def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]]) -> None:
     """Raise UserError when the run's folder holds a finished run with other settings, which would be taken for this one.
 
-    Keys that only one side knows, as after an update of the program, are passed over. Unfinished runs are train.py's to judge.
+    Keys that only one side has, as after an update of the program, are ignored. Unfinished runs are left to train.py to check.
     """
     file = run.folder / "config.yaml"
     if not file.is_file():

@@ -1,7 +1,7 @@
-"""What a stretch of code asks of a device, counted on any machine: operations, and waits of the host for a result.
+"""What a piece of code demands of a device, counted on any machine: operations, and waits of the host for a result.
 
 A wait is an operator whose result's size or value the host needs before it can go on. They are counted on the CPU as well,
-where nothing waits, so that no GPU is needed to see one come in.
+where nothing waits, so that no GPU is needed to notice a new one.
 """
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtg_core import boxes
 
-#: Operators whose result has as many rows as the values say, or is a number of Python.
+#: Operators whose result's number of rows depends on values, or is a Python number.
 WAITING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
     "aten::unique_consecutive", "aten::equal", "aten::bincount", "aten::repeat_interleave.Tensor", "torchvision::nms",
 }  # fmt: skip
 INDEXING = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-#: Methods that bring a tensor to the host; on the CPU no operator tells of them.
+#: Methods that bring a tensor to the host; on the CPU no operator shows them.
 FETCHING = {Tensor.cpu, Tensor.tolist, Tensor.numpy}
 
 
@@ -41,7 +41,7 @@ class DeviceWork:
 def device_work(host: Sequence[Tensor] = ()) -> Iterator[DeviceWork]:
     """Count what happens inside, backward passes too. ``host`` tensors are on the CPU wherever the others are.
 
-    NMS is called as on a device that the host waits for, whatever the device.
+    On any device, NMS is called as on one that the host waits for.
     """
     work = DeviceWork()
     with mock.patch.object(boxes, "NMS_BY_IMAGE", frozenset()), _Fetches(work), _Operators(work, host):

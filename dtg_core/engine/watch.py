@@ -1,4 +1,4 @@
-"""Warnings about a training that goes wrong without an error: each is given once, with a remedy.
+"""Warnings about training that goes wrong without an error: each is given once, with a remedy.
 
 They read the numbers of the log lines, so that watching costs the device nothing.
 """
@@ -9,10 +9,10 @@ from typing import Any
 
 from dtg_core.config import GuidanceConfig
 
-PATIENCE = 200  # steps without a candidate or pseudo box before that is told
-FEW, MANY = 0.02, 30.0  # objects of the teacher for each labelled one, outside of which it has collapsed
-SHRUNK = 1 / 3  # of the most objects that the teacher has seen in an image; below it, thresholds are too high
-MINOR, MAJOR = 1e-3, 20.0  # weighted unlabelled loss for each unit of labelled loss
+PATIENCE = 200  # steps without a candidate or pseudo box before that is reported
+FEW, MANY = 0.02, 30.0  # objects found by the teacher per labelled one; outside this range it has collapsed
+SHRUNK = 1 / 3  # share of the most objects per image that the teacher has seen; below it, thresholds are too high
+MINOR, MAJOR = 1e-3, 20.0  # weighted unlabelled loss per unit of labelled loss
 FALL = 0.8  # share of the supervised phase's AP that the teacher should keep
 
 
@@ -20,15 +20,15 @@ class Watch:
     """Looks at log lines and evaluations.
 
     Args:
-        guidance: of the run. objects: labelled boxes of an image, on average.
-        histogram: text about the teacher's scores on recent images; asked for when it never finds anything.
+        guidance: the run's settings of it. objects: mean boxes per labelled image.
+        histogram: text about the teacher's scores on recent images; called when it never finds anything.
     """
 
     def __init__(self, guidance: GuidanceConfig, objects: float, histogram: Callable[[str], str]) -> None:
         self.guidance, self.objects, self.histogram = guidance, objects, histogram
         self.told: list[str] = []  # kinds of warnings given
         self.quiet_since: dict[str, int] = {}  # last step at which a stage's teacher had found something
-        self.level: dict[str, tuple[float, float]] = {}  # objects of an image in the last steps, and the most so far; by stage
+        self.level: dict[str, tuple[float, float]] = {}  # objects per image in the last steps, and the most so far; by stage
         self.supervised_ap: float | None = None
 
     def state(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Watch:
             stage, _, kind = rest.partition("/")
             if branch != "guidance":
                 continue
-            dense = self._dense(stage)  # whose pseudo boxes are told for comparison only
+            dense = self._dense(stage)  # its pseudo boxes are only logged for comparison
             if kind == ("candidates" if dense else "pseudo_boxes"):
                 warnings += self._nothing_found(stage, value, done, lines)
             if kind == ("clusters" if dense else "pseudo_boxes"):
@@ -71,7 +71,7 @@ class Watch:
     def evaluation(self, done: int, teacher_ap: float | None) -> list[str]:
         """Warnings after an evaluation."""
         if done <= self.guidance.start_step:
-            self.supervised_ap = teacher_ap  # also of a supervised run, which a guided one may continue
+            self.supervised_ap = teacher_ap  # also for a supervised run, which a guided one may continue
         elif all(rule.paradigm == "none" for rule in self.guidance.stages.values()):
             return []
         elif teacher_ap is not None and self.supervised_ap is not None and teacher_ap < FALL * self.supervised_ap:
@@ -103,9 +103,9 @@ class Watch:
 
     def _remedy(self, stage: str, way: str) -> str:
         """What to do about a threshold; ``way`` is "raise" or "lower"."""
-        if self.guidance.stages[stage].tau_rate:  # it has come to where it is by itself
+        if self.guidance.stages[stage].tau_rate:  # the threshold has adapted by itself
             return f"raise guidance.stages.{stage}.tau_rate, or set it to 0 and {way} {self._key(stage)}"
-        return f"{way} guidance.stages.{stage}.{self._key(stage)}, let it follow (guidance.stages.{stage}.tau_rate=0.05)"
+        return f"{way} guidance.stages.{stage}.{self._key(stage)}, let it adapt (guidance.stages.{stage}.tau_rate=0.05)"
 
     def _collapse(self, stage: str, found: float) -> list[str]:
         if FEW * self.objects <= found <= MANY * max(self.objects, 1):
@@ -115,7 +115,7 @@ class Watch:
         return self._once(f"collapse/{stage}", f"{text} - {self._remedy(stage, way)}, or lower guidance.alpha")
 
     def _shrinks(self, stage: str, found: float, steps: int) -> list[str]:
-        """What lies under a threshold is taught as background: where that is most objects, scores sink and fewer pass each time."""
+        """What is below a threshold is taught as background: if these are most objects, scores sink and ever fewer pass."""
         now, most = self.level.get(stage, (found, found))
         now += min(steps / PATIENCE, 1) * (found - now)
         self.level[stage] = now, max(now, most)

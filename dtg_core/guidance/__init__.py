@@ -1,4 +1,4 @@
-"""Dense teacher guidance, one file per idea of the paper; the functions take and give tensors."""
+"""Dense teacher guidance, one file per idea of the paper; the functions take and return tensors."""
 from dtg_core.guidance.clustering import cluster_nms, select_candidates
 from dtg_core.guidance.correspondence import anchor_level, best_anchor, correspond
 from dtg_core.guidance.inverse_nms import inverse_nms

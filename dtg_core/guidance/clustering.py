@@ -1,7 +1,7 @@
 """From dense teacher predictions to clusters: the score threshold tau, then NMS seen as a grouping (Sec. 3.2).
 
-NMS keeps one candidate for each object it believes in, and every other candidate is suppressed by one that is kept. So the
-kept ones name clusters, and "suppressed by" is membership.
+NMS keeps one candidate for each object it believes in, and every other candidate is suppressed by one that is kept. So each
+kept one names a cluster, and "suppressed by" is membership.
 """
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dtg_core.structures import Candidates, Clusters, Predictions, Samples
 def select_candidates(
     stage: Stage, samples: Samples, predictions: Predictions, sizes: Tensor, rule: StageRule, threshold: Tensor | None = None
 ) -> Candidates:
-    """Teacher samples with a score over tau. A sample is a candidate of its best class only (A17): the sigmoids of other classes
-    would make a second cluster of the same object.
+    """Teacher samples with a score above tau. A sample is a candidate for its best class only (A17): the sigmoids of other
+    classes would make a second cluster of the same object.
 
     Scores are compared as logits, so no sigmoid over all samples is needed.
 
     Args:
-        stage, samples, predictions: of the teacher. sizes: [N, 2] of its views. rule: tau and the limits.
-        threshold: [C] score of each class instead of tau.
+        stage, samples, predictions: the teacher's. sizes: [N, 2] of its views. rule: tau and the limits.
+        threshold: [C] a score for each class instead of tau.
     """
     usable = samples.usable(sizes)
     best, label = predictions.logits.max(2)  # [N, A]
@@ -49,8 +49,8 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     """NMS within each group, and for each suppressed box the kept one that suppresses it.
 
     A box is suppressed by a better kept box of its group when their IoU is greater than the threshold; it belongs to the first
-    of them in score order (equal scores: lower index first), as in the greedy loop. Overlaps are taken in float64, on the CPU
-    where the boxes' device has none.
+    of them in score order (equal scores: lower index first), as in the greedy loop. Overlaps are computed in float64, on the
+    CPU if the boxes' device has none.
 
     Args:
         boxes: [M, 4]. scores: [M], any increasing function of the score will do. groups: [M] int64.
@@ -67,7 +67,7 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     order = torch.argsort(scores, descending=True, stable=True)
     boxes, groups = spread_groups(boxes, groups)[order], groups[order]
     position = torch.arange(len(order), device=order.device)
-    # sync: NMS gives as many indices as boxes survive; falling ranks stand for the sorted scores.
+    # sync: NMS returns one index per surviving box; descending ranks replace the sorted scores.
     kept = nms(boxes, -position.double(), iou_threshold)
     parts = []
     for rows in row_blocks(len(boxes), len(kept)):
@@ -75,7 +75,7 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
         better = (groups[rows].unsqueeze(1) == groups[kept]) & (kept <= position[rows].unsqueeze(1))
         overlap = torch.where(better, overlap.nan_to_num(), -1.0)
         first = (overlap > iou_threshold).max(1)  # the first True of each row
-        # Where rounding differs between the kernels no suppressor may be found: take the nearest.
+        # If rounding differs between the kernels, no suppressor may be found: take the nearest box.
         parts.append(torch.where(first.values, first.indices, overlap.argmax(1)))
     cluster = torch.cat(parts)
     cluster[kept] = torch.arange(len(kept), device=order.device)  # the IoU of an empty box with itself is not a number
@@ -83,12 +83,12 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
 
 
 def _first(values: Tensor, count: int) -> Tensor:
-    """[N, A] bool, the ``count`` greatest of each row; of equal ones, which half precision makes many of, the first."""
+    """[N, A] bool, the ``count`` greatest of each row; of equal ones (frequent in half precision), the first."""
     last = values.topk(count, dim=1).values[:, -1:]
     above, equal = values > last, values == last
     return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 
 
 def logit(score: float) -> float:
-    """Whose sigmoid is ``score``."""
+    """The number whose sigmoid is ``score``."""
     return math.log(score / (1 - score))

@@ -1,7 +1,7 @@
 """Consensus: how far the members of a cluster agree on their box. Not in the paper; for weak teachers, whose scores are noise.
 
 A box that many likely boxes of its cluster overlap well is likely to be right, whatever its own score. Only dense predictions
-can tell: after NMS there is nothing left to agree with.
+show this: after NMS there is nothing left to agree with.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cluster_trust(members: Members, num_clusters: int) -> Tensor:
 
 @torch.no_grad()
 def consensus_quality(stage: Stage, samples: Samples, predictions: Predictions, assignment: Assignment) -> Assignment:
-    """The student's class targets: consensus of the boxes that it predicts itself with the teacher's members."""
+    """The student's class targets: the consensus of its own predicted boxes with the teacher's members."""
     dense = assignment.dense
     assert dense is not None
     assert dense.members is not None

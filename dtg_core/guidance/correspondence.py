@@ -12,7 +12,7 @@ from torch import Tensor
 from dtg_core.boxes import Hull, area, clip, paired_iou, project, shortest_side
 from dtg_core.structures import AnchorGrid, PairBatch, Proposals, Samples
 
-#: A proposal or target under this side (pixels) after the move has left the view (A21).
+#: A proposal or target with a side below this (pixels) after the move has left the view (A21).
 MIN_SIDE = 1.0
 
 
@@ -39,8 +39,8 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) ->
 
     Args:
         boxes: [T, 4] in the grid's frame. grid: the student's anchors.
-        sizes: [T, 2] (height, width) of the view that each box is in; anchors with their centre in the padding beside it are
-            passed over, so that the canvas has no say. None: all anchors.
+        sizes: [T, 2] (height, width) of the view that each box is in; anchors with their centre in the padding next to it are
+            passed over, so that the canvas makes no difference. None: all anchors.
 
     Returns:
         (row [T] int64 in 0..A-1, iou [T]).
@@ -51,7 +51,7 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) ->
     cell = cells[level]  # [T, R, 4]
     first = (cell[:, 0, :2] + cell[:, 0, 2:]) / 2
     center = (boxes[:, :2] + boxes[:, 2:]) / 2 - first
-    # ceil(x - 1/2) rounds ties down, to the anchor that stands first.
+    # ceil(x - 1/2) rounds ties down, to the anchor that comes first.
     x, y = torch.ceil(center / stride.unsqueeze(1) - 0.5).unbind(1)
     last_x, last_y = columns - 1, rows - 1
     if sizes is not None:
@@ -74,7 +74,7 @@ def correspond(
         samples: the teacher's samples in its own view.
         student_grid: the anchors of the student's canvas.
         pair: both views and the matrix between them.
-        min_iou: pairs of anchors under this IoU are dropped, and anchors whose centre has left the view (A5).
+        min_iou: pairs of anchors below this IoU are dropped, as are anchors whose centre has left the view (A5).
         hull: how boxes are moved, see ``boxes.project``.
 
     Returns:

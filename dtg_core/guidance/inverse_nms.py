@@ -1,7 +1,7 @@
 """Inverse NMS Clustering (Sec. 3.2): the teacher's clusters label the student's samples.
 
-Each member of cluster j hands its student sample the cluster's class c (Eq. 2) and the kept box b_k, moved into the student's
-view (b_k' of Eq. 3). Teacher samples without a score over tau hand on "background".
+Each member of cluster j gives its student sample the cluster's class c (Eq. 2) and the kept box b_k, moved into the student's
+view (b_k' of Eq. 3). Teacher samples without a score above tau pass on "background".
 """
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def inverse_nms(
 ) -> Assignment:
     """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
 
-    When several teacher samples meet in one student sample, the candidate with the highest score wins, and a candidate beats
+    When several teacher samples share one student sample, the candidate with the highest score wins, and a candidate beats
     background (A6). A cluster whose target leaves the view is dropped with all its members (A21).
 
     Args:
-        candidates, clusters: of the teacher, in its view.
+        candidates, clusters: the teacher's, in its view.
         row: [N, A] int64, student sample of each teacher sample, -1: none.
-        samples: of the student.
+        samples: the student's.
         pair: both views.
-        member_iou: least IoU of a member's student sample with its target; under it the sample is ignored (not in the paper).
+        member_iou: least IoU of a member's student sample with its target; below it the sample is ignored (not in the paper).
 
     Returns:
         Assignment of the student's samples; its ``dense`` part holds the clusters for Eqs. 2 to 6.
@@ -54,7 +54,7 @@ def inverse_nms(
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
     )
-    # "Clear background" reaches a student sample that no candidate points to.
+    # "Clear background" only reaches student samples that no candidate points to.
     background = _hit(row, candidates.background, num_samples) & ~_hit(row, candidates.foreground, num_samples)
     return Assignment(image[chosen], partner[chosen], candidates.label[chosen], target[cluster], background, dense)
 
@@ -63,7 +63,7 @@ def best_scores(scores: Tensor, row: Tensor, num_samples: int) -> Tensor:
     """[N, S] highest score of the teacher samples that correspond to each student sample; -1 where none does.
 
     Args:
-        scores: [N, A] of the teacher, -1 where a sample is not usable. row: [N, A] as in ``inverse_nms``.
+        scores: [N, A] the teacher's, -1 where a sample is not usable. row: [N, A] as in ``inverse_nms``.
         num_samples: S, how many samples an image has in the student's view.
     """
     best = scores.new_full((len(row), num_samples + 1), -1.0)
@@ -71,11 +71,11 @@ def best_scores(scores: Tensor, row: Tensor, num_samples: int) -> Tensor:
 
 
 def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:
-    """[M] bool: the row has the highest logit of all living rows with its place (equal: the lower index)."""
+    """[M] bool: the row has the highest logit of all rows that are alive at its place (ties: lower index)."""
     order = torch.argsort(logit, descending=True, stable=True)
-    ranks = torch.arange(len(order), dtype=torch.int32, device=order.device)  # not every device takes minima of int64
+    ranks = torch.arange(len(order), dtype=torch.int32, device=order.device)  # not every device has minima of int64
     rank = torch.empty_like(ranks).scatter_(0, order, ranks)
-    place = torch.where(alive, place, num_places)  # one place more collects the others
+    place = torch.where(alive, place, num_places)  # an extra place collects the others
     first = ranks.new_full((num_places + 1,), len(order)).scatter_reduce(0, place, rank, "amin")
     return first[place] == rank
 

@@ -1,7 +1,7 @@
 """Paradigms: how teacher predictions become supervision for a stage of the student.
 
 ``dense``: correspondence, clusters, inverse NMS (the paper's dense-to-dense). ``sparse``: pseudo boxes (sparse-to-dense).
-``none``: the stage learns nothing from unlabelled images. Each stage has its own, so that Table 2(a) and 2(c) are settings.
+``none``: the stage learns nothing from unlabelled images. Each stage has its own, so Tables 2(a) and 2(c) are just settings.
 """
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from dtg_core.structures import (
     Supervision,
 )
 
-#: All stages keep to tau and pseudo_score.
+#: All stages use their fixed tau and pseudo_score.
 NO_THRESHOLDS: Mapping[str, Tensor] = MappingProxyType({})
-#: Figures of the guidance for the log, by name; scalar tensors where only the device knows them.
+#: Guidance figures for the log, by name; scalar tensors where only the device knows them.
 Figures = dict[str, Tensor | float]
 
 
@@ -52,9 +52,9 @@ def teach(
     """The teacher's pass over its weak views, and what each stage of the student learns from it.
 
     Args:
-        teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by its name.
+        teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by stage name.
         hull: how boxes are moved between views. autocast: precision of the networks; the guidance itself is float32.
-        thresholds: scores [C] of stages that have one for each class, see ``Thresholds``.
+        thresholds: per-class scores [C] of the stages that have them, see ``Thresholds``.
 
     Returns:
         (supervision of the guided stages, in the student's view; figures ``guidance/<stage>/<name>``).
@@ -67,7 +67,7 @@ def teach(
     sparse = [name for name, rule in guided.items() if rule.paradigm == "sparse"]
     if sparse:
         lowest = min(rules[name].pseudo_score for name in sparse)
-        lowest = min(lowest, LOWEST) if thresholds.keys() & sparse else lowest  # to read where they are would wait
+        lowest = min(lowest, LOWEST) if thresholds.keys() & sparse else lowest  # reading the thresholds would wait
         detections = teacher.detect(outputs, pair.teacher, lowest)
     supervision: dict[str, Supervision] = {}
     figures: Figures = {}
@@ -95,12 +95,12 @@ def teach(
 
 @dataclass(frozen=True)
 class DenseLabels:
-    """What the teacher's dense predictions become on the way to the student, before the options of the rule."""
+    """What the teacher's dense predictions become on the way to the student, before the rule's options."""
 
     candidates: Candidates
     clusters: Clusters
     samples: Samples  # S samples of the student
-    row: Tensor  # [N, A] int64, the student's sample of each of the teacher's, -1: none
+    row: Tensor  # [N, A] int64, the student's sample for each of the teacher's, -1: none
     assignment: Assignment  # of the student's samples
 
 
@@ -109,11 +109,11 @@ def dense_labels(
     stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull,
     threshold: Tensor | None = None,
 ) -> DenseLabels:
-    """The three steps of Fig. 2, short of the losses: clusters of candidates, correspondence, inverse NMS.
+    """The three steps of Fig. 2 before the losses: clusters of candidates, correspondence, inverse NMS.
 
     Args:
-        stage, samples, predictions: of the teacher. grid: the student's anchors. pair: both views. rule, hull: see ``teach``.
-        threshold: [C] score of each class instead of tau.
+        stage, samples, predictions: the teacher's. grid: the student's anchors. pair: both views. rule, hull: see ``teach``.
+        threshold: [C] a score for each class instead of tau.
     """
     candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule, threshold)
     groups = stage.groups(samples, candidates.image, candidates.sample, candidates.label)
@@ -171,8 +171,8 @@ def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rul
     if rule.background_samples is not None:
         positives = torch.zeros(len(background), dtype=torch.int64, device=background.device)
         positives = positives.index_add(0, assignment.image, torch.ones_like(assignment.image))
-        # Never less than the positives, as in the RPN's own sampler: else more candidates would mean less background, less
-        # background higher scores, and higher scores more candidates.
+        # Never less than the positives, as in the RPN's own sampler: otherwise more candidates would mean less background, hence
+        # higher scores, hence more candidates.
         limit = torch.maximum(rule.background_samples - positives, positives)
         most = max(rule.background_samples, rule.max_candidates)
         background = sample_mask(background, limit, pair.student.seeds, most, samples.identity)
@@ -182,7 +182,7 @@ def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rul
 def _with_consensus(
     dense: DenseGuidance, candidates: Candidates, clusters: Clusters, pair: PairBatch, rule: StageRule, hull: Hull
 ) -> DenseGuidance:
-    """What the rule asks of the agreement between a cluster's members."""
+    """Apply the rule's options that use the agreement between a cluster's members."""
     members = Members(candidates.box, candidates.logit.sigmoid(), clusters.cluster)
     if rule.quality == "consensus":
         boxes = project(members.box, pair.student_from_teacher[candidates.image], hull)
@@ -196,7 +196,7 @@ def _with_consensus(
 
 
 def _used(proposals: Proposals, assignment: Assignment) -> Proposals:
-    """The proposals without those that nothing is learnt from: no time is spent on them."""
+    """The proposals without those that nothing is learnt from, so that no time is spent on them."""
     used = assignment.background.index_put((assignment.image, assignment.sample), proposals.valid.new_ones(()))
     return replace(proposals, valid=used)
 

@@ -9,10 +9,10 @@ from dtg_core.structures import Detections, PairBatch, Targets
 
 
 def pseudo_labels(detections: Detections, score: float | Tensor, pair: PairBatch, hull: Hull = "ellipse") -> Targets:
-    """Detections with a score over a threshold, moved into the student's view.
+    """Detections with a score above a threshold, moved into the student's view.
 
     Args:
-        detections: of the teacher, after NMS, in its view. score: the threshold of Sec. 3.1, or one for each class, [C].
+        detections: the teacher's, after NMS, in its view. score: the threshold of Sec. 3.1, or one per class, [C].
         pair: both views.
     """
     boxes = project(detections.boxes, pair.student_from_teacher[detections.image], hull)

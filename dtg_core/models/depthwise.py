@@ -2,7 +2,7 @@
 
 PyTorch's CPU library takes up to 25 times as long for the weight's gradient of a depthwise kernel larger than 3x3 as for the
 convolution itself. But that gradient is a depthwise convolution too, of the input with the output's gradient, and as such it
-is quick (measured: twice as fast on large maps, 20 times on small ones).
+is fast (measured: twice as fast on large maps, 20 times on small ones).
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _Depthwise(torch.autograd.Function):
-    """Convolution of stride 1 of each channel [N, C, H, W] with its own kernel [C, 1, k, k], between ``padding`` zeros."""
+    """Stride-1 convolution of each channel of [N, C, H, W] with its own kernel [C, 1, k, k], padded with ``padding`` zeros."""
 
     @staticmethod
     def forward(ctx: Any, pixels: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -38,12 +38,12 @@ class _Depthwise(torch.autograd.Function):
             kernels = grad.reshape(images * channels, 1, *grad.shape[2:])
             each = F.conv2d(planes, kernels, None, 1, ctx.padding, 1, images * channels)
             summed = each.view(images, channels, *weight.shape[2:]).sum(0).unsqueeze(1)
-            of_weight = torch.empty_like(weight).copy_(summed)  # in the weight's layout, which several processes ask for
+            of_weight = torch.empty_like(weight).copy_(summed)  # in the weight's layout, which distributed runs need
         return of_pixels, of_weight, None
 
 
 class DepthwiseConv2d(nn.Module):
-    """Takes the place of a depthwise ``nn.Conv2d`` of stride 1, whose parameters it uses under the same names."""
+    """Replaces a depthwise ``nn.Conv2d`` of stride 1, whose parameters it uses under the same names."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class DepthwiseConv2d(nn.Module):
 
 
 def replace_depthwise(body: nn.Module) -> None:
-    """Put ``DepthwiseConv2d`` in the place of every convolution whose weight's gradient is slow on a CPU."""
+    """Replace every convolution whose weight's gradient is slow on a CPU with ``DepthwiseConv2d``."""
     for name, module in list(body.named_modules()):
         if type(module) is nn.Conv2d and _is_slow(module):
             body.set_submodule(name, DepthwiseConv2d(module))

@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
-#: Strides that can be made of a map, as multiples of its own.
+#: Strides that can be made from a map, as multiples of its own.
 SCALES = (0.25, 0.5, 1.0, 2.0)
 
 
 class SimplePyramid(nn.Module):
-    """Up- and downsampled copies of the last map; takes the place of torchvision's ``FeaturePyramidNetwork``.
+    """Up- and downsampled copies of the last map; replaces torchvision's ``FeaturePyramidNetwork``.
 
     Args:
         in_channels: of the map. channels: of each level.
-        scales: of the levels' strides, each one of ``SCALES``, finest first.
-        extra: makes coarser levels of the last one.
+        scales: the levels' strides relative to the map's, each one of ``SCALES``, finest first.
+        extra: makes coarser levels from the last one.
     """
 
     def __init__(self, in_channels: int, channels: int, scales: tuple[float, ...], extra: ExtraFPNBlock | None) -> None:
@@ -35,7 +35,7 @@ class SimplePyramid(nn.Module):
 
 
 def _level(in_channels: int, channels: int, scale: float) -> nn.Sequential:
-    """GroupNorm with one group stands for ViTDet's layer norm over channels, which channels-last maps have no kernel for."""
+    """GroupNorm with one group replaces ViTDet's layer norm over channels, which has no kernel for channels-last maps."""
     half, quarter = in_channels // 2, in_channels // 4
     up: list[nn.Module] = [nn.ConvTranspose2d(in_channels, half, 2, 2)]
     makers: dict[float, tuple[list[nn.Module], int]] = {

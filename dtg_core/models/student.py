@@ -40,7 +40,7 @@ class StudentModule(nn.Module):
         return {f"{branch}/{name}": term for name, term in loss_terms(self.detector, learnt, self.rules).items()}
 
 
-#: What a stage learns on a batch: its samples, what it predicts for them, and what it should.
+#: What a stage learns on a batch: its samples, what it predicts for them, and what it should predict.
 Learnt = tuple[Samples, Predictions, Assignment]
 
 

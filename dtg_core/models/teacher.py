@@ -22,7 +22,7 @@ def make_teacher(detector: Module) -> Module:
 
 @torch.no_grad()
 def copy_frozen(teacher: nn.Module, student: nn.Module) -> None:
-    """Give the teacher the student's frozen parameters, which may have trained before: ``update_teacher`` takes them as equal."""
+    """Copy the student's frozen parameters, which may have been trained before: ``update_teacher`` assumes that they are equal."""
     for averaged, own in zip(teacher.parameters(), student.parameters(), strict=True):
         if not own.requires_grad:
             averaged.copy_(own)
@@ -30,7 +30,7 @@ def copy_frozen(teacher: nn.Module, student: nn.Module) -> None:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, step: int, rate: float) -> None:
-    """Move the teacher toward the student after the optimizer's step, by one fused update.
+    """Move the teacher towards the student after the optimizer's step, by one fused update.
 
     Parameters and float buffers (batch norm statistics) are averaged, integer buffers are copied. ``step`` counts from 0.
     """

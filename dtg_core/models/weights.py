@@ -8,7 +8,7 @@ import torch
 
 from dtg_core.errors import UserError
 
-SAFE = 2, 10  # before this version a hostile file can spoil memory, even when only tensors are read (GHSA-63cw-57p8-fm3p)
+SAFE = 2, 10  # before this version a hostile file can corrupt memory, even when only tensors are read (GHSA-63cw-57p8-fm3p)
 
 
 def read_tensors(path: Path) -> Any:

@@ -434,8 +434,8 @@ def test_ids_of_images_by_file_name(run, photos, tmp_path, place, above):
     ([], "no list of images in it"), ({"id": 1}, "no list of images in it"),
     ([{"id": 1, "file_name": "a.png"}, {"file_name": "b.png"}], r"images\[1\] has no 'id' or no 'file_name' - add it"),
     ([{"id": True, "file_name": "a.png"}], r"images\[0\] has no 'id'"), ([3], r"images\[0\] has no 'id'"),
-    ([{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}], "2 images have the id 1 - mend it"),
-    ([{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}], "2 images have the file_name 'a.png' - mend it"),
+    ([{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}], "2 images have the id 1 - fix it"),
+    ([{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}], "2 images have the file_name 'a.png' - fix it"),
 ])  # fmt: skip
 def test_ids_that_are_not_there_or_in_doubt(photos, tmp_path, images, told):
     own = tmp_path / "own.json"

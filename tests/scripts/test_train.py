@@ -145,7 +145,7 @@ def test_a_mistake_found_by_a_loader_worker_is_one_line(data: TinyData, tmp_path
         from dtg_core.errors import UserError
 
         def unreadable(self: CocoIndex, row: int) -> None:
-            raise UserError(f"{row}.png: cannot be read - mend it")
+            raise UserError(f"{row}.png: cannot be read - fix it")
 
         CocoIndex.image = unreadable  # type: ignore[assignment,method-assign]
 
@@ -329,7 +329,7 @@ def test_micro_batches_are_divided_once(data: TinyData, tmp_path: Path, flags: l
 
 
 def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path) -> None:
-    """No later step could mend them, so the run ends at once and its checkpoints stay good."""
+    """No later step could fix them, so the run ends at once and its checkpoints stay good."""
     from safetensors.torch import load_file
 
     def prepare() -> None:

@@ -296,7 +296,7 @@ def test_lines_of_one_length_may_be_polygons(folder: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("shape", "problem"),
     [
-        ("[2, 2]", r"1\.txt:1: it has 11 columns, but 5, or 9 by kpt_shape, are wanted - mend the line, or kpt_shape"),
+        ("[2, 2]", r"1\.txt:1: it has 11 columns, but 5, or 9 by kpt_shape, are wanted - fix the line, or kpt_shape"),
         ("[2]", r"data\.yaml: its kpt_shape is \[2\] - write"),
         ("[2, 4]", "write"), ("[0, 3]", "write"), ("[2.5, 2]", "write"), ("x", "write"),
     ],

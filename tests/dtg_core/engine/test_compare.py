@@ -61,7 +61,7 @@ def test_means_spreads_and_differences(tmp_path):
     sparse = [write_run(tmp_path / f"s{seed}", ap, paradigm="sparse", seed=seed) for seed, ap in enumerate((30, 32, 34))]
     dense = [write_run(tmp_path / f"d{seed}", ap, seed=seed) for seed, ap in enumerate((31, 33.5, 34.5))]
     header, first, second = results(*sparse, *dense)
-    assert header == ["", "AP", "AP50", "AP75", "AP - first", "AP50 - first", "AP75 - first", "runs"]
+    assert header == ["", "AP", "AP50", "AP75", "AP - baseline", "AP50 - baseline", "AP75 - baseline", "runs"]
     assert first == ["gfl, sparse", "32.00 ± 2.00", "33.00 ± 2.00", "34.00 ± 2.00", "", "", "", "3"]
     assert second[:2] == ["gfl, dense", "33.00 ± 1.80"]
     assert second[4:7] == ["+1.00 ± 0.50"] * 3  # of 1.0, 1.5 and 0.5, seed by seed

@@ -160,13 +160,13 @@ def test_an_evaluation_that_fails_costs_no_step(data: TinyData, tmp_path: Path) 
         import dtg_core.engine.run as module
 
         def broken(*_: object) -> None:
-            raise UserError("val.png: cannot be read - mend it")
+            raise UserError("val.png: cannot be read - fix it")
 
         module.find = broken  # type: ignore[assignment]
 
     arguments = command(data, "gfl", tmp_path / "run", "run.evaluate_every=3", steps=5)
     ended = run(arguments, tmp_path / "logs", prepare=prepare)
-    assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: val.png: cannot be read - mend it; --resume auto continues")
+    assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: val.png: cannot be read - fix it; --resume auto continues")
     assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
     assert [line["step"] for line in lines(tmp_path / "run") if "teacher/AP" in line] == [3, 5]
 

@@ -117,7 +117,7 @@ def test_what_to_do_about_a_threshold(paradigm: str) -> None:
         rule = replace(GuidanceConfig().stages["head"], paradigm=paradigm, tau_rate=rate)
         one = Watch(GuidanceConfig(stages={"head": rule}), 2.0, str)
         told += one.line(50, 50, {**FINE, f"guidance/head/{kind}": 999.0})
-    assert f"raise guidance.stages.head.{key}, let it follow (guidance.stages.head.tau_rate=0.05), or lower" in told[0]
+    assert f"raise guidance.stages.head.{key}, let it adapt (guidance.stages.head.tau_rate=0.05), or lower" in told[0]
     assert f"raise guidance.stages.head.tau_rate, or set it to 0 and raise {key}, or lower guidance.alpha" in told[1]
 
 
