@@ -71,7 +71,7 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     if old.get("code", new["code"]) != new["code"]:
         notes.append("warning: the checkpoint was made by another version of this program - results may differ slightly")
     if other_validation(old, new):
-        notes.append("resuming with other validation data: AP of before is not to be compared with AP from here on")
+        notes.append("resuming with other validation data: AP so far cannot be compared with AP from here on")
     return notes
 
 

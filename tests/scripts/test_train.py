@@ -53,7 +53,8 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
     }  # fmt: skip
     results = json.loads((output / "results.json").read_text())
     assert results["step"] == 6
-    assert set(results) == {"teacher", "student", "step", "images_of_a_step", "mixed_precision", "data"}
+    assert set(results) == {"teacher", "student", "step", "images_of_a_step", "mixed_precision", "data", "changed"}
+    assert results["changed"] == []
     assert {"AP", "AP50", "AP75", "classes"} <= set(results["teacher"])
     found = lines(output, times=True)
     assert [line["step"] for line in found] == [1, 2, 3, 3, 4, 5, 6, 6]
