@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dtg_core.config import DataRules
-    from dtg_core.engine.predict import Found, Predictor
+    from dtg_core.engine.predict import ImageDetections, Predictor
 
 T = TypeVar("T")
 LISTS = "detections.json", "detections.csv", "images.json"
@@ -299,7 +299,9 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         tqdm.write(f"no picture: {printable(f'{path}: cannot be written ({reason or error})')}", file=sys.stderr)
 
 
-def entries(predictor: Predictor, found: Found, name: str, image_id: Any) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+def entries(
+    predictor: Predictor, found: ImageDetections, name: str, image_id: Any
+) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
     """The objects of an image for the JSON, and the rows for the CSV."""
     for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
         x1, y1, x2, y2 = (round(value, 3) for value in box)

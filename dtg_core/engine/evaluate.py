@@ -32,7 +32,7 @@ CURVES = {"0.50": 0, "0.75": 5}
 
 
 @dataclass
-class Found:
+class SetDetections:
     """Detections of the images seen so far, in the pixels of the stored images. K images, D detections."""
 
     seen: list[NDArray[np.int64]] = field(default_factory=list)  # parts of [K], rows of the index
@@ -66,7 +66,7 @@ class Found:
         return np.sort(np.concatenate([*self.seen, np.zeros(0, np.int64)])), rows[np.argsort(rows[:, 6], kind="stable")]
 
 
-def coco_metrics(index: CocoIndex, found: Found, faster: bool = True) -> dict[str, Any]:
+def coco_metrics(index: CocoIndex, found: SetDetections, faster: bool = True) -> dict[str, Any]:
     """COCO's metric of detections.
 
     Args:
@@ -84,7 +84,7 @@ def coco_metrics(index: CocoIndex, found: Found, faster: bool = True) -> dict[st
 
 
 def metrics_and_curves(
-    index: CocoIndex, found: Found, faster: bool = True
+    index: CocoIndex, found: SetDetections, faster: bool = True
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
     """``coco_metrics``, and the curves behind it.
 
@@ -118,7 +118,7 @@ def metrics_and_curves(
     return {**figures, "classes": classes}, curves
 
 
-def coco_results(index: CocoIndex, found: Found) -> list[dict[str, Any]]:
+def coco_results(index: CocoIndex, found: SetDetections) -> list[dict[str, Any]]:
     """Detections in COCO's results format, with the data set's own image and category ids; JSON values."""
     image_ids, category_ids = list(index.image_ids), list(index.category_ids)
     return [
@@ -133,7 +133,7 @@ def coco_results(index: CocoIndex, found: Found) -> list[dict[str, Any]]:
 def find(
     detector: Detector, index: CocoIndex, batches: Iterable[ViewBatch | None], device: torch.device, score_threshold: float,
     accelerator: Accelerator | None = None,
-) -> Found:
+) -> SetDetections:
     """Run a detector over views of the images of ``index`` and gather what all processes found.
 
     Args:
@@ -148,7 +148,7 @@ def find(
         Whatever fails, on every process, so that none waits for the others.
     """
     row = {image_id: number for number, image_id in enumerate(index.image_ids)}
-    training, found, failure = detector.training, Found(), None
+    training, found, failure = detector.training, SetDetections(), None
     detector.eval()
     try:
         for views in batches:
@@ -170,7 +170,7 @@ def find(
     return _gathered(found, failure)
 
 
-def _gathered(found: Found, failure: Exception | None) -> Found:
+def _gathered(found: SetDetections, failure: Exception | None) -> SetDetections:
     """Join all processes' parts; a failure of one becomes an error of all."""
     from accelerate.utils import gather_object
 
@@ -180,10 +180,10 @@ def _gathered(found: Found, failure: Exception | None) -> Found:
     for process, (_, _, problem) in enumerate(parts):
         if problem is not None:
             raise RuntimeError(f"evaluation failed on process {process}: {problem}")
-    return Found([seen for seen, _, _ in parts], [rows for _, rows, _ in parts])
+    return SetDetections([seen for seen, _, _ in parts], [rows for _, rows, _ in parts])
 
 
-def unseen(index: CocoIndex, found: Found) -> list[str]:
+def unseen(index: CocoIndex, found: SetDetections) -> list[str]:
     """The files of ``index`` that could not be read, or were not given to ``find``."""
     return [index.file_names[row] for row in np.setdiff1d(np.arange(len(index)), found.merged()[0]).tolist()]
 

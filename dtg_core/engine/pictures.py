@@ -18,7 +18,7 @@ from dtg_core.config import ViewsConfig
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import View, labeled_view, strong_view, weak_view
 from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Explained, agreement
-from dtg_core.engine.predict import Found
+from dtg_core.engine.predict import ImageDetections
 from dtg_core.errors import UserError
 from dtg_core.structures import AnchorGrid, PairBatch, ViewBatch
 
@@ -98,7 +98,7 @@ class Canvas:
 # Predictions -----------------------------------------------------------------------------------------------------------
 
 
-def draw_found(image: Image.Image, found: Found, class_names: Sequence[str]) -> Image.Image:
+def draw_found(image: Image.Image, found: ImageDetections, class_names: Sequence[str]) -> Image.Image:
     """The image with the boxes, classes and scores that were found in it, the best on top; small images are enlarged."""
     scale = max(1.0, min(LEAST_SIDE / max(min(image.size), 1), 2 * LEAST_SIDE / max(image.size)))
     size = max(round(min(image.size) * scale / 45), 12)
@@ -108,7 +108,7 @@ def draw_found(image: Image.Image, found: Found, class_names: Sequence[str]) -> 
 
 
 def predictions_sheet(
-    index: CocoIndex, rows: Sequence[int], found: Sequence[Found], class_names: Sequence[str], columns: int = 4
+    index: CocoIndex, rows: Sequence[int], found: Sequence[ImageDetections], class_names: Sequence[str], columns: int = 4
 ) -> Image.Image:
     """Images of a data set, each with what was ``found`` in it in colours over its own labels in white; unreadable ones are left
     out."""
@@ -126,7 +126,7 @@ def predictions_sheet(
     return sheet([tiles[start : start + columns] for start in range(0, len(tiles), columns)])
 
 
-def _draw_boxes(canvas: Canvas, found: Found, class_names: Sequence[str], width: int) -> None:
+def _draw_boxes(canvas: Canvas, found: ImageDetections, class_names: Sequence[str], width: int) -> None:
     rows = list(zip(found.boxes, found.scores.tolist(), found.labels.tolist()))[::-1]
     for box, _, label in rows:
         canvas.box(box, color_of(label), width)

@@ -36,7 +36,7 @@ PACKAGES = {"gfl": ("gfl_dtg", "GFLConfig"), "faster_rcnn": ("faster_rcnn_dtg", 
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageDetections:
     """What was found in one image, best first. D boxes."""
 
     size: tuple[int, int]  # (height, width) of the image, upright
@@ -59,7 +59,7 @@ class Predictor:
     @torch.no_grad()
     def predict(
         self, images: Sequence[str | Path | Image.Image], score_threshold: float | None = None, batch: int = 8
-    ) -> list[Found]:
+    ) -> list[ImageDetections]:
         """Boxes of each image.
 
         Args:
@@ -70,12 +70,12 @@ class Predictor:
             UserError: a file cannot be read.
         """
         threshold = self.settings.run.score_threshold if score_threshold is None else score_threshold
-        found: list[Found] = []
+        found: list[ImageDetections] = []
         for start in range(0, len(images), batch):
             found += self._found([self._opened(image) for image in images[start : start + batch]], threshold)
         return found
 
-    def _found(self, images: Sequence[Image.Image], threshold: float) -> list[Found]:
+    def _found(self, images: Sequence[Image.Image], threshold: float) -> list[ImageDetections]:
         """Detections in images of any sizes; only those with the same canvas share a batch."""
         kinds: dict[tuple[int, int], list[int]] = {}
         for number, image in enumerate(images):
@@ -92,7 +92,7 @@ class Predictor:
             return image.convert("RGB")
         return read_image(Path(image), rules=self.settings.data.rules)
 
-    def _batch(self, images: Sequence[Image.Image], threshold: float) -> list[Found]:
+    def _batch(self, images: Sequence[Image.Image], threshold: float) -> list[ImageDetections]:
         made = [test_view(image, NO_BOXES, NO_LABELS, self.settings.views) for image in images]
         views = collate(made, [0] * len(images), range(len(images)))
         moved = views.to(self.device)
@@ -102,7 +102,7 @@ class Predictor:
         boxes = clip(project(detections.boxes.double(), back[detections.image], "corners"), sizes[detections.image]).float()
         parts = [(detections.image == number).nonzero().squeeze(1) for number in range(len(images))]
         return [
-            Found((image.height, image.width), boxes[rows].numpy(), detections.scores[rows].float().numpy(),
+            ImageDetections((image.height, image.width), boxes[rows].numpy(), detections.scores[rows].float().numpy(),
                   detections.labels[rows].numpy())
             for image, rows in zip(images, parts)
         ]  # fmt: skip

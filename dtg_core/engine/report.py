@@ -27,7 +27,7 @@ from dtg_core.engine.explain import explain
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
 from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
-from dtg_core.engine.predict import Found
+from dtg_core.engine.predict import ImageDetections
 from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted
@@ -55,7 +55,7 @@ CAPTIONS = {
 @torch.no_grad()
 def save_pictures(
     folder: Path, step: int, teacher: Detector, student: Detector, sources: Sources, config: Config,
-    found: evaluate.Found | None, device: torch.device, thresholds: Mapping[str, Tensor],
+    found: evaluate.SetDetections | None, device: torch.device, thresholds: Mapping[str, Tensor],
 ) -> None:
     """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, always of the same images.
 
@@ -96,13 +96,13 @@ def sample_rows(index: CocoIndex, count: int) -> list[int]:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)].tolist()
 
 
-def found_in(found: evaluate.Found, row: int, index: CocoIndex) -> Found:
+def found_in(found: evaluate.SetDetections, row: int, index: CocoIndex) -> ImageDetections:
     """The detections in an image of ``index`` with a score above SCORE, best first."""
     every = found.merged()[1]
     own = every[(every[:, 6] == row) & (every[:, 4] > SCORE)]
     own = own[own[:, 4].argsort()[::-1]]
     height, width = index.sizes[row].tolist()
-    return Found((height, width), own[:, :4].astype(np.float32), own[:, 4].astype(np.float32), own[:, 5].astype(np.int64))
+    return ImageDetections((height, width), own[:, :4].astype(np.float32), own[:, 4].astype(np.float32), own[:, 5].astype(np.int64))
 
 
 def _save(sheet: Image.Image, path: Path) -> None:

@@ -29,7 +29,7 @@ from dtg_core.engine.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from dtg_core.engine.evaluate import Found, find, metrics_and_curves, unseen
+from dtg_core.engine.evaluate import SetDetections, find, metrics_and_curves, unseen
 from dtg_core.engine.failures import advice
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Window, prepare, train_step
@@ -214,7 +214,7 @@ class Fit:
             "step": done, "images_of_a_step": self.stamp["global_batch"], "mixed_precision": self.stamp["mixed_precision"],
             "data": self.stamp["data"], "changed": self.changed,
         }  # fmt: skip
-        found: dict[str, Found] = {}
+        found: dict[str, SetDetections] = {}
         curves: dict[str, Any] = {}
         for which, detector in (("teacher", self.training.teacher), ("student", self.training.module.detector)):
             batches = items_of(eval_batches(
@@ -244,7 +244,7 @@ class Fit:
         self.evaluation_due = False
         return True
 
-    def _show(self, evaluated: int | None = None, found: Found | None = None) -> None:
+    def _show(self, evaluated: int | None = None, found: SetDetections | None = None) -> None:
         """Write report.html, with new pictures if there was an evaluation."""
         if self.report is None:
             return

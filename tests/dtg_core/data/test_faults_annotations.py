@@ -28,7 +28,7 @@ from dtg_core.data.coco import load_coco  # noqa: E402
 from dtg_core.data.plan import StepData, steps_loader  # noqa: E402
 from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
-from dtg_core.engine.evaluate import Found, coco_metrics, coco_results  # noqa: E402
+from dtg_core.engine.evaluate import SetDetections, coco_metrics, coco_results  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 
 Json = dict[str, Any]
@@ -313,7 +313,7 @@ def test_fault_9_category_ids_come_back(folder: Path, ids: tuple[Any, ...]) -> N
     assert index.category_ids == sorted(ids)
     assert index.class_names == tuple(name_of[value] for value in sorted(ids))
     assert [index.class_names[label] for label in index.labels[:3]] == ["cat", "dog", "cow"]
-    found = coco_results(index, Found([np.arange(12)], [np.array([[1, 2, 3, 4, 0.5, 1, 0]])]))
+    found = coco_results(index, SetDetections([np.arange(12)], [np.array([[1, 2, 3, 4, 0.5, 1, 0]])]))
     assert found[0]["category_id"] == sorted(ids)[1]
     json.dumps(found)
 
@@ -328,7 +328,7 @@ def test_fault_11_image_ids_come_back(folder: Path, convert: Callable[[int], Any
     index = load_coco(write(folder, content))
     assert list(index.image_ids) == [convert(n) for n in range(1, 13)]
     assert len(index.boxes) == BOXES
-    found = coco_results(index, Found([np.arange(12)], [np.array([[1, 2, 3, 4, 0.5, 1, 4]])]))
+    found = coco_results(index, SetDetections([np.arange(12)], [np.array([[1, 2, 3, 4, 0.5, 1, 4]])]))
     assert found[0]["image_id"] == convert(5)
 
 
@@ -437,7 +437,7 @@ def test_fault_21_areas(folder: Path) -> None:
         index = load_coco(path, rules=rules)
         image = np.repeat(np.arange(12), np.diff(index.box_start))
         rows = np.column_stack((index.boxes, np.full(len(image), 0.9), index.labels, image))
-        metrics = coco_metrics(index, Found([np.arange(12)], [rows]))
+        metrics = coco_metrics(index, SetDetections([np.arange(12)], [rows]))
         assert metrics["APs"] == (None if small is None else pytest.approx(small))
         assert metrics["APm"] == pytest.approx(medium)
         assert metrics["APl"] is None

@@ -23,7 +23,7 @@ from dtg_core.data.coco import load_coco
 from dtg_core.data.images import read_image
 from dtg_core.data.importers import import_voc, import_yolo
 from dtg_core.data.report import Report
-from dtg_core.engine.evaluate import Found, coco_metrics
+from dtg_core.engine.evaluate import SetDetections, coco_metrics
 from dtg_core.errors import UserError, printable
 
 SHARE = 1 if os.environ.get("DTG_FUZZ") == "full" else 10
@@ -148,7 +148,7 @@ def test_annotations(folder: Path) -> None:
         if accepted % 10 == 0:
             image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
             rows = np.column_stack((index.boxes, np.full(len(image), 0.5), index.labels, image))
-            metrics = coco_metrics(index, Found([np.arange(len(index))], [rows]))
+            metrics = coco_metrics(index, SetDetections([np.arange(len(index))], [rows]))
             assert metrics["AP"] is None or 0 < metrics["AP"] <= 100 + 1e-9
     assert {entry.name for entry in folder.iterdir()} == files
     assert accepted > 200 // SHARE  # else the mutations are too wild to test anything

@@ -25,7 +25,7 @@ from dtg_core.data.coco import load_coco
 from dtg_core.data.index import CocoIndex
 from dtg_core.engine.evaluate import (
     FIGURES,
-    Found,
+    SetDetections,
     coco_metrics,
     coco_results,
     find,
@@ -54,7 +54,7 @@ def index_of(sizes: list[tuple[int, int]], boxes: Any, labels: Any, image: Any, 
     )
 
 
-def random_case(seed: int, images: int = 6, classes: int = 3) -> tuple[CocoIndex, Found]:
+def random_case(seed: int, images: int = 6, classes: int = 3) -> tuple[CocoIndex, SetDetections]:
     rng = np.random.default_rng(seed)
     sizes = [(int(rng.integers(60, 300)), int(rng.integers(60, 300))) for _ in range(images)]
     image = np.sort(rng.integers(0, images, 14))
@@ -74,10 +74,10 @@ def random_case(seed: int, images: int = 6, classes: int = 3) -> tuple[CocoIndex
             image[picked],
         )
     )
-    return index, Found([np.arange(images)], [rows])
+    return index, SetDetections([np.arange(images)], [rows])
 
 
-def reference(index: CocoIndex, found: Found) -> COCOeval:
+def reference(index: CocoIndex, found: SetDetections) -> COCOeval:
     """pycocotools by its own front door, with the data set's ids."""
     starts = index.box_start
     annotations: list[dict[str, Any]] = []
@@ -143,12 +143,12 @@ def test_faster_coco_eval_agrees() -> None:
             assert first[name] == (None if second[name] is None else pytest.approx(second[name], abs=1e-9))
 
 
-def perfect() -> tuple[CocoIndex, Found]:
+def perfect() -> tuple[CocoIndex, SetDetections]:
     """Three objects of two classes in three images, the last of which is empty, and exactly these detections."""
     boxes = [[10, 10, 50, 60], [5, 5, 25, 25], [30, 8, 130, 130]]
     index = index_of([(200, 200)] * 3, boxes, [0, 1, 0], [0, 0, 1], [False] * 3)
     rows = np.column_stack((index.boxes, [0.9, 0.8, 0.7], index.labels, [0, 0, 1])).astype(np.float64)
-    return index, Found([np.arange(3)], [rows])
+    return index, SetDetections([np.arange(3)], [rows])
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -159,7 +159,7 @@ def test_images_that_were_not_seen_do_not_count(faster: bool) -> None:
     index, found = perfect()
     (rows,) = found.rows
     seen = np.array([0, 2])
-    part = Found([seen], [rows[np.isin(rows[:, 6], seen)]])
+    part = SetDetections([seen], [rows[np.isin(rows[:, 6], seen)]])
     assert coco_metrics(index, part, faster)["AP"] == pytest.approx(100)
     assert unseen(index, part) == [index.file_names[1]]
     assert unseen(index, found) == []
@@ -172,10 +172,10 @@ def test_perfect_and_empty() -> None:
     assert metrics["classes"] == {"a": pytest.approx(100), "b": pytest.approx(100), "c": None}
     assert metrics["APs"] == pytest.approx(100)
 
-    nothing = coco_metrics(index, Found([np.arange(3)], []))
+    nothing = coco_metrics(index, SetDetections([np.arange(3)], []))
     assert nothing["AP"] == nothing["AR100"] == 0
-    assert coco_results(index, Found()) == []
-    assert coco_metrics(index, Found())["AP"] is None  # no image was seen
+    assert coco_results(index, SetDetections()) == []
+    assert coco_metrics(index, SetDetections())["AP"] is None  # no image was seen
 
     no_truth = index_of([(200, 200)] * 3, [], [], [], [])
     metrics = coco_metrics(no_truth, found)
@@ -214,7 +214,7 @@ def test_impossible_detections_are_refused(column: int, value: float, problem: s
 
 def test_images_counted_twice_are_refused() -> None:
     index, found = perfect()
-    twice = Found(found.seen * 2, found.rows * 2)  # two processes that saw the same images
+    twice = SetDetections(found.seen * 2, found.rows * 2)  # two processes that saw the same images
     with pytest.raises(ValueError, match="twice"):
         coco_metrics(index, twice)
 
@@ -294,7 +294,7 @@ def test_faulty_annotations_give_the_clean_figure_or_an_error(tmp_path: Path, fa
         return
     index = load_coco(path)
     rows = [[10, 10, 10 + 40 * number, 60, 0.5 + number / 10, number % 2, number - 1] for number in (1, 2, 3)]
-    metrics = coco_metrics(index, Found([np.arange(3)], [np.array(rows, np.float64)]))
+    metrics = coco_metrics(index, SetDetections([np.arange(3)], [np.array(rows, np.float64)]))
     assert metrics["AP"] == pytest.approx(100)
     assert metrics["APm"] == pytest.approx(100)  # areas of 2000 to 6000 px, whatever the file says
     assert metrics["APs"] is metrics["APl"] is None
@@ -366,7 +366,7 @@ def test_find_keeps_no_batch() -> None:
 def test_find_moves_boxes_back_through_a_flip() -> None:
     index, _ = perfect()
     flip = torch.tensor([[-1.0, 0, 200], [0, 1, 0], [0, 0, 1]])
-    found, views = Found(), view_of(index, [0], flip)
+    found, views = SetDetections(), view_of(index, [0], flip)
     one = torch.zeros(1, dtype=torch.int64)
     found.add(Detections(torch.tensor([[150.0, 10, 190, 60]]), torch.ones(1), one, one), views, [0], index)
     np.testing.assert_allclose(found.merged()[1][0, :4], [10, 10, 50, 60], atol=1e-4)

@@ -16,7 +16,7 @@ from dtg_core.data.shapes import make_shapes
 from dtg_core.engine import pictures
 from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Tally, agreement, explain, objects_in, tally
 from dtg_core.engine.pictures import draw_found, guidance_sheet, views_sheet
-from dtg_core.engine.predict import Found
+from dtg_core.engine.predict import ImageDetections
 from dtg_core.guidance import teach
 from dtg_core.structures import Targets
 
@@ -221,7 +221,7 @@ def test_over_many_boxes_a_class_is_named_once(shapes, monkeypatch, boxes, names
 
 
 def test_predictions_on_small_and_large_images():
-    found = Found((20, 40), np.array([[0, 0, 40, 20], [5, 5, 5, 5]], np.float32), np.array([0.9, 0.4]), np.array([1, 0]))
+    found = ImageDetections((20, 40), np.array([[0, 0, 40, 20], [5, 5, 5, 5]], np.float32), np.array([0.9, 0.4]), np.array([1, 0]))
     small = draw_found(Image.new("RGB", (40, 20)), found, ["a", "long name"])
     assert small.size == (960, 480)
     assert (np.asarray(small)[:, 0] != 0).any()  # the first box' left side

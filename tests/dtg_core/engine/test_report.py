@@ -15,7 +15,7 @@ from runs import TinyData
 from dtg_core.data.coco import load_coco
 from dtg_core.engine import report
 from dtg_core.engine import run as run_module
-from dtg_core.engine.evaluate import Found
+from dtg_core.engine.evaluate import SetDetections
 from dtg_core.engine.pictures import GAP, TILE, predictions_sheet
 from dtg_core.engine.report import found_in, sample_rows, write_report
 from dtg_core.errors import UserError
@@ -130,7 +130,7 @@ def test_a_report_takes_what_there_is(finished, tmp_path):
 def test_unreadable_images_are_left_out_of_the_sheet(data, tmp_path):
     folder = shutil.copytree(data.val.parent, tmp_path / "val")
     index = load_coco(folder / data.val.name)
-    nothing = found_in(Found([np.arange(3)], [np.zeros((0, 7))]), 0, index)
+    nothing = found_in(SetDetections([np.arange(3)], [np.zeros((0, 7))]), 0, index)
     (folder / "images" / "1.png").write_bytes(b"broken")
     three, none = (predictions_sheet(index, rows, [nothing] * len(rows), index.class_names) for rows in ([0, 1, 2], [1]))
     assert three.size == (2 * TILE + 3 * GAP, TILE + 2 * GAP)
@@ -140,7 +140,7 @@ def test_unreadable_images_are_left_out_of_the_sheet(data, tmp_path):
 def test_predictions_are_those_of_the_image(data):
     index = load_coco(data.val)
     rows = [[0, 0, 9, 9, 0.9, 1, 2], [1, 1, 5, 5, 0.95, 0, 2], [0, 0, 8, 8, 0.2, 1, 2], [3, 3, 7, 7, 0.9, 0, 0]]
-    found = Found([np.arange(3)], [np.array(rows, np.float64)])
+    found = SetDetections([np.arange(3)], [np.array(rows, np.float64)])
     own = found_in(found, 2, index)
     assert own.boxes.tolist() == [[1, 1, 5, 5], [0, 0, 9, 9]]  # best first, and none under the threshold
     assert own.labels.tolist() == [0, 1]
