@@ -33,7 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if "main_guard(main)" in path.read_text())
 #: Files of a reader's own that the pages speak of.
 OWN = ("own.json", "all.json", "val.json", "hidden.json", "list.json", "check.json", "views.png", "data.yaml", "photos", "more_photos", "folder",
-       "splits", "splits/*", "guidance", "predictions", "comparison", "labels", "[A-Z]*")  # fmt: skip
+       "splits", "splits/*", "mine", "guidance", "predictions", "comparison", "labels", "[A-Z]*")  # fmt: skip
 #: What COCO, other data sets and training bring, in the places where the pages put them; commands with them need those.
 BROUGHT = ("data/coco/*", "data/bccd/*", "data/splits/*", "runs/*", "RUN*", "build/*")
 SECTIONS = "backbone|data|views|guidance|optim|run|gfl|faster_rcnn"
