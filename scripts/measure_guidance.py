@@ -25,7 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from common import Parser, add_overwrite, main_guard, number, progress, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
@@ -35,7 +35,6 @@ from dtg_core.errors import UserError, counted
 if TYPE_CHECKING:
     from dtg_core.config import Config
     from dtg_core.engine.fidelity import Agreement, Measured
-    from dtg_core.protocol import Detector
     from dtg_core.structures import PairBatch, Targets
 
 DEFAULT = ["dense: paradigm=dense", "sparse: paradigm=sparse"]
@@ -83,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
 
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
-    detector = cast("Detector", teacher.detector)
+    detector = teacher.detector
     settings, stages = overridden(guided(teacher.settings), arguments.set), list(detector.stages)
     compared = {name: changed(settings, keys, stages) for name, keys in named(arguments.compare or DEFAULT).items()}
 
@@ -113,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
 
     batches = map(with_truth, pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}
-    found = measure(detector, cast("Detector", student.detector), batches, rules, hull)
+    found = measure(detector, student.detector, batches, rules, hull)
 
     count = number * size
     content = {"weights": str(arguments.weights), "objects": sum(objects) / count}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from common import Parser, add_overwrite, main_guard, number, one_of, require_new
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
@@ -25,7 +25,6 @@ from dtg_core.errors import UserError
 if TYPE_CHECKING:
     from dtg_core.engine.explain import Tally
     from dtg_core.engine.predict import Predictor
-    from dtg_core.protocol import Detector
 
 
 def parser() -> Parser:
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
-    models, settings = (cast("Detector", teacher.detector), cast("Detector", student.detector)), teacher.settings
+    models, settings = (teacher.detector, student.detector), teacher.settings
     stages = stages_of(teacher, arguments.stage)
     require_new((arguments.output / f"{name}.png" for name in stages), arguments.overwrite)
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
@@ -101,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:
-    names = list(cast("Detector", predictor.detector).stages)
+    names = list(predictor.detector.stages)
     if wanted is not None and wanted not in names:
         raise UserError(f"--stage {wanted}: the detector has no such stage - choose from {', '.join(names)}")
     return names if wanted is None else [wanted]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from common import build_detector, check_devices, is_supervised, load_settings, main_guard, train_parser, without_effect
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(settings.run.seed)  # the same initial weights in every paradigm and process
     detector, remarks = _detector(settings, sources, resumed)
     if accelerator.is_main_process:
-        remarks += [f"{labeled}: {line}" for line in missed_classes(cast("Detector", detector), sources.labeled, settings.views)]
+        remarks += [f"{labeled}: {line}" for line in missed_classes(detector, sources.labeled, settings.views)]
         for remark in remarks:
             print(f"warning: {remark}", file=sys.stderr)
     if arguments.dry_run:

@@ -70,14 +70,15 @@ def benchmark(
     if batch.unlabeled is not None:
         rules = with_candidates(detector.to(device).eval(), batch.unlabeled, rules, candidates)
 
-    def training(kind: Paradigm) -> loop.Training:
+    def training(kind: Paradigm, detector: Detector) -> loop.Training:
         chosen = {name: replace(rule, paradigm=kind) for name, rule in rules.items()}
         settings = replace(config, guidance=replace(guidance, stages=chosen))
-        made = loop.prepare(settings, copy.deepcopy(detector), sources.labeled.objects_per_image(), accelerator)
+        made = loop.prepare(settings, detector, sources.labeled.objects_per_image(), accelerator)
         made.student.train()
         return made
 
-    main = training(paradigm)
+    other = None if against is None else training(against, copy.deepcopy(detector))
+    main = training(paradigm, detector)
     step = partial(loop.train_step, main, [batch])
     figures = step()
     memory = peak_memory(device)
@@ -85,8 +86,8 @@ def benchmark(
     with device_work([state["step"] for state in main.plain_optimizer.state.values() if "step" in state]) as work:
         step()
     timers: dict[str, Callable[[], Any]] = {"step": step, "bare_passes": bare_passes(main, batch)}
-    if against is not None:
-        timers["against"] = partial(loop.train_step, training(against), [batch])
+    if other is not None:
+        timers["against"] = partial(loop.train_step, other, [batch])
     times: dict[str, list[float]] = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
         found = {name: _seconds(action, device) for name, action in timers.items()}

@@ -428,7 +428,7 @@ class Fit:
         if self.accelerator.num_processes == 1:
             return number
         mine = torch.tensor([number], device=self.accelerator.device)
-        return int(cast(Tensor, self.accelerator.gather(mine)).max())
+        return int(cast(Tensor, self.accelerator.gather(mine)).max())  # sync: one per step of several processes
 
     def _write(self, name: str, text: str) -> None:
         try:

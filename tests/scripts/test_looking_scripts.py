@@ -625,6 +625,14 @@ def test_measure_guidance_refuses(run, tmp_path, monkeypatch, arguments, problem
         measure_guidance.main([str(run), "--batch", "2", "--device", "cpu", *arguments])
 
 
+def test_measure_guidance_reports_settings_without_effect(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
+    settings = ["a: paradigm=sparse tau=0.3", "b: paradigm=dense rank=false"]
+    assert measure_guidance.main([str(run), "--images", "2", "--batch", "2", "--device", "cpu", "--compare", *settings]) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: --compare")]
+    assert "paradigm=sparse tau=0.3: tau=0.3 is without effect" in warning
+
+
 def test_measure_guidance_needs_hidden_labels(photos, run, tmp_path, monkeypatch):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="--truth: missing"):
