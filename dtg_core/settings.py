@@ -126,8 +126,8 @@ def out_of(value: float, interval: str) -> str | None:
     below = value < high if interval[-1] == ")" else value <= high
     if above and below:
         return None
-    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:g}"
-    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:g}"
+    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:.12g}"
+    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:.12g}"
     return f"is out of range (found {value}) - use {' and '.join(part for part in (lower, upper) if part)}"
 
 

@@ -32,7 +32,7 @@ def parser() -> Parser:
     add("--size", type=number(int, "[32, 8192]"), nargs=2, metavar=("H", "W"),
         help="size of the graph's image, px (default: a square of views.test_short_edge)")
     add("--score", type=number(float, "[0, 1)"), metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
-    add("--opset", type=int, default=18, metavar="N", help="ONNX opset (default: 18)")
+    add("--opset", type=number(int, "[1, inf)"), default=18, metavar="N", help="ONNX opset (default: 18)")
     add("--images", nargs="+", metavar="PATH", help=f"images, folders or patterns to compare on, {IMAGES} at most "
         "(default: from the built-in synthetic data set)")
     return result

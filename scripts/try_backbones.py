@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common import DETECTORS, Parser, build_detector, load_settings, main_guard, one_of, train_parser
+from common import DETECTORS, Parser, build_detector, load_settings, main_guard, number, one_of, train_parser
 
 from dtg_core.errors import UserError
 
@@ -34,7 +34,7 @@ def parser() -> Parser:
     result.add_argument("names", nargs="*", metavar="NAME", help="timm models (default: one of each of eleven families)")
     result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="gfl|faster_rcnn",
                         help="detector on each backbone (default: gfl)")
-    result.add_argument("--steps", type=int, default=20, metavar="N", help="steps for each (default: 20)")
+    result.add_argument("--steps", type=number(int, "[1, inf)"), default=20, metavar="N", help="steps for each (default: 20)")
     result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")
     return result
 

@@ -497,6 +497,9 @@ def _image_folder(json_path: Path, first: str, images: Path | None, report: Repo
     if any(not os.path.samefile(found[0] / first, folder / first) for folder in found[1:]):
         report.add(json_path, f"folders have different images called {first!r}, and {found[0]} is used - if that is wrong, leave "
                               "--images out, or write the folder into the JSON's file names", found)
+    elif images is not None and found and found[0] != Path(images):
+        report.add(json_path, f"images are not in {images}, and {found[0]} is used instead - if that is wrong, correct --images",
+                   [first])
     return (found or folders)[0]
 
 

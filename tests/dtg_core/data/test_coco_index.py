@@ -65,6 +65,16 @@ def test_finds_the_images(tmp_path: Path, images: str) -> None:
     assert load_coco(path, tmp_path / images).path(0).is_file()
 
 
+def test_a_given_folder_without_the_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, other = write(tmp_path, content()), tmp_path / "photos"
+    other.mkdir()
+    assert load_coco(path, other).root == tmp_path / "images"
+    assert f"1 image is not in {other}, and {tmp_path / 'images'} is used instead" in caplog.text
+    caplog.clear()
+    load_coco(path, tmp_path / "images")
+    assert "used instead" not in caplog.text
+
+
 def test_finds_the_images_beside_the_folder_of_annotations(tmp_path: Path) -> None:
     path = write(tmp_path, content())
     (tmp_path / "annotations").mkdir()
