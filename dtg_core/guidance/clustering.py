@@ -36,10 +36,10 @@ def select_candidates(
     foreground, background = best > limit, usable & (best <= limit)  # a score that is not a number is neither
     if rule.background_tau is not None:
         background &= best <= logit(rule.background_tau)
-    chosen = foreground
-    if best.shape[1] > rule.max_candidates:
-        chosen = foreground & _first(best, rule.max_candidates)
-    image, sample = chosen.nonzero().unbind(1)  # sync: the number of candidates.
+    rows = foreground.nonzero()  # sync: the number of candidates.
+    if len(rows) > rule.max_candidates:  # only then can an image have too many
+        rows = (foreground & _first(best, rule.max_candidates)).nonzero()
+    image, sample = rows.unbind(1)
     label = label[image, sample]
     box = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
     return Candidates(image, sample, label, predictions.logits[image, sample, label].float(), box, foreground, background)
@@ -84,7 +84,7 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
 
 def _first(values: Tensor, count: int) -> Tensor:
     """[N, A] bool, the ``count`` greatest of each row; of equal ones (frequent in half precision), the first."""
-    last = values.topk(count, dim=1).values[:, -1:]
+    last = values.topk(min(count, values.shape[1]), dim=1).values[:, -1:]
     above, equal = values > last, values == last
     return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
 

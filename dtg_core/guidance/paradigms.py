@@ -174,7 +174,7 @@ def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rul
         # Never less than the positives, as in the RPN's own sampler: otherwise more candidates would mean less background, hence
         # higher scores, hence more candidates.
         limit = torch.maximum(rule.background_samples - positives, positives)
-        most = max(rule.background_samples, rule.max_candidates)
+        most = max(rule.background_samples, len(assignment.image))
         background = sample_mask(background, limit, pair.student.seeds, most, samples.identity)
     return replace(assignment, background=background, dense=dense)
 

@@ -107,6 +107,18 @@ def test_equal_scores_do_not_pass_the_limit_of_candidates():
     assert found.foreground.all()  # what is left out is no background either
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(2.0, 2.0), (1.5, 2.0), (1.0, 2.0), (0.5, 1.0)])
+def test_the_limit_of_candidates_is_per_image(limit: float, kept: float) -> None:
+    """In two images of A candidates each, with limits of ``limit`` x A."""
+    detector, views = tiny_detector("gfl"), make_views(2, 64, 64)
+    samples, predictions = detector.run(views)["head"]
+    number = predictions.logits.shape[1]
+    predictions = replace(predictions, logits=torch.full_like(predictions.logits, 1.0))
+    rule = StageRule(tau=0.5, max_candidates=int(limit * number))
+    found = select_candidates(detector.stages["head"], samples, predictions, views.sizes, rule)
+    assert len(found.image) == int(kept * number)
+
+
 @pytest.mark.parametrize("threshold", [None, torch.tensor([0.4, 0.5, 0.6])])
 def test_a_score_that_is_not_a_number_is_neither_candidate_nor_background(threshold: torch.Tensor | None) -> None:
     detector, views = tiny_detector("gfl").eval(), make_views(1, 64, 64)
