@@ -37,7 +37,7 @@ def select_candidates(
     if rule.background_tau is not None:
         background &= best <= logit(rule.background_tau)
     rows = foreground.nonzero()  # sync: the number of candidates.
-    if len(rows) > rule.max_candidates:  # only then can an image have too many
+    if len(rows) > rule.max_candidates:  # only then can an image have too many; sync: once more
         rows = (foreground & _first(best, rule.max_candidates)).nonzero()
     image, sample = rows.unbind(1)
     label = label[image, sample]
