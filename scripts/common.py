@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
+from dtg_core.config import RANGES
 from dtg_core.drafts import require_writable, write_text, writing
 from dtg_core.errors import UserError, nearest, printable
 from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, out_of, overridden, refuse
@@ -113,7 +114,7 @@ def add_rules(parser: Parser) -> None:
 
 def rules_of(arguments: argparse.Namespace, rules: DataRules | None = None) -> DataRules:
     """``rules`` (the defaults) with the changes of ``add_rules``. UserError for other keys."""
-    from dtg_core.config import RANGES, Config, DataRules, cross_check
+    from dtg_core.config import Config, DataRules, cross_check
 
     for text in arguments.set:
         if not text.startswith(RULES):
@@ -175,8 +176,8 @@ def train_parser() -> Parser:
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--paradigm", type=one_of(PARADIGMS), metavar="dense|sparse|supervised", help="guidance of every stage")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
-    add("--steps", type=number(int, "[1, inf)"), metavar="N", help="training steps (run.steps)")
-    add("--seed", type=number(int, "[0, 4294967296)"), metavar="N", help="seed of all random draws (run.seed)")
+    add("--steps", type=number(int, RANGES["run.steps"]), metavar="N", help="training steps (run.steps)")
+    add("--seed", type=number(int, RANGES["run.seed"]), metavar="N", help="seed of all random draws (run.seed)")
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--unlabeled", metavar="DIR|ANNOTATIONS.json", help="unlabelled images (data.unlabeled)")
     add("--val", metavar="ANNOTATIONS.json", help="images to evaluate on (data.val)")
@@ -217,7 +218,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
     """
     from run_settings import DETECTOR_RANGES, RunSettings
 
-    from dtg_core.config import RANGES, RENAMED, cross_check
+    from dtg_core.config import RENAMED, cross_check
 
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
