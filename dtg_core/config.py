@@ -1,4 +1,4 @@
-"""Configuration: dataclasses whose defaults are the paper's values, and the ranges of valid values.
+"""Configuration: dataclasses whose defaults are the paper's values, where it gives them, and the ranges of valid values.
 
 YAML files may set existing fields only (``dtg_core.settings`` reads them). ``configs/*.yaml`` scale the paper's values down
 or fill in a setting.
@@ -29,7 +29,7 @@ class StageRule:
     nms_iou: float = 0.5  # IoU of the teacher's NMS, which makes the clusters (A14)
     classification: bool = True  # INC class labels, Eq. 2
     box: bool = True  # INC box targets, Eq. 3
-    max_candidates: int = 1000  # at most per image, the best ones; a safety limit (A16)
+    max_candidates: int = 1000  # at most per image, the best ones, the others being ignored; a safety limit (A16)
     min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
     background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
     # Samples per image: all candidates, and random background up to this number but never fewer than candidates. None: all
@@ -49,7 +49,7 @@ class StageRule:
     member_iou: float = 0.0  # least IoU of a member's student sample with the box that it learns; below it the sample is ignored
     consensus_rank: float | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
-    soft_background: bool = False  # weigh background by 1 - the teacher's score (Soft Teacher)
+    soft_background: bool = False  # weigh background by 1 - the teacher's score (after Soft Teacher)
     # Step size, in logits, with which each class's threshold (tau, sparse: pseudo_score) adapts until the teacher finds as many
     # objects per unlabelled image as labelled images have. 0: fixed thresholds
     tau_rate: float = 0.0

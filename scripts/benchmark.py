@@ -43,7 +43,7 @@ IMAGES = 16  # of the built-in data set, labelled and unlabelled
 def parser() -> Parser:
     result = Parser("Measure the cost of a training step.")
     add = result.add_argument
-    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="required unless --data is given")
+    add("--detector", type=one_of(DETECTORS), metavar="|".join(DETECTORS), help="required unless --data is given")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: the paper's values)")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
     add("--size", type=number(int, "[1, inf)"), metavar="PX", help="side of the square views (default: the config's)")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from dtg_core.config import RANGES
+from dtg_core.detectors import KNOWN
 from dtg_core.drafts import require_writable, write_text, writing
 from dtg_core.errors import UserError, nearest, printable
 from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, out_of, overridden, refuse
@@ -39,16 +40,14 @@ PARADIGMS = ("dense", "sparse", "supervised")
 # Detectors -------------------------------------------------------------------------------------------------------------
 
 
+DETECTORS = tuple(KNOWN)
 #: The stages of each detector, the keys of ``guidance.stages`` that matter to it.
-STAGES = {"gfl": ("head",), "faster_rcnn": ("rpn", "rcnn")}
-DETECTORS = tuple(STAGES)
+STAGES = {name: known.stages for name, known in KNOWN.items()}
 
 
 def build_detector(settings: RunSettings, num_classes: int) -> Detector:
     """The detector of ``settings`` with its initial weights."""
-    from dtg_core.engine.predict import PACKAGES
-
-    package = importlib.import_module(PACKAGES[settings.detector][0])
+    package = importlib.import_module(KNOWN[settings.detector].package)
     return package.build(getattr(settings, settings.detector), settings.backbone, num_classes)
 
 
@@ -172,9 +171,9 @@ def train_parser() -> Parser:
     """The command line of ``train.py``."""
     parser = Parser("Train a detector on few labelled and many unlabelled images.")
     add = parser.add_argument
-    add("--detector", type=one_of(DETECTORS), metavar="{gfl,faster_rcnn}", help="required unless the config names it")
+    add("--detector", type=one_of(DETECTORS), metavar="|".join(DETECTORS), help="required unless the config names it")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
-    add("--paradigm", type=one_of(PARADIGMS), metavar="dense|sparse|supervised", help="guidance of every stage")
+    add("--paradigm", type=one_of(PARADIGMS), metavar="|".join(PARADIGMS), help="guidance of every stage")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
     add("--steps", type=number(int, RANGES["run.steps"]), metavar="N", help="training steps (run.steps)")
     add("--seed", type=number(int, RANGES["run.seed"]), metavar="N", help="seed of all random draws (run.seed)")

@@ -7,7 +7,7 @@ The baseline is the first row with the same detector and labelled images. The ta
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common import STAGES, Parser, add_overwrite, main_guard, require_new
@@ -32,11 +32,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def show(runs: Sequence[Path], output: Path | None = None, over: Sequence[str] = ()) -> None:
+def show(
+    runs: Sequence[Path], output: Path | None = None, over: Sequence[str] = (), labels: Mapping[Path, str] | None = None
+) -> None:
     """Print the tables of finished runs, and write them to ``output`` with a page of curves."""
     from dtg_core.engine.compare import compare, save, to_markdown
 
-    comparison = compare(runs, STAGES, over)
+    comparison = compare(runs, STAGES, over, labels)
     print(to_markdown(comparison), end="")
     if output is not None:
         save(comparison, output)

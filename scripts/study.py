@@ -117,11 +117,11 @@ def _run(
         _say(f"stopped by signal {signals.received} with {done} of {len(planned.runs)} runs finished; "
              "the same command goes on")
         return 128 + signals.received
-    ended = [run.folder for run in planned.runs if run.finished]
+    ended = {run.folder: run.row for run in planned.runs if run.finished}
     if ended:
         from compare import show
 
-        show(ended, folder)
+        show(list(ended), folder, labels=ended)
     return 1 if failed else 0
 
 

@@ -14,7 +14,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,13 +43,13 @@ def main(argv: Sequence[str]) -> int:
     settings, origins, remarks = load_settings(arguments)
     remarks += without_effect(arguments.set, settings)
     if arguments.print_config:
+        _warn(remarks)
         print(to_yaml(settings, origins))
         return 0
 
     accelerator = _accelerator(settings.optim.accumulate)
     if accelerator.is_main_process:
-        for remark in remarks:
-            print(f"warning: {remark}", file=sys.stderr)
+        _warn(remarks)
     settings = _fit_to_processes(settings, accelerator, arguments.scale_lr)
 
     import torch
@@ -75,16 +75,14 @@ def main(argv: Sequence[str]) -> int:
     labeled = settings.data.labeled or "built-in synthetic data"
     note_small_boxes(sources.labeled, labeled, settings.views, report)
     if accelerator.is_main_process:
-        for line in report.lines():
-            print(f"warning: {line}", file=sys.stderr)
+        _warn(report.lines())
     if arguments.replay:
         return _replay(arguments, settings, sources, accelerator)
     torch.manual_seed(settings.run.seed)  # the same initial weights in every paradigm and process
     detector, remarks = _detector(settings, sources, resumed)
     if accelerator.is_main_process:
         remarks += [f"{labeled}: {line}" for line in missed_classes(detector, sources.labeled, settings.views)]
-        for remark in remarks:
-            print(f"warning: {remark}", file=sys.stderr)
+        _warn(remarks)
     if arguments.dry_run:
         for line in dry_run(settings, detector, sources, folder.path, accelerator):
             accelerator.print(line)
@@ -97,6 +95,11 @@ def main(argv: Sequence[str]) -> int:
     if status == 0 and not stopped:
         accelerator.print(f"done: {folder.path}")
     return status
+
+
+def _warn(remarks: Iterable[str]) -> None:
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
 
 
 def _config_of(step: Path) -> Path:

@@ -32,7 +32,7 @@ FAMILIES = {
 def parser() -> Parser:
     result = Parser("Train backbones for a few steps each.")
     result.add_argument("names", nargs="*", metavar="NAME", help="timm models (default: one of each of eleven families)")
-    result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="gfl|faster_rcnn",
+    result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="|".join(DETECTORS),
                         help="detector on each backbone (default: gfl)")
     result.add_argument("--steps", type=number(int, "[1, inf)"), default=20, metavar="N", help="steps for each (default: 20)")
     result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_guidance_under_bfloat16_keeps_coordinates_in_float32(name):
     pair, stage_rules = make_pair(2, 64, 64), rules(tau=0.5)
     teacher = make_teacher(detector)
     full, _ = teach(teacher, pair, stage_rules)
-    half, _ = teach(teacher, pair, stage_rules, autocast=torch.autocast("cpu", torch.bfloat16))
+    half, _ = teach(teacher, pair, stage_rules, autocast=partial(torch.autocast, "cpu", torch.bfloat16))
     for stage in full:
         assert half[stage].assignment.box.dtype == torch.float32
         assert half[stage].assignment.dense.teacher_logit.dtype == torch.float32

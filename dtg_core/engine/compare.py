@@ -78,13 +78,16 @@ class Comparison:
     notes: list[str]
 
 
-def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Sequence[str] = ()) -> Comparison:
+def compare(
+    paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Sequence[str] = (), labels: Mapping[Path, str] | None = None
+) -> Comparison:
     """Read runs and group them.
 
     Args:
         paths: run folders.
         stages: names of each detector's stages; a detector that is not in it has all stages of its settings.
         over: keys, besides seed and fold, that may differ between the runs of a row.
+        labels: by path, what a run's row is called besides its detector and paradigm; None: by its settings.
 
     Raises:
         UserError: a run is not finished, is given twice, was evaluated on another data set than the first, or learnt from
@@ -104,7 +107,8 @@ def compare(paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Se
         _refuse_copies(members, over)
         _refuse_changed_data(members)
     differing = _differing(list(groups.values()), over)
-    rows = [Row(name, members) for name, members in zip(_names(list(groups.values()), differing), groups.values())]
+    names = _names(list(groups.values()), differing, labels or {})
+    rows = [Row(name, members) for name, members in zip(names, groups.values())]
     notes = [
         f"{row.name}: its seeds or folds are not those of {first.name}, so the difference holds their spread too"
         for row, first in ((row, reference(rows, row)) for row in rows)
@@ -347,13 +351,16 @@ def _differing(groups: Sequence[Sequence[Run]], over: Sequence[str]) -> dict[str
     return found
 
 
-def _names(groups: Sequence[Sequence[Run]], differing: Mapping[str, Sequence[str]]) -> list[str]:
-    """Detector and paradigm; for those that occur more than once, also the settings by which they differ."""
-    names = [members[0].name for members in groups]
+def _names(groups: Sequence[Sequence[Run]], differing: Mapping[str, Sequence[str]], labels: Mapping[Path, str]) -> list[str]:
+    """Detector, paradigm and label; for those that occur more than once, also the settings by which they differ: from each other,
+    or from the first one if these are many."""
+    names = [", ".join(filter(None, (members[0].name, labels.get(members[0].path)))) for members in groups]
     full = []
     for row, name in enumerate(names):
         alike = [other for other, its in enumerate(names) if its == name]
         keys = [key for key, values in differing.items() if len({values[other] for other in alike}) > 1]
+        if len(keys) > 3:
+            keys = [key for key in keys if differing[key][row] != differing[key][alike[0]]]
         told = [f"{'.'.join(key.split('.')[-2:])}={differing[key][row] or 'unset'}" for key in keys]
         full.append(name if not told else f"{name}, {', '.join(told[:3])}{', ...' if len(told) > 3 else ''}")
     doubles = {name for name in full if full.count(name) > 1}

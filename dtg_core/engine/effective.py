@@ -15,9 +15,12 @@ SILENT = {
 }  # fmt: skip
 #: The images of a step, over all processes: what the last three result in.
 BATCH = "images_of_a_step"
-#: The paradigms that read a setting of a stage's rule; only dense guidance reads the others.
-READERS = {"paradigm": {"dense", "sparse", "none"}, "pseudo_score": {"sparse"}, "proposals": {"sparse"},
-           "tau_rate": {"dense", "sparse"}}  # fmt: skip
+#: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
+DENSE_ONLY = {
+    "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "background_tau", "background_samples", "normalization",
+    "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust", "soft_background",
+}  # fmt: skip
+SPARSE_ONLY = {"pseudo_score", "proposals"}
 #: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
 UNREAD = {"guidance.stages.rcnn.min_iou"}
 #: Settings that only matter where something is learnt from unlabelled images.
@@ -43,13 +46,20 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
         if len(parts) > 1 and parts[0] not in core and parts[0] != detector:
             return False
         if parts[:2] == ["guidance", "stages"]:
-            return paradigms.get(parts[2]) in READERS.get(parts[-1], {"dense"})
+            return parts[2] in paradigms and _reads(paradigms[parts[2]], parts[-1])
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
             return False
         embedded = settings.get("data.labeled") is None
         return not (key.startswith("data.shapes_") and not embedded)
 
     return {key: value for key, value in settings.items() if matters(key)}
+
+
+def _reads(paradigm: Any, key: str) -> bool:
+    """Whether a stage that is guided in this way reads ``key`` of its rule."""
+    if key == "paradigm":
+        return True
+    return paradigm != "none" and key not in (SPARSE_ONLY if paradigm == "dense" else DENSE_ONLY)
 
 
 def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dtg_core.data.index import CocoIndex
 from dtg_core.guidance import pseudo_labels
 from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.guidance.inverse_nms import best_scores
-from dtg_core.guidance.paradigms import dense_labels, student_scores
+from dtg_core.guidance.paradigms import dense_labels, teacher_scores
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
     Assignment,
@@ -137,7 +137,7 @@ def explain(
     logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
     return Explained(
         labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,
-        student_scores(samples, predictions, labels, pair),
+        teacher_scores(samples, predictions, labels, pair),
         best_scores(labels.candidates.foreground.float(), labels.row, moved.num_samples) > 0, stage.num_classes, rule, threshold,
     )  # fmt: skip
 

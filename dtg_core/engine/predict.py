@@ -23,16 +23,13 @@ from dtg_core.config import RENAMED, Config, without_weights
 from dtg_core.data.images import read_image
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import collate, test_canvas, test_view
+from dtg_core.detectors import KNOWN
 from dtg_core.drafts import reading
 from dtg_core.engine.checkpoint import load_into, load_weights
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.settings import load_config, plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
-
-#: {name in a weights file: its package and class of settings}. The core imports no detector; this is the only place that
-#: knows some by name, because a weights file has only a name to go by. They are imported when such a file is opened.
-PACKAGES = {"gfl": ("gfl_dtg", "GFLConfig"), "faster_rcnn": ("faster_rcnn_dtg", "FasterRCNNConfig")}
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
     path = find_weights(path, which)
     tensors, metadata = load_weights(path)
     missing = {"detector", "class_names", "category_ids", "config"} - metadata.keys()
-    if missing or metadata["detector"] not in PACKAGES:
+    if missing or metadata["detector"] not in KNOWN:
         raise UserError(f"{path}: does not say which detector it belongs to - give weights/*.safetensors of a run folder")
     name, class_names = metadata["detector"], tuple(metadata["class_names"])
     package, settings = _settings(path, name, metadata["config"])
@@ -165,17 +162,17 @@ def pick_device(name: str | None) -> torch.device:
 
 def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:
     """The detector's package, and the core's settings with the detector's own section under its name."""
-    package_name, kind = PACKAGES[name]
+    known = KNOWN[name]
     try:
-        package = importlib.import_module(package_name)
-        section = getattr(package, kind)
+        package = importlib.import_module(known.package)
+        section = getattr(package, known.config)
     except ImportError as error:
-        raise UserError(f"{path}: its package {package_name} cannot be imported ({error}) - install it") from error
+        raise UserError(f"{path}: its package {known.package} cannot be imported ({error}) - install it") from error
     settings = make_dataclass("Settings", [(name, section, field(default_factory=section))], bases=(Config,), frozen=True)
-    known = {entry.name for entry in fields(settings)}
+    sections = {entry.name for entry in fields(settings)}
     try:
         told = dotted(plain_yaml(text, "its settings", RENAMED))
-        own = [f"{key}={yaml_scalar(value)}" for key, value in told.items() if key.split(".")[0] in known]
+        own = [f"{key}={yaml_scalar(value)}" for key, value in told.items() if key.split(".")[0] in sections]
         return package, load_config(settings, None, own)[0]
     except UserError as error:
         raise UserError(f"{path}: its settings are of another version ({error})") from error

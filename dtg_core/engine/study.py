@@ -121,6 +121,7 @@ class PlannedRun:
     """A run of the study; ``settings`` are those with an effect."""
 
     name: str
+    row: str  # its name in the study file
     folder: Path
     arguments: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -287,7 +288,7 @@ def plan(
         if settings["data.labeled"] is not None and settings["data.val"] is None:
             raise UserError(f"{file}: {cell.name}: data.val: is not given, and a study compares AP - give a COCO JSON")
         acting = acting_settings(settings, stages)
-        run = PlannedRun(cell.name, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
+        run = PlannedRun(cell.name, cell.row, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
         key = json.dumps(acting, sort_keys=True)
         if key in unique:
             copies[cell.name] = unique[key][1].name

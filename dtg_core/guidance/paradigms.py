@@ -5,7 +5,7 @@
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -46,20 +46,20 @@ Figures = dict[str, Tensor | float]
 @torch.no_grad()
 def teach(
     teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], hull: Hull = "ellipse",
-    autocast: AbstractContextManager = nullcontext(),  # noqa: B008 - stateless
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     thresholds: Mapping[str, Tensor] = NO_THRESHOLDS,
 ) -> tuple[dict[str, Supervision], Figures]:
     """The teacher's pass over its weak views, and what each stage of the student learns from it.
 
     Args:
         teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by stage name.
-        hull: how boxes are moved between views. autocast: precision of the networks; the guidance itself is float32.
+        hull: how boxes are moved between views. autocast: makes a context with the networks' precision; guidance is float32.
         thresholds: per-class scores [C] of the stages that have them, see ``Thresholds``.
 
     Returns:
         (supervision of the guided stages, in the student's view; figures ``guidance/<stage>/<name>``).
     """
-    with autocast:
+    with autocast():
         outputs = teacher.run(pair.teacher)
     guided = {name: rules[name] for name in teacher.stages if rules[name].paradigm != "none"}
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
@@ -123,7 +123,7 @@ def dense_labels(
 
 
 @torch.no_grad()
-def student_scores(samples: Samples, predictions: Predictions, labels: DenseLabels, pair: PairBatch) -> Tensor:
+def teacher_scores(samples: Samples, predictions: Predictions, labels: DenseLabels, pair: PairBatch) -> Tensor:
     """[N, S] the teacher's best score for each of the student's samples; -1 where none of its samples corresponds."""
     scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
     return best_scores(scores, labels.row, labels.samples.num_samples)
@@ -140,7 +140,7 @@ def _dense(
     assert assignment.dense is not None
     dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule, hull)
     if rule.soft_background:
-        dense = replace(dense, background_weight=1 - student_scores(samples, predictions, labels, pair))
+        dense = replace(dense, background_weight=1 - teacher_scores(samples, predictions, labels, pair))
     assignment = replace(assignment, dense=dense)
     proposals = _used(labels.samples, assignment) if isinstance(labels.samples, Proposals) else None
 
@@ -152,9 +152,9 @@ def _dense(
         "cluster_size": found / max(clusters.num_clusters, 1),
         "matched": matched / max(found, 1),
         "background": assignment.background.sum() / images,
-        # what sparse guidance would have kept of the clusters, for comparison
-        "pseudo_boxes": (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images,
     }
+    if stage.num_classes > 1:  # what sparse guidance would keep of the clusters; an RPN's are no final boxes
+        figures["pseudo_boxes"] = (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images
     kept = None if threshold is None else count_classes(candidates.label[clusters.keep], len(threshold))
     return Supervision(assignment=assignment, proposals=proposals, found=kept), figures
 

@@ -285,6 +285,7 @@ def test_splits_interruption_failure_and_table(tmp_path: Path) -> None:
     assert "error: gfl-dense-bad-25percent-fold1-seed0: status 2: error: " in err
     assert "nowhere.safetensors" in err
     assert out.startswith("## Results")
+    assert "\n| gfl, dense, good |" in out
     assert (tmp_path / "out" / "compare.md").read_text() in out
     assert (tmp_path / "out" / "study.yaml").read_text() == file.read_text()
     assert "<table>" in (tmp_path / "out" / "compare.html").read_text()

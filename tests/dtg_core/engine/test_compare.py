@@ -120,6 +120,15 @@ def test_settings_without_effect_do_not_part_runs(tmp_path):
     assert len(results(*runs)) == 2
 
 
+def test_rows_of_an_ablation_are_named_by_what_they_change(tmp_path):
+    """Each differs in one of four settings from the first, whose names would fill a line."""
+    runs = [write_run(tmp_path / "a", 20), write_run(tmp_path / "b", 21, alpha=4.0), write_run(tmp_path / "c", 21, tau=0.3),
+            write_run(tmp_path / "d", 21, per_device=2), write_run(tmp_path / "e", 21, made={"mixed_precision": "bf16"})]  # fmt: skip
+    assert [row.name.removeprefix("gfl, dense") for row in compare(runs, STAGES).rows] == [
+        "", ", guidance.alpha=4.0", ", head.tau=0.3", ", images_of_a_step.labeled=2", ", mixed_precision=bf16",
+    ]  # fmt: skip
+
+
 def test_it_says_which_settings_differ(tmp_path):
     runs = [write_run(tmp_path / "a", 20), write_run(tmp_path / "b", 21, alpha=4.0),
             write_run(tmp_path / "c", 21, paradigm="sparse")]  # fmt: skip
@@ -129,6 +138,8 @@ def test_it_says_which_settings_differ(tmp_path):
     }  # fmt: skip
     names = [row.name for row in comparison.rows]
     assert names == ["gfl, dense, guidance.alpha=2.0", "gfl, dense, guidance.alpha=4.0", "gfl, sparse"]
+    labels = dict(zip(runs, ("low", "high", "")))
+    assert [row.name for row in compare(runs, STAGES, labels=labels).rows] == ["gfl, dense, low", "gfl, dense, high", "gfl, sparse"]
     over = compare(runs[:2], STAGES, ["guidance.alpha"])
     assert len(over.rows) == 1
     with pytest.raises(UserError, match="alfa"):

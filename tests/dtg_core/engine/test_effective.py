@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from dtg_core.config import StageRule
-from dtg_core.engine.effective import BATCH, READERS, SILENT, UNLABELED_ONLY, UNREAD, effective
+from dtg_core.engine.effective import BATCH, DENSE_ONLY, SILENT, SPARSE_ONLY, UNLABELED_ONLY, UNREAD, effective
 from dtg_core.engine.resume import FREE
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
@@ -25,8 +25,17 @@ def test_tables_name_settings_that_there_are(names):
     assert [name for name in names if not fnmatch.filter(known, name)] == []
 
 
-def test_readers_are_of_settings_of_a_rule():
-    assert READERS.keys() <= StageRule.__dataclass_fields__.keys()
+def test_every_setting_of_a_rule_is_read_by_the_paradigms_that_it_is_for():
+    assert not DENSE_ONLY & SPARSE_ONLY
+    assert StageRule.__dataclass_fields__.keys() - DENSE_ONLY - SPARSE_ONLY == {"paradigm", "tau_rate"}
+    assert StageRule.__dataclass_fields__.keys() >= DENSE_ONLY | SPARSE_ONLY
+
+
+def test_a_setting_that_nobody_knows_is_read_by_dense_and_sparse_guidance():
+    """As that of an extension, whose runs must not be taken for seeds of one another."""
+    for paradigm, read in (("dense", True), ("sparse", True), ("none", False)):
+        settings = {"detector": "gfl", "guidance.stages.head.paradigm": paradigm, "guidance.stages.head.jitter": 3}
+        assert ("guidance.stages.head.jitter" in effective(settings, STAGES)) == read
 
 
 def test_effective_settings_of_a_detector():

@@ -209,7 +209,7 @@ def test_bfloat16_trains_and_guides_as_float32_does(name: str) -> None:
     with torch.no_grad(), accelerator.autocast():
         outputs = parts.training.teacher.run(pair.teacher)
     frozen, rules = Rounded(parts.training.teacher, outputs), parts.settings.guidance.stages
-    half, _ = teach(frozen, pair, rules, autocast=accelerator.autocast())  # type: ignore[arg-type]
+    half, _ = teach(frozen, pair, rules, autocast=accelerator.autocast)  # type: ignore[arg-type]
     with torch.autocast("cpu", enabled=False):
         full, _ = teach(frozen, pair, rules)  # type: ignore[arg-type]
     for stage in full:
