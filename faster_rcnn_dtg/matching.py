@@ -68,7 +68,7 @@ def match(
             lifted = lifted.scatter_reduce(0, index, last, "amax")
     lifts = lifted >= 0
     positive = (usable & (best >= positive_iou)) | lifts
-    negative = usable & (best < negative_iou) & ~lifts
+    negative = usable & (best < negative_iou) & ~positive
     return Matches(torch.where(lifts, lifted, matched).long(), positive, negative)
 
 

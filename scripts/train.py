@@ -81,7 +81,8 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(settings.run.seed)  # the same initial weights in every paradigm and process
     detector, remarks = _detector(settings, sources, resumed)
     if accelerator.is_main_process:
-        remarks += [f"{labeled}: {line}" for line in missed_classes(detector, sources.labeled, settings.views)]
+        if not resumed:
+            remarks += [f"{labeled}: {line}" for line in missed_classes(detector, sources.labeled, settings.views)]
         _warn(remarks)
     if arguments.dry_run:
         for line in dry_run(settings, detector, sources, folder.path, accelerator):

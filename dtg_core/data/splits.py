@@ -80,12 +80,15 @@ def fill_classes(
         raise UserError(f"--min-per-class: {class_names[rare]!r} has only {int(total[rare])} boxes in all - ask for at most "
                         "that many")
     taken = np.isin(groups, groups[positions])
+    have = boxes_of[taken].sum(0)
     for image in np.random.RandomState(fold).permutation(len(groups)):
-        short = boxes_of[taken].sum(0) < least
+        short = have < least
         if not short.any():
             break
         if not taken[image] and boxes_of[image][short].any():
-            taken |= groups == groups[image]
+            added = groups == groups[image]  # none of them is taken yet
+            taken |= added
+            have += boxes_of[added].sum(0)
     drawn = np.zeros(len(groups), bool)
     drawn[positions] = True
     return np.concatenate((positions, np.nonzero(taken & ~drawn)[0]))

@@ -85,8 +85,8 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("step_*.tmp"):
-            shutil.rmtree(stale)
-        temporary.mkdir()
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir(exist_ok=True)
         entries = {}
         for name, content in (
             (STUDENT, lambda: safetensors.save(_plain(student.state_dict()))),
@@ -158,11 +158,15 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = _say) -> Path 
     return None
 
 
+def newer_checkpoints(folder: Path, step: int) -> list[Path]:
+    """Those after ``step``, damaged ones included: resuming from ``step`` abandons the training that they belong to."""
+    return [path for number, path in _checkpoints(folder) if number > step]
+
+
 def discard_newer(folder: Path, step: int) -> None:
-    """Delete checkpoints after ``step``: resuming from ``step`` abandons the training that they belong to."""
-    for number, path in _checkpoints(folder):
-        if number > step:
-            _remove(path)
+    """Delete the checkpoints after ``step``."""
+    for path in newer_checkpoints(folder, step):
+        _remove(path)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

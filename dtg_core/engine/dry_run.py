@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,7 @@ CHECKPOINTS = 3  # kept at once while a new one is written
 
 
 def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, accelerator: Accelerator) -> list[str]:
-    """Make batches of the most expensive kind of step, train on them, and forecast.
+    """Train on two batches with unlabelled images, the first in views of the largest size, and forecast.
 
     Args:
         config: the run's settings. detector: the student's; it is changed. sources: the data. folder: the run's, which may not
@@ -40,17 +41,18 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
     """
     keep_freed_memory()
     made = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
-    data = StepData(
-        sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
+    largest = replace(config.views, short_edge=(config.views.short_edge[1],) * 2)
+    both = [StepData(
+        sources.labeled, sources.unlabeled, views, config.run.seed, config.data.labeled_per_device,
         config.data.unlabeled_per_device, accelerator.process_index, accelerator.num_processes,
-    )
+    ) for views in (largest, config.views)]  # fmt: skip
     guidance = config.guidance
     full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
     made.student.train()
     reading = training = 0.0
     broken = False
     parts = min(config.optim.accumulate, 2)  # of micro-batches; with several, each passes the student twice
-    for step in (full, full + 1):  # the first one also warms up; its times are overwritten
+    for step, data in enumerate(both, full):  # the first one shows the memory and warms up; its times are overwritten
         began = time.perf_counter()
         batch = data[step]
         reading = time.perf_counter() - began

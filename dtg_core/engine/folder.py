@@ -9,13 +9,15 @@
     weights/*.safetensors   teacher and student, self-contained
     checkpoints/            where ``--resume`` continues
     nonfinite/              the step at which a run gave up, for ``--replay``
-    abandoned-N/            results and weights that were set aside when the run was resumed from an earlier step
+    abandoned-N/            results, weights and checkpoints that were set aside when the run was resumed from an earlier step
 """
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,6 +30,8 @@ from typing import IO
 from dtg_core.data.files import holds_run
 from dtg_core.drafts import reading, writing
 from dtg_core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 #: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts in.
 BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
@@ -120,8 +124,12 @@ class RunFolder:
             # Not flock, which the loader's workers would inherit and hold for some seconds after this process was killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # some network file systems have no locks at all
+                log.warning(f"{self.path}: cannot be locked ({error.strerror}), so a second run in it would not be noticed")
+                return
             self.lock.seek(0)
             owner = self.lock.read().strip() or "unknown"
+            self.lock.close()
             raise UserError(f"{self.path}: another run is using it (process {owner}) - wait for it, or give another "
                             "--output") from error
         with writing(self.path):
@@ -138,6 +146,7 @@ class RunFolder:
                 shutil.copyfile(self.path / name, place / name)
         for name in names:
             if (self.path / name).exists():
+                (place / name).parent.mkdir(exist_ok=True)
                 os.rename(self.path / name, place / name)
         return place
 

@@ -17,7 +17,7 @@ from dtg_core.data.views import SMALLEST_SIDE, canvas, largest_sides
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets
 
-TRIED, LEAST = 200, 3  # objects that are tried in total, and at least per class
+TRIED, LEAST = 200, 3  # objects that are tried in total, and at least per class; of many classes only the most frequent are tried
 MOST = 0.5  # share of them without a sample above which a class is reported
 
 
@@ -35,7 +35,9 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
     tries = max(TRIED // len(index.class_names), LEAST)
     largest = largest_sides(index, config)
     usable = np.isfinite(largest) & (largest >= SMALLEST_SIDE)  # others are reported by ``note_small_boxes``
-    for label, name in enumerate(index.class_names):
+    frequent = np.argsort(-np.bincount(index.labels, minlength=len(index.class_names)), kind="stable")[: TRIED // LEAST]
+    for label in sorted(frequent):
+        name = index.class_names[label]
         rows = np.flatnonzero(usable & (index.labels == label))
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), tries)).astype(int)]
         sides, missed = [], 0

@@ -25,6 +25,7 @@ from dtg_core.engine.checkpoint import (
     discard_newer,
     load_checkpoint,
     load_weights,
+    newer_checkpoints,
     newest_checkpoint,
     save_checkpoint,
     save_weights,
@@ -321,11 +322,12 @@ class Fit:
         evaluated = self.folder.evaluated
         made = {"results.json": evaluated, "precision.json": evaluated, "weights": self._weights_step()}
         later = [name for name, at in made.items() if at is not None and at > step]
+        later += [f"checkpoints/{path.name}" for path in newer_checkpoints(self.folder.checkpoints, step)]
         if not later:
             return
         with writing(self.folder.path, "make room, and resume again"):
             place = self.folder.set_aside(later)
-        self._say(f"{place}: holds results and weights of after step {step} now, which this course may not come to")
+        self._say(f"{place}: holds what there was of after step {step} now, which this course may not come to")
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors. Every process takes part."""

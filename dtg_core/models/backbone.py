@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from dtg_core.config import BackboneConfig
 from dtg_core.errors import UserError, nearest
@@ -29,6 +29,8 @@ COARSEST = 32
 RESERVED = {
     "model_name", "pretrained", "features_only", "out_indices", "in_chans", "checkpoint_path", "num_classes", "output_stride"
 }  # fmt: skip
+#: What to do if no weights can be fetched.
+WITHOUT_NETWORK = "give backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
 PROBE = 64, 96  # height and width of the image that a new backbone is tried on
 
 
@@ -104,6 +106,20 @@ class ExtraConvs(ExtraFPNBlock):
         return results, names
 
 
+class ExtraPools(ExtraFPNBlock):
+    """Coarser levels that keep every second cell of the one before; torchvision's LastLevelMaxPool makes only one."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        for index in range(self.count):
+            results.append(nn.functional.max_pool2d(results[-1], 1, 2))
+            names.append(f"extra{index}")
+        return results, names
+
+
 def build_pyramid(
     config: BackboneConfig, channels: int, strides: tuple[int, ...], extra: Literal["conv", "pool"]
 ) -> Pyramid:
@@ -150,7 +166,7 @@ def build_pyramid(
     above = len(strides) - len(wanted)
     top: ExtraFPNBlock | None = None
     if above and extra == "pool":
-        top = LastLevelMaxPool()
+        top = ExtraPools(above)
     elif above:
         top = ExtraConvs(channels, above)
     widths = [maps[index].shape[1] for index in picked]
@@ -203,6 +219,9 @@ def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
             needed = (-1,)  # a plain transformer: its last block, which needs all others
         if from_hub or len(needed) < len(own_strides):
             body = timm.create_model(config.name, pretrained=from_hub, features_only=True, out_indices=needed, **options)
+    except OSError as error:  # huggingface_hub's and urllib's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"backbone {config.name!r}: its weights cannot be fetched ({reason}) - {WITHOUT_NETWORK}") from error
     except (RuntimeError, TypeError, AttributeError, AssertionError, ValueError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -310,7 +329,7 @@ def _require_hub(name: str) -> None:
     except Exception as error:
         raise UserError(
             f"backbone {name!r}: its weights ({repository}, model.safetensors) are neither cached nor can be fetched "
-            f"({type(error).__name__}) - give backbone.weights=FILE, or train from scratch with backbone.pretrained=false"
+            f"({type(error).__name__}) - {WITHOUT_NETWORK}"
         ) from error
 
 

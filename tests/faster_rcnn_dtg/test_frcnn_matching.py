@@ -62,7 +62,7 @@ def match_by_loop(
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("rule", [(0.7, 0.3, 0.3), (0.5, 0.5, None), (0.6, 0.4, 0.1)])
+@pytest.mark.parametrize("rule", [(0.7, 0.3, 0.3), (0.5, 0.5, None), (0.6, 0.4, 0.1), (0.3, 0.5, None)])
 def test_match_equals_loop(seed: int, rule: tuple[float, float, float | None]) -> None:
     proposals, targets = random_case(seed)
     matches = match(proposals, targets, proposals.valid, *rule)
@@ -75,6 +75,7 @@ def test_match_equals_loop(seed: int, rule: tuple[float, float, float | None]) -
         found[positive] = matches.row[image][positive] - (int(rows[0]) if len(rows) else 0)
         assert found.tolist() == expected
     assert matches.positive.any()
+    assert not (matches.positive & matches.negative).any()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,6 +9,7 @@ from conftest import tiny_detector
 
 from dtg_core.config import ViewsConfig
 from dtg_core.data.index import CocoIndex
+from dtg_core.engine import reach
 from dtg_core.engine.reach import missed_classes
 
 VIEWS = ViewsConfig(short_edge=(96, 160), long_edge=200)  # 128 px in the middle
@@ -47,3 +48,14 @@ def test_boxes_that_are_never_trained_on_say_nothing(change: str) -> None:
 
 def test_atss_has_a_sample_for_small_boxes() -> None:
     assert not list(missed_classes(tiny_detector("gfl"), index_of({"tiny": [20] * 4}), VIEWS))
+
+
+def test_of_many_classes_the_most_frequent_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try is an assignment over all anchors: with a thousand classes a start would take minutes."""
+    tried = []
+    monkeypatch.setattr(reach, "_has_sample", lambda detector, box, size: tried.append(float(box[2] - box[0])))
+    often, rare = {f"often{number}": [64] * 4 for number in range(10)}, {f"rare{number}": [32] for number in range(500)}
+    lines = list(missed_classes(tiny_detector("gfl"), index_of({**rare, **often}), VIEWS))
+    assert len(tried) <= reach.TRIED
+    assert sum(side == 32 for side in tried) == 30  # a half-size view of 64 px: all ten frequent classes, three boxes of each
+    assert sum("often" in line for line in lines) == 10

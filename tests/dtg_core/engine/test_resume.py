@@ -239,6 +239,7 @@ def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path,
     for name in ("results.json", "precision.json", "config.yaml", "metrics.jsonl"):
         assert (kept / name).read_bytes() == (half / name).read_bytes()
     assert weights(kept) == made
+    assert [path.name for path in (kept / "checkpoints").iterdir()] == ["step_00000004"]
     (again,) = resume(data, half, tmp_path, "optim.lr=0.001")
     assert again.status == 0, again.err
     assert [line["step"] for line in lines(output) if "teacher/AP" in line] == [6]

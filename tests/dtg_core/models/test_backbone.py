@@ -1,7 +1,10 @@
 """Backbone and pyramid: strides, freezing, normalisation and weights."""
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import pytest
+import timm
 import torch
 from conftest import make_views
 from safetensors.torch import save_file
@@ -22,8 +25,26 @@ def pyramid(strides=(8, 16, 32, 64), extra="conv", **changes) -> Pyramid:
 
 @pytest.mark.parametrize("extra", ["conv", "pool"])
 def test_maps_have_the_shapes_that_the_anchors_expect(extra):
-    maps = pyramid(extra=extra)(make_views(2, 96, 160))
-    assert [tuple(x.shape) for x in maps] == [(2, 16, 12, 20), (2, 16, 6, 10), (2, 16, 3, 5), (2, 16, 2, 3)]
+    maps = pyramid((8, 16, 32, 64, 128), extra)(make_views(2, 96, 160))
+    assert [tuple(x.shape) for x in maps] == [(2, 16, 12, 20), (2, 16, 6, 10), (2, 16, 3, 5), (2, 16, 2, 3), (2, 16, 1, 2)]
+    if extra == "pool":  # every second cell
+        assert torch.equal(maps[4], maps[2][:, :, ::4, ::4])
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), FileNotFoundError("cannot find the requested files")])
+def test_weights_that_cannot_be_fetched_are_told_of(monkeypatch, error):
+    """As of a model whose weights lie elsewhere than on the hub, or when the connection fails in between."""
+    create = timm.create_model
+
+    def failing(*arguments, pretrained=False, **options):
+        if pretrained:
+            raise error
+        return create(*arguments, **options)
+
+    monkeypatch.setattr("dtg_core.models.backbone._require_hub", lambda name: None)
+    monkeypatch.setattr(timm, "create_model", failing)
+    with pytest.raises(UserError, match=r"'test_resnet': its weights cannot be fetched .* - give backbone.weights=FILE"):
+        pyramid(pretrained=True)
 
 
 @pytest.mark.parametrize("strides", [(8, 32), (16, 8), (8, 16, 16)])
