@@ -16,6 +16,7 @@ Hull = Literal["ellipse", "corners"]
 
 BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes per element
 NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows with their square, 200 MB at this size
+CPU_BLOCK = 4_000  # the same for a CPU, which compares one after another
 NMS_BY_IMAGE = frozenset({"cpu"})  # device types for which ``image_nms`` makes one call per image
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; larger than any view
 
@@ -132,6 +133,23 @@ def image_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: floa
         grouped_nms(boxes[rows].flatten(0, 1), scores[rows].flatten(), groups[rows].flatten(), iou_threshold) + rows.start * count
         for rows in row_blocks(images, count, at_once)
     ])  # fmt: skip
+
+
+def ordered_nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float
+) -> Tensor:
+    """``grouped_nms`` of boxes [M, 4] in ascending order of ``image`` [M]; [J] indices, those of an image best score first.
+
+    Image by image, as in ``image_nms``, where one call for so many boxes would be slow or take much memory.
+    """
+    if images == 1 or len(boxes) <= (CPU_BLOCK if boxes.device.type in NMS_BY_IMAGE else NMS_BLOCK):
+        return grouped_nms(boxes, scores, groups, iou_threshold)
+    kept, start = [], 0
+    for count in torch.unique_consecutive(image, return_counts=True)[1].tolist():  # sync: only with so many boxes
+        rows = slice(start, start + count)
+        kept.append(grouped_nms(boxes[rows], scores[rows], groups[rows], iou_threshold) + start)
+        start += count
+    return torch.cat(kept)
 
 
 def row_blocks(rows: int, columns: int, limit: int | None = None) -> Iterator[slice]:

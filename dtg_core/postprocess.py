@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtg_core.boxes import clip, grouped_nms, rank_in_group
+from dtg_core.boxes import clip, ordered_nms, rank_in_group
 from dtg_core.protocol import Stage
 from dtg_core.structures import Detections, Predictions, Samples
 
@@ -16,7 +16,7 @@ def final_boxes(
 
     Args:
         stage, samples, predictions: of the batch.
-        rows: image, sample and label [M] int64 of the predictions to consider. scores: [M] theirs.
+        rows: image (ascending), sample and label [M] int64 of the predictions to consider. scores: [M] theirs.
         sizes: [N, 2] (height, width) of the views, to which boxes are clipped.
         nms_iou: IoU above which a box is suppressed by a better one of its image and group.
         limit: maximum number of boxes per image.
@@ -27,7 +27,7 @@ def final_boxes(
     image, sample, label = rows
     boxes = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
     groups = stage.groups(samples, image, sample, label)
-    keep = grouped_nms(boxes, scores, groups, nms_iou)
+    keep = ordered_nms(boxes, scores, groups, image, len(sizes), nms_iou)
     keep = keep[image[keep].argsort(stable=True)]
     within = rank_in_group(image[keep], len(sizes)) < limit
     keep = keep[within.nonzero().squeeze(1)]  # sync: the number of boxes within the limit

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, progress, require_new, require_own_files, rules_of
 
+from dtg_core.config import RANGES
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError
 
@@ -39,6 +40,8 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
     add_overwrite(result)
     add_rules(result)
+    add("--score", type=number(float, RANGES["run.score_threshold"]), metavar="S",
+        help="lowest score of a box (default: the run's, 0.05; 0.001 gives a little more AP)")
     add("--batch", type=number(int, "[1, inf)"), metavar="N", help="images at once (default: the run's)")
     add("--workers", type=number(int, "[0, inf)"), metavar="N", help="processes that read the images (default: the run's)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
@@ -70,14 +73,15 @@ def main(argv: Sequence[str]) -> int:
     workers = loaded.settings.data.workers if arguments.workers is None else arguments.workers
     loader = eval_batches(index, loaded.settings.views, arguments.batch or run.evaluate_batch, workers=workers)
     batches = progress(items_of(loader), len(loader), "batch")
-    found = find(loaded.detector, index, batches, loaded.device, run.score_threshold)
+    score = run.score_threshold if arguments.score is None else arguments.score
+    found = find(loaded.detector, index, batches, loaded.device, score)
     unread = unseen(index, found)
     if len(unread) > index.rules.max_bad_images * len(index) or len(unread) == len(index):
         raise UserError(f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - fix them, take "
                         "them out, or raise data.rules.max_bad_images")
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
-    results = {"weights": weights.name, "images": len(index) - len(unread), **metrics}
+    results = {"weights": weights.name, "images": len(index) - len(unread), "score": score, **metrics}
     texts = json.dumps(results, indent=1), json.dumps(coco_results(index, found))
     with writing(output), ExitStack() as drafts:  # both files or none
         for name, text in zip(FILES, texts):

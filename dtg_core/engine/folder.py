@@ -6,7 +6,7 @@
     precision.json          the teacher's precision-recall curves at the last evaluation
     pictures/               what the teacher taught and found at each evaluation
     report.html             all of this to look at, one file
-    weights/*.safetensors   teacher and student, self-contained
+    weights/*.safetensors   teacher and student at the last evaluation, self-contained
     checkpoints/            where ``--resume`` continues
     nonfinite/              the step at which a run gave up, for ``--replay``
     abandoned-N/            results, weights and checkpoints that were set aside when the run was resumed from an earlier step

@@ -138,7 +138,7 @@ def find_weights(path: Path, which: str = "teacher") -> Path:
     with reading(weights):
         there = weights.is_file()
     if not there:
-        raise UserError(f"{path}: no weights/{which}.safetensors in it - give a finished run, or a weights file")
+        raise UserError(f"{path}: no weights/{which}.safetensors in it - give a run that was evaluated, or a weights file")
     return weights
 
 

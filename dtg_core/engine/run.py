@@ -190,7 +190,7 @@ class Fit:
         """Log the means since the previous log line. Every process takes part; the main one writes."""
         means = self.window.means(self.accelerator)
         self.window.clear()
-        lines, times = clock.lap(done)
+        steps, times = clock.lap(done)
         if self.report is None:
             return
         losses = {branch: {name: value for name, value in means.items() if name.startswith(f"{branch}/")}
@@ -201,12 +201,13 @@ class Fit:
             means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
             means["loss_ratio"] = branches["unlabeled"] / max(branches["labeled"], 1e-12)
         self.report.line(done, means | times, {name: value for name, value in branches.items() if value} | guidance_figures(means))
-        for warning in self.watch.line(done, lines, means):
+        for warning in self.watch.line(done, steps, means):
             self._say(warning)
 
     def _evaluate(self, done: int, signals: StopSignals) -> bool:
-        """Evaluate teacher and student, each image in one process only. False: interrupted by a signal."""
+        """Write and evaluate teacher and student, each image in one process only. False: interrupted by a signal."""
         self.evaluation_due = True
+        on_main(self.accelerator, lambda: self._write_weights(done))
         if self.sources.val is None:
             self._show(done)
             self.evaluation_due = False
@@ -368,7 +369,6 @@ class Fit:
         """Save what was learnt before evaluating it, so that nothing is lost if that fails."""
         self.evaluation_due = True
         self._save(self.config.run.steps)
-        on_main(self.accelerator, self._write_weights)
         done = self._evaluate(self.config.run.steps, signals)
         return 0 if done else 128 + signals.agreed
 
@@ -387,14 +387,18 @@ class Fit:
         """The end of a message if there is a checkpoint to continue from."""
         return "; --resume auto continues" if self.folder.has_checkpoint else ""
 
-    def _write_weights(self) -> None:
+    def _write_weights(self, done: int) -> None:
+        """Write both detectors as they are after ``done`` steps. If that fails before the last one, training goes on."""
         thresholds = {name: scores.tolist() for name, scores in self.training.thresholds.scores().items()}
         followed = {"thresholds": thresholds} if thresholds else {}
         for which, detector in (("teacher", self.training.teacher), ("student", self.training.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
-                save_weights(path, detector, {**self.metadata, **followed, "which": which})
+                save_weights(path, detector, {**self.metadata, **followed, "which": which, "step": done})
             except OSError as error:
+                if done < self.config.run.steps:
+                    self._say(f"warning: {path}: not written ({error.strerror}) - training goes on")
+                    return
                 raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
 
     def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
@@ -418,10 +422,11 @@ class Fit:
     # Small helpers ------------------------------------------------------------------------------------------------------
 
     def _weights_step(self) -> int | None:
-        """The step at which the weights were written, the last one of their settings."""
+        """The step of which the weights are; if they are too old to say so, the last one of their settings."""
         file = self.folder.path / "weights" / "teacher.safetensors"
         try:
-            return dotted(plain_yaml(load_weights(file)[1]["config"], str(file), RENAMED))["run.steps"]
+            metadata = load_weights(file)[1]
+            return metadata.get("step") or dotted(plain_yaml(metadata["config"], str(file), RENAMED))["run.steps"]
         except (UserError, KeyError, TypeError):
             return None
 

@@ -40,8 +40,8 @@ class Watch:
         self.level = {stage: (now, most) for stage, (now, most) in state.get("level", {}).items()}
         self.supervised_ap = state["supervised_ap"]
 
-    def line(self, done: int, lines: int, means: Mapping[str, float]) -> list[str]:
-        """Warnings after ``done`` steps, whose last ``lines`` gave these means."""
+    def line(self, done: int, steps: int, means: Mapping[str, float]) -> list[str]:
+        """Warnings after ``done`` steps, whose last ``steps`` gave these means."""
         warnings = []
         for name, value in means.items():
             branch, _, rest = name.partition("/")
@@ -50,10 +50,10 @@ class Watch:
                 continue
             dense = self._dense(stage)  # its pseudo boxes are only logged for comparison
             if kind == ("candidates" if dense else "pseudo_boxes"):
-                warnings += self._nothing_found(stage, value, done, lines)
+                warnings += self._nothing_found(stage, value, done, steps)
             if kind == ("clusters" if dense else "pseudo_boxes"):
                 warnings += self._collapse(stage, value) if value > 0 else []
-                warnings += self._shrinks(stage, value, lines)
+                warnings += self._shrinks(stage, value, steps)
         ratio = means.get("loss_ratio", 0.0) * means.get("unlabeled_weight", 0.0)
         if ratio > MAJOR:
             text = f"the unlabelled losses are {ratio:.3g} times the labelled ones and decide the training"
@@ -79,11 +79,11 @@ class Watch:
             return self._once("fall", f"{text} - lower guidance.alpha or optim.lr, or change tau or pseudo_score")
         return []
 
-    def _nothing_found(self, stage: str, found: float, done: int, lines: int) -> list[str]:
+    def _nothing_found(self, stage: str, found: float, done: int, steps: int) -> list[str]:
         if found > 0:
             self.quiet_since.pop(stage, None)
             return []
-        since = self.quiet_since.setdefault(stage, done - lines)
+        since = self.quiet_since.setdefault(stage, done - steps)
         return self._quiet(stage, done) if done - since >= PATIENCE else []
 
     def _quiet(self, stage: str, done: int) -> list[str]:

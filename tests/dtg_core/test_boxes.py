@@ -16,6 +16,7 @@ from dtg_core.boxes import (
     grouped_nms,
     image_nms,
     lacks_float64,
+    ordered_nms,
     paired_iou,
     project,
     rank_in_group,
@@ -83,6 +84,20 @@ def test_grouped_nms_equals_the_loop(seed):
     scores = torch.rand(60, generator=generator)
     groups = torch.randint(0, 5, (60,), generator=generator)
     assert grouped_nms(boxes, scores, groups, 0.4).tolist() == greedy_nms(boxes, scores, groups, 0.4)[1]
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_nms_image_by_image_keeps_what_one_call_keeps(monkeypatch, limit):
+    """Also with an image without boxes, and in the same order within each image."""
+    monkeypatch.setattr("dtg_core.boxes.CPU_BLOCK", limit)
+    torch.manual_seed(0)
+    image = torch.tensor([0] * 40 + [2] * 60)
+    corner, scores = torch.rand(100, 2) * 30, torch.rand(100)
+    boxes, groups = torch.cat((corner, corner + 20), 1), image * 3 + torch.randint(3, (100,))
+    once, found = grouped_nms(boxes, scores, groups, 0.4), ordered_nms(boxes, scores, groups, image, 3, 0.4)
+    for number in (0, 2):
+        assert found[image[found] == number].tolist() == once[image[once] == number].tolist() != []
+    assert ordered_nms(boxes[:0], scores[:0], groups[:0], image[:0], 3, 0.4).shape == (0,)
 
 
 def test_grouped_nms_of_nothing():

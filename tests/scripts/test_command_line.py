@@ -413,6 +413,9 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "AP50" in shown
     assert "AR100" in shown
     results = json.loads((folder / "evaluation-val" / "results.json").read_text())
+    assert evaluate.main([*arguments, "--score", "0.9999", "--output", str(tmp_path / "none")]) == 0
+    assert json.loads((tmp_path / "none" / "detections.json").read_text()) == []
+    assert (json.loads((tmp_path / "none" / "results.json").read_text())["score"], results["score"]) == (0.9999, 0.05)
     assert results["images"] == 3
     assert results["AP"] is not None
     assert results["classes"]["a"] is None
