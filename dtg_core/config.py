@@ -294,6 +294,10 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     if run.reset_head and run.init is None:
         refuse("run.reset_head", "there is no head to reset, because no weights are loaded - give --init WEIGHTS", origins)
     warnings = []
+    wanted = max(views.short_edge[1], views.test_short_edge)
+    if views.long_edge < wanted:
+        warnings.append(f"views.long_edge: {views.long_edge} keeps views smaller than the {wanted} px of views.short_edge or "
+                        "views.test_short_edge - raise it")
     beyond = [step for step in optim.milestones if step >= run.steps]
     if beyond:
         warnings.append(f"optim.milestones: {beyond} are never reached in {run.steps} steps")

@@ -17,12 +17,14 @@ class NeedsSetting(UserError):
     """A sound image that only needs a setting, such as ``data.rules.float_range``: no other image replaces it."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """``" - did you mean 'X'?"`` for the choice nearest to a misspelt word, or the choices when none is near."""
+def nearest(word: str, choices: Iterable[str], otherwise: str = "") -> str:
+    """``" - did you mean 'X'?"`` for the choice nearest to a misspelt word; when none is near, ``otherwise`` or the choices."""
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f" - did you mean {close[0]!r}?"
+    if otherwise:
+        return f" - {otherwise}"
     return f" - choose from {', '.join(sorted(names)[:12])}"
 
 

@@ -71,6 +71,11 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             advice = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else ""
             raise UserError(f"{unknown[0]}: unknown argument{advice}")
+        for name, value in vars(arguments).items():  # a shell leaves the ~ of --flag=~/file as it is
+            if isinstance(value, Path):
+                setattr(arguments, name, Path(os.path.expanduser(value)))
+            elif isinstance(value, list):
+                setattr(arguments, name, [Path(os.path.expanduser(each)) if isinstance(each, Path) else each for each in value])
         return arguments
 
 
@@ -228,7 +233,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
     settings, origins = load_config(RunSettings, file, [*overrides, *arguments.set], RENAMED, notes)
     if origins["detector"] == DEFAULT:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
-    settings = _fill_paradigms(settings, origins)
+    settings = _fill_paradigms(_at_home(settings), origins)
     check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
     if settings.paradigm == "supervised" and arguments.unlabeled:
         refuse("paradigm", "supervised uses no unlabelled images (found --unlabeled) - leave one of the two out", origins)
@@ -268,6 +273,19 @@ def _fill_paradigms(settings: RunSettings, origins: dict[str, str]) -> RunSettin
             stages[stage] = replace(rule, paradigm=_stage_paradigm(settings.paradigm))
             origins[key] = origins["paradigm"]
     return replace(settings, guidance=replace(settings.guidance, stages=stages))
+
+
+def _at_home(settings: RunSettings) -> RunSettings:
+    """A leading ~ in a path becomes the user's folder, which neither YAML nor the shell does in key=~/file."""
+
+    def expanded(section: T, *keys: str) -> T:
+        found = {key: value for key in keys if (value := getattr(section, key)) is not None}
+        return replace(section, **{key: os.path.expanduser(value) for key, value in found.items()})  # type: ignore[type-var]
+
+    return replace(
+        settings, data=expanded(settings.data, "labeled", "unlabeled", "val", "images", "val_images"),
+        run=expanded(settings.run, "output", "init"), backbone=expanded(settings.backbone, "weights"),
+    )  # fmt: skip
 
 
 def _shortest(path: Path) -> Path:

@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.plan import eval_batches, items_of
     from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics, unseen
     from dtg_core.engine.predict import find_weights, load_detector
+    from dtg_core.engine.resume import digest
 
     weights = find_weights(arguments.weights, arguments.which)
     name = f"evaluation-{arguments.annotations.stem}" if arguments.annotations else "evaluation"
@@ -81,7 +82,11 @@ def main(argv: Sequence[str]) -> int:
                         "them out, or raise data.rules.max_bad_images")
     metrics = coco_metrics(index, found)
     print(format_metrics(metrics))
-    results = {"weights": weights.name, "images": len(index) - len(unread), "score": score, **metrics}
+    annotations = arguments.annotations or loaded.settings.data.val
+    results = {
+        "run": str(arguments.weights), "weights": weights.name, "annotations": None if annotations is None else str(annotations),
+        "data": digest(index), "images": len(index) - len(unread), "score": score, **metrics,
+    }  # fmt: skip
     texts = json.dumps(results, indent=1), json.dumps(coco_results(index, found))
     with writing(output), ExitStack() as drafts:  # both files or none
         for name, text in zip(FILES, texts):

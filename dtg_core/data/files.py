@@ -13,7 +13,7 @@ from dtg_core.data.report import Report
 from dtg_core.data.video import VIDEO_SUFFIXES
 from dtg_core.errors import UserError
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
 HEIC_SUFFIXES = frozenset((".heic", ".heif"))
 SKIPPED = frozenset(("__macosx", "thumbs.db", "desktop.ini"))  # and hidden ones, such as .ipynb_checkpoints
 PREDICTION = "detections.json", "detections.csv"  # the lists of predict.py, ``.tmp`` until they are complete

@@ -69,7 +69,7 @@ def import_yolo(
             annotations.append(_annotation(len(annotations), len(records), label + 1, box))
     if keypoints is None and len(kinds) == 1:
         _doubt_polygons(kinds, labels, report)
-    return _coco(records, annotations, class_names, labels)
+    return _coco(records, annotations, class_names, labels, report)
 
 
 def import_voc(
@@ -113,7 +113,7 @@ def import_voc(
     order = given or sorted(class_names)
     for entry in objects:
         entry["category_id"] = order.index(class_names[entry["category_id"] - 1]) + 1
-    return _coco(records, objects, order, annotations)
+    return _coco(records, objects, order, annotations, report)
 
 
 def _sized(
@@ -154,8 +154,14 @@ def _annotation(number: int, image: int, category: int, box: list[float]) -> Rec
     return {"id": number + 1, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
 
 
-def _coco(records: list[Record], annotations: list[Record], class_names: list[str], source: Path) -> Record:
+def _coco(
+    records: list[Record], annotations: list[Record], class_names: list[str], source: Path, report: Report
+) -> Record:
     if not annotations:
+        odd = [finding for finding in report.findings.values() if finding.kind not in (NO_FILE, LEFT_OUT)]
+        if odd:
+            worst = max(odd, key=lambda finding: finding.count)
+            raise UserError(f"{worst} - no object is left of {len(records)} images, so correct the files")
         raise UserError(f"{source}: no object found for {len(records)} images - check that both folders have the same names")
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
     return {"images": records, "annotations": annotations, "categories": categories}

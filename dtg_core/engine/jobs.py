@@ -175,6 +175,8 @@ class _Board:
     def left(self) -> str:
         """The time left at the pace since the beginning, for all processes together."""
         done = sum(job.done() for job in self.jobs)
+        if not (self.running or self.waiting):
+            return ""
         rest = sum(max(job.work - job.done(), 0) for job in self.jobs if job.name not in self.failed)
         pace = (time.monotonic() - self.began) / max(done - self.before, 1)
         return f", about {tqdm.format_interval(int(rest * pace))} left" if done > self.before and rest else ""

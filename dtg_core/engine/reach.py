@@ -51,7 +51,7 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
             least = detector.grid(canvas([(short, short)]), torch.device("cpu")).base_size
             yield (f"class {name!r}: {missed} of {len(sides)} boxes fit no anchor in a view of {short} px, so it is hardly learnt "
                    f"(their side is {np.median(sides):.0f} px, the smallest anchor's {least:.0f}) - change anchor_scale, or "
-                   "views.short_edge and views.test_short_edge")  # fmt: skip
+                   "views.short_edge, views.test_short_edge and views.long_edge")  # fmt: skip
 
 
 def _has_sample(detector: Detector, box: torch.Tensor, size: tuple[int, int]) -> bool:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -55,7 +56,12 @@ T = TypeVar("T")
 
 #: Exit statuses of a run besides 0; for a signal it is 128 plus the signal's number.
 GAVE_UP = 3
+STOPPING = "stopping after this step, with a checkpoint - a second signal ends the run at once, without one"
 MOST_UNSAVED = 3  # failed checkpoints in a row before the run stops, rather than training for days without one
+
+
+#: Settings that only matter to a run's first step.
+BEGINNING = "run.init", "run.reset_head", "backbone.pretrained", "backbone.weights"
 
 
 class Fit:
@@ -113,7 +119,7 @@ class Fit:
             self._write("config.yaml", to_yaml(self.config))
             self.report = RunReport(self.folder.path, self.config.run, flatten(self.config), start, self.evaluation_due)
         try:
-            with StopSignals() as signals:
+            with StopSignals(note=STOPPING if self.accelerator.is_main_process else "") as signals:
                 status = self._train(start, signals, stop_at)
             if status:  # otherwise an evaluation did
                 self._show()
@@ -301,6 +307,7 @@ class Fit:
             self._say(f"resuming from {chosen} at step {state['step']}")
         self.window = Window(dict(state["window"]["sums"]), dict(state["window"]["counts"]))
         self.watch.restore(state["watch"])
+        self._keep_start(state["stamp"]["config"])
         self.changed = list(state.get("changed", []))
         if course := changed_course(state["stamp"], self.stamp, state["step"]):
             self.changed.append({"step": state["step"], "changes": course})
@@ -317,6 +324,20 @@ class Fit:
         if self.accelerator.is_main_process:
             discard_newer(self.folder.checkpoints, state["step"])
         return state["step"]
+
+    def _keep_start(self, former: Mapping[str, Any]) -> None:
+        """The settings that say how training began stay those of the checkpoint, so that the run's record is true."""
+        run, backbone, given = self.config.run, self.config.backbone, flatten(self.config)
+        kept = {key: former.get(key, given[key]) for key in BEGINNING}
+        for key, value in kept.items():
+            if given[key] not in (value, None):
+                self._say(f"{key}: stays {value}, as the run began with it (found {given[key]})")
+        self.config = replace(
+            self.config, run=replace(run, init=kept["run.init"], reset_head=kept["run.reset_head"]),
+            backbone=replace(backbone, pretrained=kept["backbone.pretrained"], weights=kept["backbone.weights"]),
+        )  # fmt: skip
+        self.stamp["config"] |= kept
+        self.metadata = {**self.metadata, "config": to_yaml(self.config)}
 
     def _put_away(self, step: int) -> None:
         """Move away files of later steps than ``step``, so that they are not taken for results of this training."""

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as a request to stop after the current step."""
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
@@ -10,13 +11,16 @@ from typing import Any, ClassVar
 class StopSignals:
     """Records the first signal while entered. A second one ends the process at once, unless it is ``patient``.
 
+    ``note`` is printed at the first signal, because the step that it waits for may be long.
+
     ``received`` is the number that this process got, ``agreed`` the one that all processes act upon; 0: none.
     """
 
     NUMBERS: ClassVar = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, patient: bool = False) -> None:
-        self.patient = patient
+    def __init__(self, patient: bool = False, note: str = "") -> None:
+        self.patient, self.note = patient, note
+        self.process = os.getpid()  # a loader's workers inherit the handler
         self.received = 0
         self.agreed = 0
         self._before: dict[int, Any] = {}
@@ -32,4 +36,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and not self.patient:
             os._exit(128 + number)
+        if self.note and not self.received and os.getpid() == self.process:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{self.note}\n".encode())  # print may be interrupted by this very signal
         self.received = self.received or number

@@ -182,7 +182,8 @@ def build_pyramid(
 def require_known(config: BackboneConfig) -> None:
     """UserError for an unknown model and for options that are not the user's; nothing is built, so it can precede the data."""
     if config.name not in timm.list_models() and config.name not in timm.list_models(pretrained=True):
-        raise UserError(f"backbone.name: unknown timm model {config.name!r}{nearest(config.name, timm.list_models())}")
+        raise UserError(f"backbone.name: unknown timm model {config.name!r}"
+                        + nearest(config.name, timm.list_models(), "timm.list_models() has their names"))
     if odd := [name for name in config.options if not name.isidentifier()]:
         raise UserError(f"backbone.options: {odd[0]!r} is no name of an option - write '{{name: value}}', with a space after the "
                         "colon")

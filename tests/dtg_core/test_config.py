@@ -332,6 +332,8 @@ def test_values_that_contradict_each_other() -> None:
         config, origins = load_config(Config, None, [override])
         assert message(cross_check, config, origins).startswith(f"command line: {override.partition('=')[0]}")
     assert len(cross_check(load("run.steps=100"), {})) == 3
+    (line,) = cross_check(load("views.short_edge=[400,800]", "views.test_short_edge=900", "views.long_edge=850"), {})
+    assert line.startswith("views.long_edge: 850 keeps views smaller than the 900 px of")
     assert cross_check(load("data.labeled=own.json", "data.val=val.json", "data.images=photos"), {}) == []
 
 

@@ -416,6 +416,7 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert evaluate.main([*arguments, "--score", "0.9999", "--output", str(tmp_path / "none")]) == 0
     assert json.loads((tmp_path / "none" / "detections.json").read_text()) == []
     assert (json.loads((tmp_path / "none" / "results.json").read_text())["score"], results["score"]) == (0.9999, 0.05)
+    assert (results["run"], results["annotations"], results["data"]["images"]) == (str(folder), str(annotations), 3)
     assert results["images"] == 3
     assert results["AP"] is not None
     assert results["classes"]["a"] is None
@@ -551,3 +552,13 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no shell has expanded it: in --flag=~/file, after --set key=, and in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("data: {labeled: ~/own.json, val: ~/val.json}\nbackbone: {weights: ~/w.safetensors}\n")
+    given = ["--detector", "gfl", "--config=~/own.yaml", "--output=~/run", "--set", "data.val=~/other.json"]
+    settings, _, _ = load_settings(train_parser().parse(given))
+    found = settings.data.labeled, settings.data.val, settings.backbone.weights, settings.run.output
+    assert found == tuple(str(tmp_path / name) for name in ("own.json", "other.json", "w.safetensors", "run"))

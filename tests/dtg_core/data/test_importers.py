@@ -140,12 +140,22 @@ def test_images_without_a_file_may_stay_out(folder: Path, capsys: pytest.Capture
 
 def test_rules_hold_for_the_images_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4")
-    with pytest.raises(UserError, match="no object found for 0 images"):
+    with pytest.raises(UserError, match=r"3 images cannot be used and are left out .*no object is left of 0 images"):
         run(folder, "yolo", "--set", "data.rules.max_pixels=4999")
     Image.new("RGB", (100, 51)).save(folder / "images/a/2.png")
     assert run(folder, "yolo", "--set", "data.rules.max_pixels=5000").file_names == ["a/1.png", "b/1.png"]
     told = "1 image cannot be used and is left out (a/2.png: it is too large (100 x 51 px) - shrink it, or raise data.rules.max_pixels)"
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "text", "problem"), [
+    ("yolo", "1 50 20 10 8\n0 30 20 10 8", r"2 lines are not 'class x y width height' in 0 to 1 and left out \(.*1\.txt:1, .*1\.txt:2\) - "),
+    ("voc", "<annotation><object><name>cat</name></object></annotation>", r"1 object has no name or no box and is left out \(.*1\.xml"),
+])  # fmt: skip
+def test_if_no_object_is_left_the_reason_is_told(folder: Path, kind: str, text: str, problem: str) -> None:
+    (folder / "labels/a" / ("1.txt" if kind == "yolo" else "1.xml")).write_text(text)
+    with pytest.raises(UserError, match=problem):
+        run(folder, kind)
 
 
 @pytest.mark.parametrize("text", ["names:\n  1: cat\n  2: dog\n", "names:\n  0: cat\n  2: dog\n"])

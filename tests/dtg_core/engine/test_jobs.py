@@ -81,6 +81,14 @@ def test_a_signal_stops_all_in_order(tmp_path):
     assert "stopped one" in told[-1]
 
 
+def test_the_first_signal_is_answered_at_once(capfd):
+    with StopSignals(patient=True, note="wait") as signals:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+    assert capfd.readouterr().err == "\nwait\n"
+
+
 def test_children_of_a_launcher_are_waited_for(tmp_path):
     child = f"trap 'sleep 1; touch {tmp_path}/saved; exit 0' TERM; touch {tmp_path}/ready; while true; do sleep 0.05; done"
     job = Job("one", lambda: ["bash", "-c", f'bash -c "{child}" & wait'], tmp_path / "log", 1, lambda: 0, str)

@@ -228,6 +228,19 @@ def test_an_unfinished_run_does_not_end_by_fewer_steps(data: TinyData, half: Pat
     assert "is at step 4 already, and run.steps=2 is less - raise --steps" in line
 
 
+def test_the_record_of_how_a_run_began_stays(data: TinyData, half: Path, tmp_path: Path) -> None:
+    """Otherwise compare.py would take a run from scratch for one from given weights, and the other way round."""
+    (ended,) = resume(data, half, tmp_path, flags=("--init", str(half), "--reset-head"))
+    assert ended.status == 0, ended.err
+    assert f"run.init: stays None, as the run began with it (found {half})" in ended.err
+    (weights_file,) = (tmp_path / "run" / "weights").glob("teacher*")
+    for text in ((tmp_path / "run" / "config.yaml").read_text(), load_weights(weights_file)[1]["config"]):
+        assert "  init: null" in text
+        assert "  reset_head: false" in text
+    state = json.loads((newest_checkpoint(tmp_path / "run" / "checkpoints") / "state.json").read_text())  # type: ignore[operator]
+    assert state["state"]["stamp"]["config"]["run.init"] is None
+
+
 def test_what_another_course_has_come_to_is_put_away(data: TinyData, half: Path, tmp_path: Path) -> None:
     """From an earlier step: neither figures nor weights of the former settings stand beside the new ones, and none are lost."""
     output, made = shutil.copytree(half, tmp_path / "run"), weights(half)
@@ -429,6 +442,7 @@ def test_a_signal_stops_after_the_step_and_can_be_resumed(data: TinyData, tmp_pa
     state = checkpoint_state(newest_checkpoint(tmp_path / "broken" / "checkpoints"))
     assert state["step"] in (5, 6)
     assert "--resume auto continues" in process.err
+    assert process.err.count("stopping after this step, with a checkpoint") == 1  # and not by each worker
     assert "Traceback" not in process.err
     assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
     assert run(command(data, "gfl", tmp_path / "unbroken", *settings, steps=20), tmp_path / "logs").status == 0
