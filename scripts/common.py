@@ -299,11 +299,15 @@ def _shortest(path: Path) -> Path:
 
 def check_devices(environment: Mapping[str, str], gpus: int) -> None:
     """Raise UserError if a launcher's environment asks for GPUs that do not exist, instead of a silent start on the CPU or a
-    failure deep in CUDA.
+    failure deep in CUDA; or for shards of parameters, of which the teacher's average and the clipping of gradients know nothing.
 
     Args:
         environment: of this process, as ``accelerate launch`` and ``torchrun`` set it. gpus: how many torch finds.
     """
+    for sharded in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{sharded}", "").lower() == "true":
+            raise UserError(f"accelerate: {sharded} splits parameters over processes, which training here cannot do - use "
+                            "--multi_gpu")
     if environment.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
         return
     visible = environment.get("CUDA_VISIBLE_DEVICES", "").strip()

@@ -412,6 +412,8 @@ def test_fault_59_no_such_device(data: TinyData, tmp_path: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": "7"}, 0, "CUDA_VISIBLE_DEVICES: torch finds none of these GPUs (found 7)"),
         ({"LOCAL_WORLD_SIZE": "2"}, 0, "2 were started for GPUs, and torch finds none"),
         ({"LOCAL_WORLD_SIZE": "4"}, 2, "4 on this machine, which has fewer GPUs (found 2)"),
+        ({"ACCELERATE_USE_FSDP": "true"}, 2, "FSDP splits parameters over processes"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, 0, "DEEPSPEED splits parameters over processes"),
         ({"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, 2, None),
         ({"LOCAL_WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": "-1"}, 0, None),
         ({}, 0, None),
