@@ -174,7 +174,7 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
     for path in empty:
         print(printable(f"warning: {path}: no image there{passed_over(report, Path(path), suffixes)[1]}"), file=sys.stderr)
     for finding in report.findings.values():
-        if finding.kind == OWN:
+        if finding.kind == OWN or (finding.file not in empty and passed_over(report, Path(finding.file), suffixes)[0]):
             print(f"warning: {finding}", file=sys.stderr)
     common = os.path.commonpath([*roots, *map(os.path.dirname, files)])  # a pattern may lead out of its root by ..
     return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common)

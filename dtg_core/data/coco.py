@@ -391,6 +391,9 @@ def _classes(categories: list[dict[str, Any]], path: Path, report: Report) -> tu
             raise UserError(f"{path}: categories[{number}].name has characters that cannot be shown ({_short(name)}) - rename it")
         if name in names[:number]:
             raise UserError(f"{path}: two categories are called {name!r} - join them, or rename one")
+    alike = Counter(" ".join(name.split()).casefold() for name in names)
+    report.add(path, "classes are like another one but for case or spaces, and stay apart",
+               (repr(name) for name in names if alike[" ".join(name.split()).casefold()] > 1))
     name_of = dict(zip(ids, names))
     ids = sorted(ids)
     return tuple(name_of[value] for value in ids), ids

@@ -53,7 +53,7 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
             continue
         for entry in entries:
             name, suffix = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.name.lower() in SKIPPED:
+            if _is_hidden(entry.name):
                 skipped[JUNK].append(name)
             elif entry.is_dir():
                 waiting.append(name + "/")
@@ -61,10 +61,14 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
                 skipped[VIDEO if suffix in VIDEO_SUFFIXES else HEIC if suffix in HEIC_SUFFIXES else JUNK].append(name)
             else:
                 names.append(name)
-    for kind, items in skipped.items():
-        report.add(folder, kind, sorted(items))
+    for kind, items in skipped.items():  # what may be images after all before hidden files
+        report.add(folder, kind, sorted(items, key=lambda name: (_is_hidden(os.path.basename(name)), name)))
     names.sort()
     return names
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SKIPPED
 
 
 def _is_own(where: str, names: set[str]) -> bool:
@@ -90,7 +94,7 @@ def passed_over(report: Report, folder: Path, suffixes: frozenset[str] = IMAGE_S
     for kind in (VIDEO, HEIC, JUNK):
         finding = report.findings.get((str(folder), kind))
         paths = [Path(item) for item in finding.items] if finding else []
-        kinds |= {path.suffix.lower() for path in paths if path.name[0] != "." and path.name.lower() not in SKIPPED}
+        kinds |= {path.suffix.lower() for path in paths if not _is_hidden(path.name)}
     kinds -= suffixes | {""}  # files with such a suffix are broken links
     shown = ", ".join([*sorted(kinds)[:5], *(["..."] if len(kinds) > 5 else [])])
     told = [f"{shown} files"] if kinds else []

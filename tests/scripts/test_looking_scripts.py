@@ -383,7 +383,8 @@ def test_predict_passes_over_earlier_predictions(run, photos, tmp_path, capsys):
     capsys.readouterr()
     assert find([str(photos)], tmp_path / "out") == (["a.png", "trip/b.jpg", "trip/day 2/c.tif"], photos)
     told = f"{photos}: 1 of its folders is passed over, as this program has written it (trip/out)"
-    assert capsys.readouterr().err == f"warning: {told}\n"
+    text = f"{photos}: 1 file is skipped, as hidden or as no image (trip/notes.txt)"
+    assert capsys.readouterr().err == f"warning: {told}\nwarning: {text}\n"
     for which in ("detections.json", "detections.csv"):  # it did not end
         (photos / "trip" / "out" / which).rename(photos / "trip" / "out" / f"{which}.tmp")
     report = Report()

@@ -241,6 +241,7 @@ WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
     (20, "ignore", changed("annotations", 3, "ignore", to=1), "treated as crowds", 1, 12, 24),
     (22, "polygon", changed("annotations", 3, to={"id": 4, "image_id": 2, "category_id": 1, "segmentation": [[5, 6, 25, 6, 9, 30]]}),
      "from their polygon", 1, 12, 24),
+    (25, "class twice", lambda content: content["categories"].append({"id": 9, "name": " " + content["categories"][0]["name"].upper()}), "classes are like another one but for case or spaces", 2, 12, 24),
     (25, "class without a box", lambda content: content["categories"].append({"id": 9, "name": "yak"}), "classes have no box", 1, 12, 24),
 ]  # fmt: skip
 

@@ -128,5 +128,5 @@ def test_videos_among_images_are_counted_as_such(tmp_path: Path) -> None:
     assert report.lines() == [
         f"{tmp_path}: 2 files are skipped, as video instead of frames (b.mp4, c.MOV)",
         f"{tmp_path}: 1 file is skipped, as HEIC instead of JPEG (d.heic)",
-        f"{tmp_path}: 2 files are skipped, as hidden or as no image (.f.mp4, e.txt)",
+        f"{tmp_path}: 2 files are skipped, as hidden or as no image (e.txt, .f.mp4)",
     ]
