@@ -89,7 +89,7 @@ def test_weights_of_a_transformer_load(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "problem"),
     [
-        ("resnet51", {}, "did you mean 'resnet5"), ("convnext_at0", {}, "did you mean 'convnext_atto"), ("", {}, "choose from"),
+        ("resnet51", {}, "did you mean 'resnet5"), ("convnext_at0", {}, "did you mean 'convnext_atto"), ("", {}, "list_models"),
         ("inception_v3", {}, "any size"), ("beit_base_patch16_224", {}, "made for 224 x 224"),
         ("vit_small_patch14_dinov2", {}, r"no feature map of stride 8 \(it has \[14\]\)"), ("levit_128s", {}, "no feature map of stride 8"),
         ("test_resnet", {"in_chans": 1}, "in_chans"), ("test_resnet", {"no_such": 1}, "no_such"), ("test_resnet", {"pretrained": True}, "pretrained"),
