@@ -330,7 +330,7 @@ class Fit:
         run, backbone, given = self.config.run, self.config.backbone, flatten(self.config)
         kept = {key: former.get(key, given[key]) for key in BEGINNING}
         for key, value in kept.items():
-            if given[key] not in (value, None):
+            if given[key] and given[key] != value:  # not what is merely left out
                 self._say(f"{key}: stays {value}, as the run began with it (found {given[key]})")
         self.config = replace(
             self.config, run=replace(run, init=kept["run.init"], reset_head=kept["run.reset_head"]),
