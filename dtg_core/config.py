@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from dtg_core.settings import Renames, refuse
 
 Paradigm = Literal["dense", "sparse", "none"]
+Collisions = Literal["best", "all"]
 
 #: Key names of former versions; renaming a key takes a new table at the end, which makes the next version.
 RENAMED: Renames = ()
@@ -31,6 +32,7 @@ class StageRule:
     box: bool = True  # INC box targets, Eq. 3
     max_candidates: int = 1000  # at most per image, the best ones, the others being ignored; a safety limit (A16)
     min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
+    collisions: Collisions = "best"  # of teacher samples on one student sample: the best teaches it, or all do (A6)
     background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
     # Samples per image: all candidates, and random background up to this number but never fewer than candidates. None: all
     # background (A8)

@@ -25,7 +25,8 @@ def nearest(word: str, choices: Iterable[str], otherwise: str = "") -> str:
         return f" - did you mean {close[0]!r}?"
     if otherwise:
         return f" - {otherwise}"
-    return f" - choose from {', '.join(sorted(names)[:12])}"
+    more = f" or {len(names) - 12} more" if len(names) > 12 else ""
+    return f" - choose from {', '.join(sorted(names)[:12])}{more}"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

@@ -142,6 +142,22 @@ def test_all_stage_mixes_have_their_losses_and_no_others(rpn, rcnn):
     check_step(detector, losses, stage_rules)
 
 
+def test_a_teacher_runs_only_the_stages_that_teach():
+    """The second stage is left out where the RPN alone is guided densely; pseudo boxes need it."""
+    detector = eager(tiny_detector("faster_rcnn"))
+    teacher, pair, stage_rules = make_teacher(detector), make_pair(2, 64, 64), rules(tau=0.5)
+    passes = []
+    teacher.rcnn.register_forward_hook(lambda *_: passes.append(1))
+    for rpn, rcnn, expected in (("dense", "none", 0), ("sparse", "none", 1), ("none", "dense", 1), ("dense", "dense", 1)):
+        mixed = {"rpn": replace(stage_rules["rpn"], paradigm=rpn), "rcnn": replace(stage_rules["rcnn"], paradigm=rcnn)}
+        passes.clear()
+        alone, _ = teach(teacher, pair, {**stage_rules, **mixed})
+        assert (len(passes), set(alone)) == (expected, {name for name in mixed if mixed[name].paradigm != "none"})
+        if rpn == "dense":
+            both, _ = teach(teacher, pair, stage_rules)
+            torch.testing.assert_close(alone["rpn"].assignment.box, both["rpn"].assignment.box)
+
+
 @pytest.mark.parametrize("proposals", ["teacher", "student"])
 def test_sparse_rcnn_takes_either_proposals(proposals):
     detector = eager(tiny_detector("faster_rcnn"))

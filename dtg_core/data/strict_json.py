@@ -17,6 +17,7 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # first, because they begin like UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
 _LONG_NUMBER = re.compile(r"\d{4301,}")  # Python refuses longer integers
 
 
@@ -75,6 +76,9 @@ def _text(path: Path) -> str:
         print(f"reading {path.name} ({len(raw) / 1e6:.0f} MB)", file=sys.stderr)
     if not raw.strip():
         raise UserError(f"{path}: it is empty (line 1, column 1) - export it again")
+    for mark, tool in _COMPRESSED.items():
+        if raw.startswith(mark):
+            raise UserError(f"{path}: it is compressed - unpack it with {tool}")
     for mark, name in _OTHER_ENCODINGS.items():
         if raw.startswith(mark):
             raise UserError(f"{path}: it is {name} text - save it as UTF-8")

@@ -17,12 +17,12 @@ SILENT = {
 BATCH = "images_of_a_step"
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
 DENSE_ONLY = {
-    "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "background_tau", "background_samples", "normalization",
+    "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples", "normalization",
     "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust", "soft_background",
 }  # fmt: skip
 SPARSE_ONLY = {"pseudo_score", "proposals"}
-#: Every stage's rule has it, but proposals are moved to the student one by one and need no partner.
-UNREAD = {"guidance.stages.rcnn.min_iou"}
+#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner.
+UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions"}
 #: Settings that only matter where something is learnt from unlabelled images.
 UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
                   "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip

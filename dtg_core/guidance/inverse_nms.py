@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side
+from dtg_core.config import Collisions
 from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch, Samples
 
 
 def inverse_nms(
     candidates: Candidates, clusters: Clusters, row: Tensor, samples: Samples, pair: PairBatch, hull: Hull = "ellipse",
-    member_iou: float = 0,
+    member_iou: float = 0, collisions: Collisions = "best",
 ) -> Assignment:
     """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
 
     When several teacher samples share one student sample, the candidate with the highest score wins, and a candidate beats
-    background (A6). A cluster whose target leaves the view is dropped with all its members (A21).
+    background (A6), so that a sample has one label. A cluster whose target leaves the view is dropped with all its members (A21).
 
     Args:
         candidates, clusters: the teacher's, in its view.
@@ -28,6 +29,7 @@ def inverse_nms(
         samples: the student's.
         pair: both views.
         member_iou: least IoU of a member's student sample with its target; below it the sample is ignored (not in the paper).
+        collisions: "all": a student sample learns from each teacher sample that shares it, candidate or background.
 
     Returns:
         Assignment of the student's samples; its ``dense`` part holds the clusters for Eqs. 2 to 6.
@@ -41,8 +43,9 @@ def inverse_nms(
     alive = (partner >= 0) & in_view[clusters.cluster]
     if member_iou > 0:
         alive &= paired_iou(samples.take(image, partner.clamp(min=0)), target[clusters.cluster]) >= member_iou
-    winner = alive & _is_best(image * num_samples + partner, alive, candidates.logit, row.shape[0] * num_samples)
-    chosen = winner.nonzero().squeeze(1)  # sync: the number of assigned samples.
+    if collisions == "best":
+        alive &= _is_best(image * num_samples + partner, alive, candidates.logit, row.shape[0] * num_samples)
+    chosen = alive.nonzero().squeeze(1)  # sync: the number of assigned samples.
 
     cluster, num_clusters = clusters.cluster[chosen], clusters.num_clusters
     members = torch.zeros(num_clusters, device=row.device).index_add(0, cluster, torch.ones_like(cluster, dtype=torch.float32))
@@ -54,8 +57,9 @@ def inverse_nms(
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
     )
-    # "Clear background" only reaches student samples that no candidate points to.
-    background = _hit(row, candidates.background, num_samples) & ~_hit(row, candidates.foreground, num_samples)
+    background = _hit(row, candidates.background, num_samples)
+    if collisions == "best":  # "clear background" only reaches student samples that no candidate points to
+        background &= ~_hit(row, candidates.foreground, num_samples)
     return Assignment(image[chosen], partner[chosen], candidates.label[chosen], target[cluster], background, dense)
 
 

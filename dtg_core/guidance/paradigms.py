@@ -59,12 +59,12 @@ def teach(
     Returns:
         (supervision of the guided stages, in the student's view; figures ``guidance/<stage>/<name>``).
     """
-    with autocast():
-        outputs = teacher.run(pair.teacher)
     guided = {name: rules[name] for name in teacher.stages if rules[name].paradigm != "none"}
+    sparse = [name for name, rule in guided.items() if rule.paradigm == "sparse"]
+    with autocast():  # final boxes need all stages
+        outputs = teacher.run(pair.teacher, None if sparse else dict.fromkeys(guided, Supervision()))
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
     detections = None
-    sparse = [name for name, rule in guided.items() if rule.paradigm == "sparse"]
     if sparse:
         lowest = min(rules[name].pseudo_score for name in sparse)
         lowest = min(lowest, LOWEST) if thresholds.keys() & sparse else lowest  # reading the thresholds would wait
@@ -119,7 +119,8 @@ def dense_labels(
     groups = stage.groups(samples, candidates.image, candidates.sample, candidates.label)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
     moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
-    return DenseLabels(candidates, clusters, moved, row, inverse_nms(candidates, clusters, row, moved, pair, hull, rule.member_iou))
+    assignment = inverse_nms(candidates, clusters, row, moved, pair, hull, rule.member_iou, rule.collisions)
+    return DenseLabels(candidates, clusters, moved, row, assignment)
 
 
 @torch.no_grad()

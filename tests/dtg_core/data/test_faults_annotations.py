@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import copy
+import gzip
 import json
 import os
 import sys
@@ -132,6 +133,7 @@ STOPS: list[tuple[int, str, bytes | Change, list[str]]] = [
     (2, "cut", TEXT[:300].encode(), ["not JSON", "line ", "column "]),
     (3, "UTF-16 with mark", codecs.BOM_UTF16_LE + TEXT.encode("utf-16-le"), ["UTF-16"]),
     (3, "UTF-16 without", '{"é": 1}'.encode("utf-16-le"), ["UTF-16"]),
+    (3, "gzip", gzip.compress(TEXT.encode()), ["compressed", "gunzip"]),
     (3, "Latin-1", '{"info": "caf\xe9"}'.encode("latin-1"), ["not UTF-8", "0xe9"]),
     (4, "results file", b'[{"image_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]', ["list", "results"]),
     (4, "string", b'"text"', ["found a str"]),

@@ -6,7 +6,7 @@ import torch
 from conftest import make_pair
 from oracles import cluster_losses, greedy_nms
 
-from dtg_core.config import StageRule
+from dtg_core.config import Collisions, StageRule
 from dtg_core.guidance import cluster_nms, inverse_nms
 from dtg_core.losses import dense_terms, weigh
 from dtg_core.structures import Assignment, Candidates, Predictions, Proposals, Unreduced
@@ -30,10 +30,13 @@ def clustered(candidates: Candidates, threshold: float = 0.5):
     return cluster_nms(candidates.box, candidates.logit, candidates.image * 10 + candidates.label, threshold)
 
 
-def assign(candidates: Candidates, row: torch.Tensor, samples: int, matrix: torch.Tensor | None = None) -> Assignment:
+def assign(
+    candidates: Candidates, row: torch.Tensor, samples: int, matrix: torch.Tensor | None = None, collisions: Collisions = "best"
+) -> Assignment:
     pair = make_pair(row.shape[0], 100, 100, matrix)
     boxes = torch.zeros(row.shape[0], samples, 4)
-    return inverse_nms(candidates, clustered(candidates), row, Proposals(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool)), pair)
+    proposals = Proposals(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool))
+    return inverse_nms(candidates, clustered(candidates), row, proposals, pair, collisions=collisions)
 
 
 THREE = [(0, 1, 2, 2.0, [10.0, 10, 30, 30]), (0, 2, 2, 1.0, [10.0, 10, 30, 28]), (0, 4, 5, 0.5, [60.0, 60, 90, 90])]
@@ -74,6 +77,21 @@ def test_collisions_go_to_the_higher_score_and_candidates_beat_background():
     assert result.sample.tolist() == [3, 4]
     assert result.dense.teacher_logit.tolist() == [2.0, 0.5]
     assert result.background.tolist() == [[False, False, False, False, False, True]]  # 0 to 2 are hit by no one: ignored
+
+
+def test_all_that_collide_may_teach():
+    """Samples 1 and 2 of the first cluster and the background of 0 and 3 meet in student sample 3; 4 and 5 are alone."""
+    candidates, row = make_candidates(THREE, 1, 6), torch.tensor([[3, 3, 3, 3, 4, 5]])
+    result = assign(candidates, row, 6, collisions="all")
+    assert result.sample.tolist() == [3, 3, 4]
+    assert result.label.tolist() == [2, 2, 5]
+    assert result.dense.candidate.tolist() == [0, 1, 2]
+    assert result.dense.weight.tolist() == [0.5, 0.5, 1.0]
+    assert result.background.tolist() == [[False, False, False, True, False, True]]
+    alone = torch.arange(6)[None]
+    one, every = assign(candidates, alone, 6), assign(candidates, alone, 6, collisions="all")
+    assert one.sample.tolist() == every.sample.tolist()
+    assert one.background.tolist() == every.background.tolist()
 
 
 def test_images_do_not_mix():
