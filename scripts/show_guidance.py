@@ -20,7 +20,7 @@ from common import Parser, add_overwrite, main_guard, number, one_of, require_ne
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.drafts import writing
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, printable
 
 if TYPE_CHECKING:
     from dtg_core.engine.explain import Tally
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
             arguments.output.mkdir(parents=True, exist_ok=True)
             guidance_sheet(explained, pair, teacher.class_names, range(arguments.count)).save(path)
         print(f"written to {path}")
+    print(f"images, from the top: {', '.join(printable(str(name)) for name in pair.teacher.image_ids)}")
     if truth is None:
         return 0
 

@@ -14,7 +14,7 @@ from common import Parser, add_overwrite, load_settings, main_guard, number, req
 
 from dtg_core.config import RANGES
 from dtg_core.drafts import writing
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, printable
 
 
 def parser() -> Parser:
@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.save(output)
     print(f"written to {output}")
+    print(f"images, from the top: {', '.join(printable(index.file_names[row]) for row in rows)}")
     return 0
 
 

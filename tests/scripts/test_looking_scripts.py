@@ -450,6 +450,7 @@ def test_show_views(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path))
     small = ["data.shapes_labeled=3", "data.shapes_unlabeled=1", "data.shapes_val=1"]
     assert show_views.main(["--output", str(tmp_path / "new" / "v.png"), "--count", "2", "--set", *small]) == 0
+    assert "images, from the top: labeled/000000.jpg, labeled/000001.jpg\n" in capsys.readouterr().out
     with Image.open(tmp_path / "new" / "v.png") as picture:
         assert picture.width > 1500
     with pytest.raises(UserError, match="not a picture"):
@@ -478,6 +479,8 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == stages
     shown = capsys.readouterr().out
     assert "hidden labels of 4 images" in shown
+    names = re.search(r"^images, from the top: (\S+\.jpg), (\S+\.jpg)$", shown, re.MULTILINE)
+    assert names and names[1] != names[2]
     assert all(f"{stage}, clusters over" in shown for stage in stages)
     assert ("rpn, pseudo boxes over 0.4" in shown) == ("rpn" in stages)
     assert "rpn, clusters over 0.4" not in shown  # its tau is 0.5
