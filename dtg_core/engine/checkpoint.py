@@ -328,6 +328,15 @@ def save_weights(path: Path, module: nn.Module, metadata: Mapping[str, Any]) -> 
     _sync_folder(path.parent)
 
 
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a weights file of this program. Raises UserError: missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})[_METADATA])
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole weights file - train again") from error
+
+
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a weights file on the CPU, and its metadata ({} if it has none of ours).
 

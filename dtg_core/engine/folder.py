@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dtg_core.data.files import holds_run
 from dtg_core.drafts import reading, writing
@@ -79,10 +79,15 @@ class RunFolder:
     @property
     def evaluated(self) -> int:
         """The step of its last evaluation, 0: none."""
+        return self.results().get("step", 0)
+
+    def results(self) -> dict[str, Any]:
+        """What the last evaluation has found; empty: there was none, or its file is damaged."""
         try:
-            return int(json.loads((self.path / "results.json").read_text(encoding="utf-8"))["step"])
+            found = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            return found if type(found["step"]) is int and "AP" in found["teacher"] else {}
         except (OSError, ValueError, KeyError, TypeError):
-            return 0
+            return {}
 
     def require_free(self, resume: bool, overwrite: bool) -> None:
         """Raises UserError when the folder holds something that neither flag allows. Nothing is written."""

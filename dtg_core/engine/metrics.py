@@ -233,12 +233,12 @@ class Clock:
         yield
         self.since += time.perf_counter() - began
 
-    def lap(self, done: int) -> tuple[int, dict[str, float]]:
-        """Steps since the last lap, and their mean times in seconds."""
+    def lap(self, done: int) -> dict[str, float]:
+        """Mean times in seconds of the steps since the last lap."""
         now, steps = time.perf_counter(), done - self.done
         times = {"step_seconds": (now - self.since) / max(steps, 1), "data_seconds": self.data / max(steps, 1)}
         self.done, self.since, self.data = done, now, 0.0
-        return steps, times
+        return times
 
 
 def guidance_figures(means: Mapping[str, float]) -> dict[str, float]:

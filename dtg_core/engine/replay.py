@@ -4,10 +4,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from dtg_core.config import Config
 from dtg_core.data.plan import step_data
@@ -26,9 +28,11 @@ def describe(batches: Sequence[StepBatch], losses: Figures, accelerator: Acceler
         {"labeled": _images(batch.labeled), "unlabeled": _images(batch.unlabeled.teacher) if batch.unlabeled else []}
         for batch in batches
     ]
+    values = torch.tensor([float(value) for value in losses.values()], device=accelerator.device)
     if accelerator.num_processes > 1:
         parts = gather_object(parts)
-    return {"step": batches[0].step, "parts": parts, "losses": {name: str(float(value)) for name, value in losses.items()}}
+        values = cast(Tensor, accelerator.reduce(values, "mean"))  # each has its own share of the sum, times their number
+    return {"step": batches[0].step, "parts": parts, "losses": {name: str(value) for name, value in zip(losses, values.tolist())}}
 
 
 def _images(views: ViewBatch) -> list[dict[str, Any]]:
@@ -44,8 +48,10 @@ def replay(
         (whether it was not finite again, lines to show).
 
     Raises:
-        UserError: the file or its checkpoint is damaged, or the data differs from what was captured.
+        UserError: the file or its checkpoint is damaged, the data differs from what was captured, or there are several processes.
     """
+    if accelerator.num_processes > 1:
+        raise UserError(f"--replay {file}: runs the parts of all processes in one - launch it with one process")
     told = _read(file)
     step, parts = told["step"], told["parts"]
     training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)

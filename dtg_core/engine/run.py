@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from dtg_core.config import RENAMED, Config
+from dtg_core.config import Config
 from dtg_core.data.plan import MicroBatches, eval_batches, items_of, step_data, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import write_text, writing
@@ -25,7 +25,7 @@ from dtg_core.engine.checkpoint import (
     checkpoint_name,
     discard_newer,
     load_checkpoint,
-    load_weights,
+    load_metadata,
     newer_checkpoints,
     newest_checkpoint,
     save_checkpoint,
@@ -48,8 +48,7 @@ from dtg_core.guidance.paradigms import Figures
 from dtg_core.losses import weigh
 from dtg_core.models.teacher import copy_frozen
 from dtg_core.protocol import Detector
-from dtg_core.settings import plain_yaml
-from dtg_core.settings_text import dotted, flatten, to_yaml
+from dtg_core.settings_text import flatten, to_yaml
 from dtg_core.structures import StepBatch
 
 T = TypeVar("T")
@@ -124,7 +123,7 @@ class Fit:
             if status:  # otherwise an evaluation did
                 self._show()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            problem = advice(error, self.recent, self.accelerator)
+            problem = advice(error, self.recent, self.evaluation_due, self.accelerator)
             if problem is None:
                 raise
             raise UserError(f"{problem}{self._continues()}") from error
@@ -155,7 +154,7 @@ class Fit:
                 self._say(f"error: step {done - 1}: the update has overflowed the weights - lower optim.lr or set "
                           "optim.clip_norm, and go on from the last checkpoint with --resume auto --resume-with-changes")
                 return GAVE_UP
-            if self.skipped_in_a_row == run.max_skipped:
+            if self.skipped_in_a_row >= run.max_skipped:  # it may have been lowered on resuming
                 return self._give_up(batches, figures)
 
             if done % run.log_every == 0 or done == run.steps:
@@ -164,11 +163,8 @@ class Fit:
                 for warning in self.watch.end(done) if self.report else ():
                     self._say(warning)
                 return self._finish(signals)
-            if run.evaluate_every and done % run.evaluate_every == 0:
-                with clock.paused():
-                    self._evaluate(done, signals)
-            if signals.agreed or done == stop_at or (run.checkpoint_every and done % run.checkpoint_every == 0):
-                self._save(done)
+            with clock.paused():
+                self._evaluate_and_save(done, signals, stop_at)
             if signals.agreed:
                 return 128 + signals.agreed
             if done == stop_at:
@@ -194,9 +190,9 @@ class Fit:
 
     def _log(self, done: int, clock: Clock) -> None:
         """Log the means since the previous log line. Every process takes part; the main one writes."""
-        means = self.window.means(self.accelerator)
+        means, steps = self.window.means(self.accelerator), self.window.counts["skipped"]
         self.window.clear()
-        steps, times = clock.lap(done)
+        times = clock.lap(done)
         if self.report is None:
             return
         losses = {branch: {name: value for name, value in means.items() if name.startswith(f"{branch}/")}
@@ -206,13 +202,13 @@ class Fit:
         if branches.get("unlabeled"):
             means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
             means["loss_ratio"] = branches["unlabeled"] / max(branches["labeled"], 1e-12)
-        self.report.line(done, means | times, {name: value for name, value in branches.items() if value} | guidance_figures(means))
+        shown = branches | {"skipped": means["skipped"]}
+        self.report.line(done, means | times, {name: value for name, value in shown.items() if value} | guidance_figures(means))
         for warning in self.watch.line(done, steps, means):
             self._say(warning)
 
     def _evaluate(self, done: int, signals: StopSignals) -> bool:
         """Write and evaluate teacher and student, each image in one process only. False: interrupted by a signal."""
-        self.evaluation_due = True
         on_main(self.accelerator, lambda: self._write_weights(done))
         if self.sources.val is None:
             self._show(done)
@@ -315,7 +311,10 @@ class Fit:
         if other_validation(state["stamp"], self.stamp):
             self.watch.supervised_ap = None
         self.training.thresholds.restore(state.get("thresholds", {}))
-        self.evaluation_due = state["evaluation_due"] and self.folder.evaluated != state["step"]
+        self.evaluation_due = state["evaluation_due"]
+        if self.evaluation_due and (evaluated := self.folder.results()).get("step") == state["step"]:  # after the checkpoint
+            self.evaluation_due = False
+            self.watch.evaluation(state["step"], evaluated["teacher"]["AP"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -386,6 +385,19 @@ class Fit:
             self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
                       "one stays")
 
+    def _evaluate_and_save(self, done: int, signals: StopSignals, stop_at: int | None) -> None:
+        """What is due after ``done`` steps. A checkpoint comes first, so that nothing is lost if the evaluation fails; where the
+        run is to stop anyway it comes last, so that a run that goes on from there need not evaluate again."""
+        run = self.config.run
+        self.evaluation_due = bool(run.evaluate_every) and done % run.evaluate_every == 0
+        saved = bool(signals.agreed) or (bool(run.checkpoint_every) and done % run.checkpoint_every == 0 and done != stop_at)
+        if saved:
+            self._save(done)
+        if self.evaluation_due and not signals.agreed:
+            self._evaluate(done, signals)
+        if not saved and (signals.agreed or done == stop_at):
+            self._save(done)
+
     def _finish(self, signals: StopSignals) -> int:
         """Save what was learnt before evaluating it, so that nothing is lost if that fails."""
         self.evaluation_due = True
@@ -443,12 +455,10 @@ class Fit:
     # Small helpers ------------------------------------------------------------------------------------------------------
 
     def _weights_step(self) -> int | None:
-        """The step of which the weights are; if they are too old to say so, the last one of their settings."""
-        file = self.folder.path / "weights" / "teacher.safetensors"
+        """The step of which the weights are; None: there are none."""
         try:
-            metadata = load_weights(file)[1]
-            return metadata.get("step") or dotted(plain_yaml(metadata["config"], str(file), RENAMED))["run.steps"]
-        except (UserError, KeyError, TypeError):
+            return load_metadata(self.folder.path / "weights" / "teacher.safetensors").get("step")
+        except UserError:
             return None
 
     def _greatest(self, number: int) -> int:
@@ -473,17 +483,16 @@ class Fit:
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Run ``action`` in the main process and return its result in all. If it fails, the others exit with status 2, not wait."""
-    outcome: list[Any] = [None, None]
+    value: Any = None
+    error: Exception | None = None
     if accelerator.is_main_process:
         try:
-            outcome = [action(), None]
-        except Exception as error:
-            outcome = [None, error]
+            value = action()
+        except Exception as problem:
+            error = problem
+    failed = error is not None
     if accelerator.num_processes > 1:
-        failure = outcome[1]
-        outcome = broadcast_object_list([outcome[0], failure is not None])
-        if outcome[1]:
-            raise failure or SystemExit(2)
-    elif outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+        value, failed = broadcast_object_list([value, failed])
+    if failed:
+        raise error or SystemExit(2)
+    return value

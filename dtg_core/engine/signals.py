@@ -4,12 +4,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
 
+#: Seconds within which signals are one request: a scheduler signals every process of a job, and torchrun passes its own on.
+ONE_REQUEST = 2.0
+
+
 class StopSignals:
-    """Records the first signal while entered. A second one ends the process at once, unless it is ``patient``.
+    """Records the first signal while entered. A second one, some seconds later, ends the process at once, unless it is
+    ``patient``.
 
     ``note`` is printed at the first signal, because the step that it waits for may be long.
 
@@ -22,6 +28,7 @@ class StopSignals:
         self.patient, self.note = patient, note
         self.process = os.getpid()  # a loader's workers inherit the handler
         self.received = 0
+        self.first = 0.0  # when that was
         self.agreed = 0
         self._before: dict[int, Any] = {}
 
@@ -34,7 +41,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and not self.patient:
+        if not self.received:
+            self.first = time.monotonic()
+        elif not self.patient and time.monotonic() - self.first > ONE_REQUEST:
             os._exit(128 + number)
         if self.note and not self.received and os.getpid() == self.process:
             with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from runs import DETECTORS, ROOT, TinyData, command, lines, run, weights
+from runs import DETECTORS, ROOT, TinyData, command, lines, run, start_many, weights
 from torch import nn
 
 from dtg_core.engine.checkpoint import load_weights
@@ -201,6 +201,29 @@ def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> No
     assert weights(tmp_path / "run") == weights(tmp_path / "other")
 
 
+def test_out_of_memory_in_an_evaluation_costs_no_step(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        import torch
+
+        from dtg_core.engine import run as engine
+
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB")
+
+        engine.find = full  # type: ignore[assignment]
+
+    arguments = command(data, "gfl", tmp_path / "run", "run.checkpoint_every=3", "run.evaluate_every=3")
+    ended = run(arguments, tmp_path / "logs", prepare=prepare)
+    assert ended.status == 2
+    error = ended.err.splitlines()[-1]
+    assert error.startswith("error: step 2: out of memory on cpu (in the evaluation) - lower run.evaluate_batch")
+    assert error.endswith("; --resume auto continues")
+    resumed = run([*arguments, "--resume", "auto"], tmp_path / "logs")
+    assert (resumed.status, "at step 3" in resumed.err) == (0, True)
+    assert run(command(data, "gfl", tmp_path / "other", "run.evaluate_every=3"), tmp_path / "logs").status == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "other")
+
+
 def test_a_compiler_that_fails_is_told(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
         import torch._inductor.config as inductor
@@ -286,6 +309,9 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     other = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert other.status == 2, other.err
     assert "captured with mixed_precision no, this is bf16" in other.err
+    several = start_many(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", 2)
+    assert [process.wait().status for process in several] == [2, 2]
+    assert "runs the parts of all processes in one - launch it with one process" in several[0].err
     for wrong in (output / "config.yaml", output / "nonfinite" / "stepp.json", output / "nonfinite"):
         odd = run(["--replay", str(wrong)], tmp_path / "logs")
         assert odd.status == 2

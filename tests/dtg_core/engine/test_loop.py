@@ -201,7 +201,7 @@ def test_bfloat16_trains_and_guides_as_float32_does(name: str) -> None:
         def __getattr__(self, key: str) -> Any:
             return getattr(self.teacher, key)
 
-        def run(self, views: ViewBatch) -> Any:
+        def run(self, views: ViewBatch, supervision: Any = None) -> Any:
             return self.outputs
 
     pair = four_images().unlabeled

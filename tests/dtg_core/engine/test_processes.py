@@ -1,6 +1,7 @@
 """Several processes do what one process with all their images does, stop together, and never wait for each other in vain."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -207,6 +208,30 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyDa
     processes = start_many(command(data, "gfl", tmp_path / "run", steps=5), tmp_path / "logs", 2, prepare)
     assert [process.wait().status for process in processes] == [0, 0], processes[0].err + processes[1].err
     assert [line["skipped"] for line in lines(tmp_path / "run")[:-1]] == [0, 0, 1, 0, 0]
+
+
+def test_giving_up_names_the_losses_of_every_process(data: TinyData, tmp_path: Path) -> None:
+    """One loss of the second process is not finite, and that loss alone is told, beside the means of the others."""
+
+    def prepare() -> None:
+        from dtg_core.engine import loop
+
+        forward = loop._forward
+
+        def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
+            terms = forward(training, student, lesson)
+            if os.environ.get("RANK") == "1":
+                terms["labeled/head/box"] = replace(terms["labeled/head/box"], total=terms["labeled/head/box"].total * float("nan"))
+            return terms
+
+        loop._forward = spoilt
+
+    arguments = command(data, "gfl", tmp_path / "run", "run.max_skipped=2", steps=5)
+    processes = start_many(arguments, tmp_path / "logs", 2, prepare)
+    assert [process.wait().status for process in processes] == [3, 3], processes[0].err + processes[1].err
+    assert "not finite 2 times in a row (labeled/head/box) - " in processes[0].err
+    losses = json.loads((tmp_path / "run" / "nonfinite" / "step.json").read_text())["losses"]
+    assert [name for name, loss in losses.items() if loss == "nan"] == ["labeled/head/box"]
 
 
 def test_all_processes_have_the_same_teacher_when_batch_statistics_train(data: TinyData, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dtg_core.engine import checkpoint
 from dtg_core.engine.checkpoint import load_weights, newest_checkpoint
 from dtg_core.engine.predict import load_detector
 from dtg_core.engine.resume import changed_course, check_stamp
+from dtg_core.engine.signals import ONE_REQUEST
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
 
@@ -96,6 +97,47 @@ def test_killed_at_a_checkpoint(data: TinyData, tmp_path: Path, name: str, momen
     for stage, scores in kept.items():
         assert torch.equal(scores, expected[stage])
         assert (scores - 0.5).abs().min() > 0.01
+
+
+@pytest.mark.parametrize("log_every", [2, 4])
+def test_what_the_run_watches_for_is_resumed(data: TinyData, tmp_path: Path, log_every: int) -> None:
+    """AP before guidance, of an evaluation that came after its checkpoint; and since when the teacher has found nothing, in the
+    middle of a log line's steps."""
+    settings = [f"run.log_every={log_every}", "run.checkpoint_every=2", "run.evaluate_every=2", "guidance.start_step=2",
+                "guidance.ramp_steps=1", "guidance.stages.head.tau=0.99"]  # fmt: skip
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert run(command(data, "gfl", unbroken, *settings, steps=8), tmp_path / "logs").status == 0
+    arguments = command(data, "gfl", broken, *settings, steps=8)
+    assert run(arguments, tmp_path / "logs", prepare=die_after(4, "before")).status == -signal.SIGKILL
+    assert json.loads((broken / "results.json").read_text())["step"] == 2
+    resumed = run([*arguments, "--resume", "auto"], tmp_path / "logs")
+    assert (resumed.status, "at step 2" in resumed.err) == (0, True)
+    assert lines(broken) == lines(unbroken)  # the evaluation is not repeated
+    watched = [checkpoint_state(path / "checkpoints" / "step_00000008")["watch"] for path in (unbroken, broken)]
+    assert watched[0] == watched[1]
+    assert watched[0]["supervised_ap"] is not None
+    assert watched[0]["quiet_since"] == {"head": 2 if log_every == 2 else 0}
+
+
+def test_a_lower_limit_of_skipped_steps_is_kept(data: TinyData, tmp_path: Path) -> None:
+    def prepare() -> None:
+        from dtg_core.engine import loop
+
+        forward = loop._forward
+
+        def spoilt(*arguments: object) -> object:
+            terms = forward(*arguments)
+            return {name: replace(term, total=term.total * float("nan")) for name, term in terms.items()}
+
+        loop._forward = spoilt
+
+    arguments = command(data, "gfl", tmp_path / "run", "run.log_every=1", steps=14)
+    ended = run([*arguments, "run.max_skipped=10", "--stop-at", "6"], tmp_path / "logs", prepare=prepare)
+    assert ended.status == 0, ended.err
+    assert "step 6/14  skipped 1  " in ended.err
+    ended = run([*arguments, "run.max_skipped=3", "--resume", "auto"], tmp_path / "logs", prepare=prepare)
+    assert ended.status == 3, ended.err
+    assert "not finite 3 times in a row" in ended.err
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
@@ -498,6 +540,8 @@ def test_a_signal_breaks_off_an_evaluation(data: TinyData, tmp_path: Path) -> No
 
 
 def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
+    """Unless it comes so soon that it is the same request: schedulers and torchrun signal the same process."""
+
     def prepare() -> None:
         import dtg_core.engine.run as module
 
@@ -506,7 +550,11 @@ def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
         def stepping(*arguments: object) -> object:
             figures = train_step(*arguments)
             if arguments[1][0].step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.01)
+                (tmp_path / "alive").touch()
+                time.sleep(ONE_REQUEST)
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
             return figures
@@ -517,6 +565,7 @@ def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
     ended = run(command(data, "gfl", tmp_path / "run", "run.checkpoint_every=2"), tmp_path / "logs", prepare=prepare)
     assert ended.status == 143
     assert time.monotonic() - began < 30
+    assert (tmp_path / "alive").exists()
     assert newest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail).name == "step_00000002"
 
 
