@@ -8,6 +8,7 @@ three items; ``--output`` lists all of them. Exit status 0: usable, 2: not.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     result = Parser("Check images and annotations.")
     add = result.add_argument
-    add("--annotations", required=True, metavar="JSON", help="labelled images, COCO format")
-    add("--images", metavar="DIR", help="folder that file names in the JSONs are relative to")
-    add("--val", metavar="JSON", help="validation set, checked and compared with the labelled one")
-    add("--val-images", metavar="DIR", help="folder of the images of --val, if different")
-    add("--unlabeled", metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
+    add("--annotations", required=True, type=os.path.expanduser, metavar="JSON", help="labelled images, COCO format")
+    add("--images", type=os.path.expanduser, metavar="DIR", help="folder that file names in the JSONs are relative to")
+    add("--val", type=os.path.expanduser, metavar="JSON", help="validation set, checked and compared with the labelled one")
+    add("--val-images", type=os.path.expanduser, metavar="DIR", help="folder of the images of --val, if different")
+    add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
     add("--workers", type=number(int, "[0, inf)"), default=2, metavar="N", help="processes that decode images (default: 2)")

@@ -81,16 +81,16 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - fix them, take "
                         "them out, or raise data.rules.max_bad_images")
     metrics = coco_metrics(index, found)
-    print(format_metrics(metrics))
     annotations = arguments.annotations or loaded.settings.data.val
     results = {
         "run": str(arguments.weights), "weights": weights.name, "annotations": None if annotations is None else str(annotations),
-        "data": digest(index), "images": len(index) - len(unread), "score": score, **metrics,
+        "data": digest(index), "images": len(index) - len(unread), "unread": len(unread), "score": score, **metrics,
     }  # fmt: skip
     texts = json.dumps(results, indent=1), json.dumps(coco_results(index, found))
     with writing(output), ExitStack() as drafts:  # both files or none
         for name, text in zip(FILES, texts):
             drafts.enter_context(draft_of(output / name)).write_text(text + "\n", encoding="utf-8")
+    print(format_metrics(metrics))
     print(f"written to {output}")
     return 0
 

@@ -9,10 +9,11 @@ Exit status: 0; 2 after a mistake, reported in one line, and when a file is reje
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Parser, main_guard, number, one_of
+from common import Parser, add_rules, main_guard, number, one_of, rules_of
 from predict import find_images
 
 from dtg_core.drafts import require_writable, writing
@@ -33,8 +34,9 @@ def parser() -> Parser:
         help="size of the graph's image, px (default: a square of views.test_short_edge)")
     add("--score", type=number(float, "[0, 1)"), metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
     add("--opset", type=number(int, "[1, inf)"), default=18, metavar="N", help="ONNX opset (default: 18)")
-    add("--images", nargs="+", metavar="PATH", help=f"images, folders or patterns to compare on, {IMAGES} at most "
-        "(default: from the built-in synthetic data set)")
+    add("--images", nargs="+", type=os.path.expanduser, metavar="PATH",
+        help=f"images, folders or patterns to compare on, {IMAGES} at most (default: from the built-in synthetic data set)")
+    add_rules(result)
     return result
 
 
@@ -55,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     side = settings.views.test_short_edge
     size = tuple(arguments.size or (side, side))
     score = settings.run.score_threshold if arguments.score is None else arguments.score
-    pictures = [read_image(root / name, rules=settings.data.rules) for name in names[:IMAGES]]
+    rules = rules_of(arguments, settings.data.rules)
+    pictures = [read_image(root / name, rules=rules) for name in names[:IMAGES]]
     pictures = pictures or [draw_scene(0, "val", number).image for number in range(IMAGES)]
     formats = FORMATS[arguments.format]
     with writing(arguments.output):

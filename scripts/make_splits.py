@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,10 +64,17 @@ def main(argv: Sequence[str]) -> int:
     import numpy as np
 
     from dtg_core.data.coco import parse_coco
+    from dtg_core.data.report import Report
     from dtg_core.data.splits import fill_classes, group_images
 
-    content, counts = parse_coco(arguments.annotations, rules)
+    content, counts = parse_coco(arguments.annotations, rules, report := Report())
     images = content["images"]
+    file, times = Counter(image["file_name"] for image in images).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{arguments.annotations}: lists the file {file!r} {times} times, and the splits could share it - make it "
+                        "one image with all its boxes")
+    for line in report.lines():
+        print(f"warning: {line}", file=sys.stderr)
     groups = group_images(images, arguments.group_by)
     if int(groups.max()) == 0 < len(images) - 1:
         raise UserError(f"--group-by {arguments.group_by!r}: makes 1 group of all {len(images)} images, which cannot be split - "
@@ -131,6 +139,9 @@ def _shares(arguments: argparse.Namespace) -> Any:
         if arguments.indices is None or arguments.count or arguments.group_by or arguments.val:
             raise UserError("--protocol ubteacher: it takes its images from --indices FILE by --percent - give these two, "
                             "and no --count, --group-by or --val")
+    elif arguments.min_per_class and not names:
+        raise UserError("--min-per-class: it is of labelled shares, and --val alone makes none - add --percent or --count, or "
+                        "leave it out")
     elif arguments.indices is not None:
         raise UserError("--indices: belongs to --protocol ubteacher - leave one of the two out")
 

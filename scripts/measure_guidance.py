@@ -21,6 +21,7 @@ then sink from step to step (RESULTS.md, blood cells). Thresholds should find ab
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -56,7 +57,7 @@ def parser() -> Parser:
         help="settings to measure (default: dense and sparse)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (built-in synthetic data set: known)")
-    add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
+    add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="other unlabelled images than the run's")
     add("--images", type=number(int, "[1, inf)"), default=128, metavar="N",
         help="most images to measure on, each once (default: 128)")
     add("--batch", type=number(int, "[1, inf)"), default=16, metavar="N", help="most images per gradient (default: 16)")

@@ -66,7 +66,7 @@ def parser() -> Parser:
     result = Parser("Find objects in images and videos with a trained detector.")
     add = result.add_argument
     add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
-    add("paths", nargs="+", metavar="PATH", help="images, videos, folders, or quoted patterns")
+    add("paths", nargs="+", type=os.path.expanduser, metavar="PATH", help="images, videos, folders, or quoted patterns")
     add("--output", type=Path, required=True, metavar="DIR", help="where pictures and lists go")
     add_overwrite(result)
     add("--annotations", type=Path, metavar="JSON", help="COCO JSON that has the images' ids (default: they are numbered)")
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
     require_apart(arguments.paths, arguments.output)
     names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-    ids = image_ids(arguments.annotations, root, names) if arguments.annotations else {}
+    listed = listed_images(arguments.annotations, root, names) if arguments.annotations else {}
     require_own_folder(arguments.output)
     require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite)
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     with writing(arguments.output):
         arguments.output.mkdir(parents=True, exist_ok=True)
         rules = rules_of(arguments, predictor.settings.data.rules)
-        found = images(root, names, ids, rules, done := Done())
+        found = images(root, names, listed, rules, done := Done())
         predict(predictor, found, names, arguments.output, arguments.score, arguments.batch, not arguments.no_pictures, done)
     if done.interrupted:
         print(f"interrupted after {how_far(done, names)}; written to {arguments.output}", file=sys.stderr)
@@ -180,8 +180,8 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
     return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common)
 
 
-def image_ids(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Ids of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` next to it.
+def listed_images(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Entries of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` next to it.
 
     Args:
         annotations: the JSON; only its list of images is read. root: folder of ``names``, those of the images.
@@ -191,7 +191,8 @@ def image_ids(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, 
     """
     from dtg_core.data.strict_json import read_json
 
-    content = read_json(annotations, lambda record: {key: record[key] for key in ("images", "id", "file_name") if key in record})
+    kept = ("images", "id", "file_name", "width", "height")
+    content = read_json(annotations, lambda record: {key: record[key] for key in kept if key in record})
     records = content.get("images") if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise UserError(f"{annotations}: no list of images in it (found {type(content).__name__}) - give a COCO JSON")
@@ -202,12 +203,12 @@ def image_ids(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, 
         value, times = Counter(record[key] for record in records).most_common(1)[0]
         if times > 1:
             raise UserError(f"{annotations}: {times} images have the {key} {value!r} - fix it, so that each has its own")
-    ids = {os.path.normpath(record["file_name"]): record["id"] for record in records}
+    entries = {os.path.normpath(record["file_name"]): record for record in records}
     found: dict[str, Any] = {}
     for folder in (root, annotations.parent, annotations.parent / "images"):
         way = os.path.relpath(os.path.realpath(root), os.path.realpath(folder))
         keys = {name: os.path.normpath(os.path.join(way, name)) for name in names}
-        found = max(found, {name: ids[key] for name, key in keys.items() if key in ids}, key=len)
+        found = max(found, {name: entries[key] for name, key in keys.items() if key in entries}, key=len)
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{annotations}: does not list {missing[0]!r} ({len(missing)} of {counted(len(names), 'file')}) - give the "
@@ -327,12 +328,12 @@ def how_far(done: Done, names: Sequence[str]) -> str:
 
 
 def images(
-    root: Path, names: Sequence[str], ids: Mapping[str, Any], rules: DataRules, done: Done
+    root: Path, names: Sequence[str], listed: Mapping[str, Mapping[str, Any]], rules: DataRules, done: Done
 ) -> Iterator[tuple[Any, str, Image.Image]]:
     """Ids, names and images that can be read, videos frame by frame; what cannot be read is reported and counted in ``done``.
 
-    Images without an id in ``ids`` are numbered from 1; unreadable ones have their numbers too, so that fixing one does not
-    change the others'.
+    Those in ``listed`` have the ids and the pixels of its JSON, turned by EXIF or not. Others are numbered from 1; unreadable ones
+    have their numbers too, so that fixing one does not change the others'.
     """
     from tqdm import tqdm
 
@@ -346,11 +347,22 @@ def images(
                 for number, frame in enumerate(read_frames(root / name), 1):
                     yield next(numbers), f"{name}/{number:06d}.jpg", frame
             else:
-                image_id = ids.get(name, next(numbers))
-                yield image_id, name, read_image(root / name, rules=rules)
+                number, entry = next(numbers), listed.get(name, {})
+                size = side(entry.get("height")), side(entry.get("width"))
+                image = read_image(root / name, size, rules)
+                if all(size) and (image.height, image.width) != size and rules.resized != "keep":
+                    found, told = f"{image.width} x {image.height}", f"{size[1]} x {size[0]}"
+                    raise UserError(f"{root / name}: it is {found} px but its JSON says {told}, which its boxes would not fit - "
+                                    "fix one of them, or set data.rules.resized=keep")
+                yield entry.get("id", number), name, image
         except UserError as error:
             done.failed += 1
             tqdm.write(f"skipped: {printable(str(error))}", file=sys.stderr)  # above the bar
+
+
+def side(value: object) -> int:
+    """A side in pixels, 0 if it is not one."""
+    return int(value) if isinstance(value, (int, float)) and 1 <= value < 2**31 else 0
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -11,6 +11,7 @@ the pseudo boxes. A weights file alone serves as teacher and student at once.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def parser() -> Parser:
     add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images on a sheet (default: 4)")
     add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
         help="use the images and views of this training step (default: 0)")
-    add("--unlabeled", metavar="DIR|JSON", help="other unlabelled images than the run's")
+    add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="other unlabelled images than the run's")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images, COCO format")
     add("--measure", type=number(int, "[1, inf)"), default=100, metavar="N",
         help="images compared with the truth (default: 100)")

@@ -30,7 +30,7 @@ from dtg_core.data.files import (
 )
 from dtg_core.data.images import image_size
 from dtg_core.data.index import CocoIndex, starts, subset, unlabeled_index
-from dtg_core.data.report import Report
+from dtg_core.data.report import Report, singular
 from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
 
@@ -51,7 +51,7 @@ def load_coco(
 
     Args:
         json_path: the file.
-        images: folder that its file names are relative to. If the first image is not in it, or for None, it is the
+        images: folder that its file names are relative to. If the first images are not in it, or for None, it is the
             JSON's own folder, or ``images`` next to the JSON or next to its folder.
         need_labels: False reads the list of images only, as for unlabelled data, and needs no other key.
         rules: what is tolerated; None: the defaults.
@@ -66,7 +66,7 @@ def load_coco(
     """
     json_path, rules, notes = Path(json_path), rules or DataRules(), Report() if report is None else report
     content, ids, names = _listed(json_path, rules, notes)
-    root = _image_folder(json_path, names[0], images, notes)
+    root = _image_folder(json_path, names, images, notes)
     missing = missing_files(root, names, json_path, rules)
     notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
@@ -85,14 +85,15 @@ def load_coco(
     return index
 
 
-def parse_coco(json_path: Path, rules: DataRules | None = None) -> tuple[dict[str, Any], np.ndarray]:
-    """The records of a COCO JSON, checked by ``rules`` as in ``load_coco`` but without looking at the image files.
+def parse_coco(json_path: Path, rules: DataRules | None = None, report: Report | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """The records of a COCO JSON, checked by ``rules`` as in ``load_coco`` but without looking at the image files; ``report``
+    collects what is odd.
 
     Returns:
         The file's content without polygons and without annotations of unknown images; and [images, C] int64, the numbers of
         usable boxes that are not crowds, with classes in the order of "categories".
     """
-    rules, notes = rules or DataRules(), Report()
+    rules, notes = rules or DataRules(), Report() if report is None else report
     content, ids, names = _listed(json_path, rules, notes)
     bare = unlabeled_index(json_path.parent, names, ids, rules)
     index = _with_objects(bare, content, np.ones(len(names), bool), json_path, notes)
@@ -181,9 +182,9 @@ def _with_objects(
         worst, kind = max(counted[:5], key=lambda entry: int(entry[0].sum()))
         first = int(np.nonzero(worst)[0][0])
         kind = kind.removesuffix("are left out").removesuffix(" and ").strip()
-        raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: "
-                        f"{int(worst.sum())} "
-                        f"{kind}) - fix them, or raise data.rules.max_bad_annotations")
+        number = int(worst.sum())
+        raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: {number} "
+                        f"{kind if number > 1 else singular(kind)}) - fix them, or raise data.rules.max_bad_annotations")
 
     order = order[np.argsort(rows[order], kind="stable")]
     classes = np.bincount(labels[order][~crowd[order]], minlength=len(class_names))
@@ -192,6 +193,7 @@ def _with_objects(
         index,
         sizes=sizes,
         as_stored=frame.as_stored,
+        scale=frame.scale[:, :2] if (frame.scale != 1).any() else None,
         boxes=clipped[order].astype(np.float32),
         labels=labels[order],
         box_start=starts(np.bincount(rows[order], minlength=len(index))),
@@ -486,8 +488,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _image_folder(json_path: Path, first: str, images: Path | None, report: Report) -> Path:
-    """The first folder that has the first image: the given one, the JSON's own, or ``images`` next to the JSON or its folder.
+def _image_folder(json_path: Path, names: Sequence[str], images: Path | None, report: Report) -> Path:
+    """The first folder that has the first image that is anywhere: the given one, the JSON's own, or ``images`` next to the JSON
+    or its folder.
 
     So one ``data.images`` serves a run whose sets are in different folders. If several have an image of that name, only the
     user knows which is meant.
@@ -496,6 +499,7 @@ def _image_folder(json_path: Path, first: str, images: Path | None, report: Repo
         raise UserError(f"{images}: {no_folder(Path(images))} - {GIVE_IMAGES}")
     own = json_path.parent
     folders = ([Path(images)] if images is not None else []) + [own, own / "images", own.parent / "images"]
+    first = next((name for name in names[:SAMPLE] if any(os.path.isfile(folder / name) for folder in folders)), names[0])
     found = [folder for folder in folders if os.path.isfile(folder / first)]
     if any(not os.path.samefile(found[0] / first, folder / first) for folder in found[1:]):
         report.add(json_path, f"folders have different images called {first!r}, and {found[0]} is used - if that is wrong, leave "

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
             else:
                 names.append(name)
     for kind, items in skipped.items():  # what may be images after all before hidden files
-        report.add(folder, kind, sorted(items, key=lambda name: (_is_hidden(os.path.basename(name)), name)))
+        items.sort(key=lambda name: (_is_hidden(os.path.basename(name)), name))
+        report.add(folder, kind, items)
     names.sort()
     return names
 
@@ -150,7 +152,8 @@ def missing_files(root: Path, names: Sequence[str], source: Path, rules: DataRul
     Each folder is listed once instead of checking each file, which matters on network disks.
 
     Raises:
-        UserError: a name differs from an existing one in case only, is not a regular file, or is a link that leads out of root.
+        UserError: a name differs from an existing one in case or in the Unicode form of accents only, is not a regular file, or
+            is a link that leads out of root.
     """
     folders: dict[str, dict[str, int]] = {}
     missing = []
@@ -160,7 +163,7 @@ def missing_files(root: Path, names: Sequence[str], source: Path, rules: DataRul
             folders[prefix] = _listed(root, prefix, source, rules)
         kind = folders[prefix].get(base)
         if kind is None:
-            _refuse_other_case(source, row, base, folders[prefix])
+            _refuse_other_spelling(source, row, base, folders[prefix])
             missing.append(row)
         elif kind == OTHER:
             raise UserError(f"{source}: images[{row}] {name!r} in {root} is not a regular file - take it out")
@@ -224,9 +227,13 @@ def _inside(root: Path, name: str) -> bool:
     return real == base or real.startswith(base.rstrip("/") + "/")
 
 
-def _refuse_other_case(source: Path, row: int, base: str, listed: dict[str, int]) -> None:
+def _refuse_other_spelling(source: Path, row: int, base: str, listed: dict[str, int]) -> None:
     if len(listed) > 10_000 and base.lower() not in listed:  # a scan for each name would be quadratic
         return
-    other = next((name for name in listed if name.lower() == base.lower()), None)
-    if other is not None:
-        raise UserError(f"{source}: images[{row}] is {base!r}, but the file is called {other!r} - rename one of them")
+    composed = unicodedata.normalize("NFC", base)
+    for name in listed:
+        if name.lower() == base.lower():
+            raise UserError(f"{source}: images[{row}] is {base!r}, but the file is called {name!r} - rename one of them")
+        if not base.isascii() and unicodedata.normalize("NFC", name) == composed:  # accents can be written in two ways
+            raise UserError(f"{source}: images[{row}] is {base!a}, but the file is called {name!a}, which looks the same - "
+                            "rename one of them")

@@ -24,6 +24,7 @@ from dtg_core.settings import plain_yaml
 Record = dict[str, Any]
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
 NO_FILE = "images have no annotation file and are taken to show no object - --only-labeled leaves them out"
+THIN = "boxes without a positive width and height are left out"
 LEFT_OUT = "images have no annotation file and are left out"
 TURNED = ("images have an EXIF orientation, and their labels count as drawn on the turned image - if they were drawn on the stored "
           "pixels, take the orientation out of the files")
@@ -65,11 +66,14 @@ def import_yolo(
                 report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [place])
                 continue
             label, (x1, y1, x2, y2) = found
+            if x2 <= x1 or y2 <= y1:
+                report.add(labels, THIN, [place])
+                continue
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
             annotations.append(_annotation(len(annotations), len(records), label + 1, box))
     if keypoints is None and len(kinds) == 1:
         _doubt_polygons(kinds, labels, report)
-    return _coco(records, annotations, class_names, labels, report)
+    return _coco(records, annotations, class_names, labels, report, rules)
 
 
 def import_voc(
@@ -85,12 +89,13 @@ def import_voc(
         names: the classes, as in ``import_yolo``, for files that share them; None: those that occur, in alphabetical order.
         only_labeled, rules: as in ``import_yolo``.
     """
+    rules = rules or DataRules()
     records: list[Record] = []
     objects: list[Record] = []
     given = None if names is None else _class_names(names)
     class_names = list(given or ())
     first = 0 if zero_based else 1
-    for name, (height, width), path in _sized(images, annotations, ".xml", report, rules or DataRules(), only_labeled):
+    for name, (height, width), path in _sized(images, annotations, ".xml", report, rules, only_labeled):
         record = {"id": len(records) + 1, "file_name": name, "width": width, "height": height}
         records.append(record)
         if path is None:
@@ -108,12 +113,15 @@ def import_voc(
                 class_names.append(label)
             x1, y1, x2, y2 = corners
             box = [x1 - first, y1 - first, x2 - x1 + first, y2 - y1 + first]
+            if box[2] <= 0 or box[3] <= 0:
+                report.add(annotations, THIN, [f"{path} object {number + 1}"])
+                continue
             entry = _annotation(len(objects), len(records), class_names.index(label) + 1, box)
             objects.append(entry | {"ignore": int(difficult)})
     order = given or sorted(class_names)
     for entry in objects:
         entry["category_id"] = order.index(class_names[entry["category_id"] - 1]) + 1
-    return _coco(records, objects, order, annotations, report)
+    return _coco(records, objects, order, annotations, report, rules)
 
 
 def _sized(
@@ -128,15 +136,15 @@ def _sized(
                (name for name in names if stems[os.path.splitext(name)[0]] > 1))
     for name in names:
         path = _label_file(labels, name, suffix)
-        if path is None:
-            report.add(labels, LEFT_OUT if only_labeled else NO_FILE, [name])
         if only_labeled and path is None:
+            report.add(labels, LEFT_OUT, [name])
             continue
         try:
             size = image_size(folder / name, rules)[1]
         except UserError as error:
             report.add(folder, "images cannot be used and are left out", [str(error).replace(f"{folder / name}: ", f"{name}: ", 1)])
             continue
+        report.add(labels, NO_FILE, [] if path else [name])
         yield name, size, path
 
 
@@ -155,7 +163,7 @@ def _annotation(number: int, image: int, category: int, box: list[float]) -> Rec
 
 
 def _coco(
-    records: list[Record], annotations: list[Record], class_names: list[str], source: Path, report: Report
+    records: list[Record], annotations: list[Record], class_names: list[str], source: Path, report: Report, rules: DataRules
 ) -> Record:
     if not annotations:
         odd = [finding for finding in report.findings.values() if finding.kind not in (NO_FILE, LEFT_OUT)]
@@ -163,6 +171,9 @@ def _coco(
             worst = max(odd, key=lambda finding: finding.count)
             raise UserError(f"{worst} - no object is left of {len(records)} images, so correct the files")
         raise UserError(f"{source}: no object found for {len(records)} images - check that both folders have the same names")
+    thin = report.findings.get((str(source), THIN))
+    if thin and thin.count > rules.max_bad_annotations * (len(annotations) + thin.count):
+        raise UserError(f"{thin} - correct the files, or raise data.rules.max_bad_annotations")
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
     return {"images": records, "annotations": annotations, "categories": categories}
 
@@ -192,6 +203,9 @@ def _class_names(path: Path) -> list[str]:
         names = [str(name) for name in found] if isinstance(found, list) else []
     if not names:
         raise UserError(f"{path}: no class names found - list them under 'names', or one a line in a .txt")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UserError(f"{path}: two classes are called {name!r} - join them, or rename one")
     return names
 
 

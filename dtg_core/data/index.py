@@ -35,6 +35,7 @@ class CocoIndex:
     category_ids: list[Any]  # C, as the user wrote them
     areas: np.ndarray | None = None  # [B] float64, the JSON's own; None: those of the boxes
     as_stored: bool = False  # boxes were drawn on stored pixels, so EXIF turns no image
+    scale: np.ndarray | None = None  # [n, 2] float64, (x, y) factors from the JSON's pixels to these; None: they are the same
     rules: DataRules = field(default_factory=DataRules)
 
     def __len__(self) -> int:
@@ -97,6 +98,7 @@ def subset(index: CocoIndex, rows: Sequence[int] | np.ndarray) -> CocoIndex:
         image_ids=packed([index.image_ids[row] for row in rows.tolist()]),
         file_names=packed([index.file_names[row] for row in rows.tolist()]),
         sizes=index.sizes[rows],
+        scale=None if index.scale is None else index.scale[rows],
         boxes=index.boxes[boxes],
         labels=index.labels[boxes],
         box_start=box_start,

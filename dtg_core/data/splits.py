@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dtg_core.data.strict_json import read_json
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 
 Protocol = Literal["softteacher", "stac", "ubteacher"]
 
@@ -77,8 +77,9 @@ def fill_classes(
     total = boxes_of.sum(0)
     if (total < least).any():
         rare = int(total.argmin())
-        raise UserError(f"--min-per-class: {class_names[rare]!r} has only {int(total[rare])} boxes in all - ask for at most "
-                        "that many")
+        remedy = "ask for at most that many" if total[rare] else "take it out of the JSON's categories"
+        found = counted(int(total[rare]), "box", "boxes")
+        raise UserError(f"--min-per-class: {class_names[rare]!r} has only {found} in all - {remedy}")
     taken = np.isin(groups, groups[positions])
     have = boxes_of[taken].sum(0)
     for image in np.random.RandomState(fold).permutation(len(groups)):

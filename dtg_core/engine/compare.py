@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
-_FOLD = re.compile(r"(?<=fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
+_FOLD = re.compile(r"(?<=(?<![a-z])fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Run:
     curve: list[tuple[int, float, float]]  # step, seconds of training until then, the teacher's AP
     seconds: float  # of training, without evaluations
     waiting: float  # seconds of these that were spent waiting for data
+    over: tuple[str, ...] = ()  # values of other settings in which the runs of a row may differ
 
     @property
     def name(self) -> str:
@@ -53,8 +54,8 @@ class Run:
 
     @property
     def draw(self) -> tuple[Any, ...]:
-        """Seed and fold, which tell the runs of a row apart and pair those of two rows."""
-        return tuple(str(self.settings.get(key)) for key in (SEED, EMBEDDED_FOLD, LABELED))
+        """Seed, fold and the like, which tell the runs of a row apart and pair those of two rows."""
+        return *(str(self.settings.get(key)) for key in (SEED, EMBEDDED_FOLD, LABELED)), *self.over
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def compare(
     unknown = [key for key in over if not any(key in run.settings for run in runs)]
     if unknown:
         raise UserError(f"--over {unknown[0]}: no run has such a setting with an effect - give a key as in config.yaml")
+    runs = [replace(run, over=tuple(json.dumps(run.settings.get(key)) for key in over)) for run in runs]
     first = runs[0]
     for run in runs[1:]:
         _refuse_other_images(run, first)
@@ -104,7 +106,7 @@ def compare(
     for run in runs:
         groups.setdefault(json.dumps(_shared(run, over), sort_keys=True), []).append(run)
     for members in groups.values():
-        _refuse_copies(members, over)
+        _refuse_copies(members)
         _refuse_changed_data(members)
     differing = _differing(list(groups.values()), over)
     names = _names(list(groups.values()), differing, labels or {})
@@ -326,10 +328,10 @@ def _refuse_changed_data(runs: Sequence[Run]) -> None:
                                 "same - a mean over both would be of two things, so compare them apart")
 
 
-def _refuse_copies(runs: Sequence[Run], over: Sequence[str]) -> None:
+def _refuse_copies(runs: Sequence[Run]) -> None:
     seen: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        draw = (*run.draw, str(run.settings.get(UNLABELED)), *(json.dumps(run.settings.get(key)) for key in over))
+        draw = *run.draw, str(run.settings.get(UNLABELED))
         if draw in seen:
             raise UserError(f"{run.path}: has the settings, seed and fold of {seen[draw].path} - a mean over both would "
                             "count one run twice, so give one of them")

@@ -17,8 +17,9 @@ SILENT = {
 BATCH = "images_of_a_step"
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
 DENSE_ONLY = {
-    "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples", "normalization",
-    "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust", "soft_background",
+    "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples",
+    "normalization", "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust",
+    "soft_background",
 }  # fmt: skip
 SPARSE_ONLY = {"pseudo_score", "proposals"}
 #: Every stage's rule has them, but proposals are moved to the student one by one and need no partner.

@@ -119,13 +119,16 @@ def metrics_and_curves(
 
 
 def coco_results(index: CocoIndex, found: SetDetections) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, with the data set's own image and category ids; JSON values."""
+    """Detections in COCO's results format, with the ids and in the pixels of the data set's JSON; JSON values."""
     image_ids, category_ids = list(index.image_ids), list(index.category_ids)
+    rows = found.merged()[1]
+    if index.scale is not None:
+        rows[:, :4] /= index.scale[rows[:, 6].astype(np.int64)][:, [0, 1, 0, 1]]
     return [
         {"image_id": _plain(image_ids[int(row[6])]), "category_id": _plain(category_ids[int(row[5])]),
          "bbox": [round(float(value), 3) for value in (row[0], row[1], row[2] - row[0], row[3] - row[1])],
          "score": round(float(row[4]), 6)}
-        for row in found.merged()[1]
+        for row in rows
     ]
 
 

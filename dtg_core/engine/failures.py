@@ -21,8 +21,8 @@ def advice(error: RuntimeError, recent: Sequence[StepBatch], evaluating: bool, a
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         peak = f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB, " if device.type == "cuda" else ""
         if evaluating:
-            return (f"{step}: out of memory on {device} ({peak}in the evaluation) - lower run.evaluate_batch, views.test_short_edge "
-                    "and views.long_edge, or use --mixed_precision bf16")
+            return (f"{step}: out of memory on {device} ({peak}in the evaluation) - lower run.evaluate_batch, "
+                    "views.test_short_edge and views.long_edge, or use --mixed_precision bf16")
         views = [view for batch in recent[:1] for view in (batch.labeled, batch.unlabeled and batch.unlabeled.student) if view]
         shapes = " and ".join("x".join(map(str, view.pixels.shape)) for view in views)
         return (f"{step}: out of memory on {device} ({peak}views of {shapes}) - lower data.unlabeled_per_device and "

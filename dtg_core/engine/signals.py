@@ -8,7 +8,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
-
 #: Seconds within which signals are one request: a scheduler signals every process of a job, and torchrun passes its own on.
 ONE_REQUEST = 2.0
 

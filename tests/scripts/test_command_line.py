@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import benchmark  # noqa: E402
+import check_data  # noqa: E402
 import common  # noqa: E402
 import evaluate  # noqa: E402
+import predict  # noqa: E402
 from common import (  # noqa: E402
     DETECTORS,
     STAGES,
@@ -562,3 +564,7 @@ def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     settings, _, _ = load_settings(train_parser().parse(given))
     found = settings.data.labeled, settings.data.val, settings.backbone.weights, settings.run.output
     assert found == tuple(str(tmp_path / name) for name in ("own.json", "other.json", "w.safetensors", "run"))
+    with pytest.raises(UserError, match=f"^{tmp_path}/none.json: there is no such file"):
+        check_data.main(["--annotations=~/none.json"])
+    with pytest.raises(UserError, match=f"^{tmp_path}/none: no image there"):
+        predict.main(["run", "~/none", "--output", str(tmp_path / "out")])

@@ -430,6 +430,26 @@ def test_ids_of_images_by_file_name(run, photos, tmp_path, place, above):
     assert {entry["image_id"] for entry in results} == {70, "b", 5}
 
 
+def test_boxes_are_in_the_pixels_of_the_json(run, tmp_path, capsys):
+    """Of an image that EXIF would turn, but whose size in the JSON is the stored one; another size than the file's stops it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        Image.new("RGB", (60, 40)).save(folder / name, exif=turned)
+    sizes = {"a.jpg": {"width": 60, "height": 40}, "b.jpg": {"width": 40, "height": 60}, "c.jpg": {"width": 30, "height": 20}}
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"images": [{"id": name[0], "file_name": name, **size} for name, size in sizes.items()]}))
+    arguments = [str(run), str(folder), "--output", str(tmp_path / "out"), "--device", "cpu", "--annotations", str(own)]
+    assert predict.main(arguments) == 0
+    listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [(image["id"], image["width"], image["height"]) for image in listed] == [("a", 60, 40), ("b", 40, 60)]
+    assert "c.jpg: it is 40 x 60 px but its JSON says 30 x 20" in capsys.readouterr().err
+    assert predict.main([*arguments, "--overwrite", "--set", "data.rules.resized=keep"]) == 0
+    assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 3
+
+
 @pytest.mark.parametrize(("images", "told"), [
     ([{"id": 1, "file_name": "a.png"}], r"does not list 'trip/b\.jpg' \(2 of 3 files\) - give the folder .*, or leave --annotations out"),
     ([], "no list of images in it"), ({"id": 1}, "no list of images in it"),
@@ -480,7 +500,8 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "hidden labels of 4 images" in shown
     names = re.search(r"^images, from the top: (\S+\.jpg), (\S+\.jpg)$", shown, re.MULTILINE)
-    assert names and names[1] != names[2]
+    assert names
+    assert names[1] != names[2]
     assert all(f"{stage}, clusters over" in shown for stage in stages)
     assert ("rpn, pseudo boxes over 0.4" in shown) == ("rpn" in stages)
     assert "rpn, clusters over 0.4" not in shown  # its tau is 0.5

@@ -65,6 +65,25 @@ def test_finds_the_images(tmp_path: Path, images: str) -> None:
     assert load_coco(path, tmp_path / images).path(0).is_file()
 
 
+def test_the_folder_is_found_though_the_first_image_is_missing(tmp_path: Path) -> None:
+    path = write(tmp_path, content())
+    (tmp_path / "images" / "b.png").unlink()
+    index = load_coco(path, rules=DataRules(max_bad_images=0.5))
+    assert (index.root, index.file_names) == (tmp_path / "images", ["a.png", "c.png"])
+    with pytest.raises(UserError, match=r"'b\.png' is not in .*images.* \(1 of 3 are missing\) - restore them"):
+        load_coco(path)
+
+
+def test_names_that_differ_in_their_unicode_form(tmp_path: Path) -> None:
+    """As between macOS and others: the two look the same, so the message writes them out."""
+    value = content()
+    value["images"][1]["file_name"] = "M\u00fcller.png"
+    path = write(tmp_path, value)
+    Image.new("RGB", (20, 10)).save(tmp_path / "images" / "Mu\u0308ller.png")
+    with pytest.raises(UserError, match=r"images\[1\] is 'M\\xfcller\.png', but the file is called 'Mu\\u0308ller\.png', which looks"):
+        load_coco(path)
+
+
 def test_a_given_folder_without_the_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, other = write(tmp_path, content()), tmp_path / "photos"
     other.mkdir()
@@ -155,7 +174,7 @@ def broken(change: str) -> Any:
         ("not json", "line 2, column 5"), ("list", "found a list"), ("no images", "lists no images"),
         ("no key", "'annotations' is missing"), ("no categories", "no categories"), ("image id twice", "'b' twice"),
         ("category id twice", "9 twice"), ("no file name", r"images\[2\] has no 'file_name'"),
-        ("no file", "'d.png' is not in"), ("category", r"annotations\[2\]: 1 annotations of categories"),
+        ("no file", "'d.png' is not in"), ("category", r"annotations\[2\]: 1 annotation of categories"),
     ],
 )  # fmt: skip
 def test_faults(tmp_path: Path, change: str, message: str) -> None:

@@ -26,6 +26,7 @@ from common import main_guard  # noqa: E402
 from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
 from dtg_core.data import strict_json  # noqa: E402
 from dtg_core.data.coco import load_coco  # noqa: E402
+from dtg_core.data.index import subset  # noqa: E402
 from dtg_core.data.plan import StepData, steps_loader  # noqa: E402
 from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
@@ -397,6 +398,9 @@ def test_images_that_were_resized_after_labelling(folder: Path, factor: float) -
     np.testing.assert_allclose(index.areas, wanted.areas)
     np.testing.assert_array_equal(index.sizes, wanted.sizes)
     assert "12 images have another size than the JSON says; their boxes are scaled with them" in report.lines()[0]
+    last = subset(index, [3, 11])  # what is found there is told in the JSON's pixels
+    found = coco_results(last, SetDetections([np.arange(2)], [np.array([[10.0, 20, 30, 50, 0.5, 1, 1]])]))
+    assert found[0]["bbox"] == [round(value * factor, 3) for value in (10, 20, 20, 30)]
     every("annotations", lambda a: {"bbox": [value / factor for value in a["bbox"]]})(content)
     kept = load_coco(write(folder, content), rules=DataRules(resized="keep"), report=Report())
     np.testing.assert_allclose(kept.boxes, wanted.boxes, atol=1e-4)

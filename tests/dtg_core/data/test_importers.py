@@ -204,12 +204,29 @@ def test_fault_32_by_the_command(
 
 def test_import_follows_the_rules_that_it_names(folder: Path) -> None:
     (folder / "labels/a/1.txt").write_text("0 0.5 0.5 0.2 0.4\n" + "0 0.5 0.5 0 0.4\n" * 9)
-    with pytest.raises(UserError, match=r"own\.json: .* raise data\.rules\.max_bad_annotations"):
+    problem = r"labels: 9 boxes without .* left out \(.*1\.txt:2, .*1\.txt:3, .*\) - correct the files, or raise data\.rules\.max_bad_ann"
+    with pytest.raises(UserError, match=problem):
         run(folder, "yolo")
     assert not (folder / "own.json").exists()
-    with pytest.raises(UserError, match=r"own\.json: .* cannot be used"):  # when it is read again, by the defaults
-        run(folder, "yolo", "--set", "data.rules.max_bad_annotations=1")
-    assert (folder / "own.json").exists()
+    assert len(run(folder, "yolo", "--set", "data.rules.max_bad_annotations=1").boxes) == 1
+    (folder / "labels/a/1.xml").write_text(voc(("dog", 1, 1, 5, 5, 0), ("dog", 9, 9, 2, 20, 0)))
+    with pytest.raises(UserError, match=r"labels: 1 box without .* is left out \(.*1\.xml object 2\) - correct the files"):
+        run(folder, "voc", "--overwrite")
+
+
+def test_classes_of_one_name_are_told_with_their_file(folder: Path) -> None:
+    (folder / "names.txt").write_text("cat\ndog\ncat\n")
+    with pytest.raises(UserError, match=r"names\.txt: two classes are called 'cat' - join them, or rename one"):
+        run(folder, "yolo")
+
+
+def test_an_unreadable_image_is_told_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0.2 0.4")
+    (folder / "images/a/2.png").write_text("no image")
+    run(folder, "yolo")
+    shown = capsys.readouterr().err
+    assert "1 image has no annotation file and is taken to show no object - --only-labeled leaves it out (b/1.png)" in shown
+    assert shown.count("a/2.png") == 1
 
 
 def test_fault_32_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +282,7 @@ def test_the_file_is_told_by_its_own_name(folder: Path, capsys: pytest.CaptureFi
     assert f"warning: {folder / 'own.json'}: 1 class has no box (cat)" in shown.err
     assert shown.out == f"{folder / 'own.json'}: 3 images, 1 box of 2 classes\n"
     (folder / "labels/a/1.txt").write_text("1 0.5 0.5 0 0.4\n")
-    with pytest.raises(UserError, match=r"own\.json: 1 of 1 annotations"):
+    with pytest.raises(UserError, match=r"labels: 1 box without .*1\.txt:1\) - no object is left of 3 images"):
         run(folder, "yolo", "--overwrite")
 
 

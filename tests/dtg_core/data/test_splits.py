@@ -214,6 +214,21 @@ def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
         split(source, "--count", 20, "--min-per-class", 6)
 
 
+def test_a_class_without_boxes_and_a_file_of_two_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = coco(tmp_path, 40)  # no box of "rare"
+    assert split(source, "--count", 10, "--folds", 1)["images"] == 40
+    assert f"warning: {source}: 1 class has no box (rare)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="'rare' has only 0 boxes in all - take it out of the JSON's categories"):
+        split(source, "--count", 10, "--min-per-class", 1)
+    with pytest.raises(UserError, match="--min-per-class: it is of labelled shares, and --val alone makes none"):
+        split(source, "--val", 25, "--min-per-class", 1)
+    content = json.loads(source.read_text())
+    content["images"][7]["file_name"] = content["images"][3]["file_name"]
+    source.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"source\.json: lists the file 'scene0_view3\.jpg' 2 times, and the splits could share it"):
+        split(source, "--val", 25)
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

@@ -72,6 +72,19 @@ def test_means_spreads_and_differences(tmp_path):
     assert whole["Classes"][1] == ["cat", "32.00 ± 2.00", "33.00 ± 1.80"]
 
 
+def test_runs_are_paired_by_what_may_differ_in_a_row(tmp_path):
+    """In whatever order they are given: 30 and 50 of alpha 1 and 2 to 31 and 51."""
+    low = [write_run(tmp_path / f"s{alpha}", ap, paradigm="sparse", alpha=alpha) for alpha, ap in ((1.0, 30), (2.0, 50))]
+    high = [write_run(tmp_path / f"d{alpha}", ap, alpha=alpha) for alpha, ap in ((1.0, 31), (2.0, 51))]
+    for order in ([*low, *high], [*low, *high[::-1]]):
+        assert tables(compare(order, STAGES, ["guidance.alpha"]))["Results"][2][4] == "+1.00 ± 0.00"
+
+
+def test_a_fold_is_a_word(tmp_path):
+    runs = [write_run(tmp_path / name, 30, labeled=f"data/{name}.json") for name in ("fold1", "fold2", "scaffold1", "scaffold2")]
+    assert [len(row.runs) for row in compare(runs, STAGES).rows] == [2, 1, 1]
+
+
 def test_other_seeds_have_no_paired_spread(tmp_path):
     runs = [write_run(tmp_path / "a", 30, paradigm="sparse", seed=0),
             write_run(tmp_path / "b", 31, paradigm="sparse", seed=1),
