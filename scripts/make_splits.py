@@ -56,7 +56,8 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    shares, folds, rules = _shares(arguments), _folds(arguments.folds), rules_of(arguments)
+    _check_flags(arguments)
+    folds, rules = _folds(arguments.folds), rules_of(arguments)
     whole = ["val.json", *(["labeled.json"] if not _names(arguments) else [])] if arguments.val else []
     files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
     require_new((arguments.output / name for name in ("manifest.json", *whole, *files)), arguments.overwrite)
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
             contents["labeled.json"] = content
         images, counts, groups = content["images"], counts[rest], np.unique(groups[rest], return_inverse=True)[1]
     drawn = []
-    for name, wanted, percent in shares(len(images)):
+    for name, wanted, percent in _shares(arguments, len(images)):
         for fold in folds:
             positions = _draw(arguments, content, groups, wanted, percent, fold)
             if arguments.min_per_class:
@@ -116,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
             made.append({"name": name, "images": len(value["images"]), "sha256": {name: write(name, value)}})
         for name, fold, positions in drawn:
             parts = zip(PARTS, (_labeled(content, np.sort(positions)), _others(images, positions)))
-            sums = {file: write(file, value) for part, value in parts for file in [f"{name}_{part}.json"]}
+            sums = {f"{name}_{part}.json": write(f"{name}_{part}.json", value) for part, value in parts}
             boxes = dict(zip(names, counts[positions].sum(0).tolist()))
             made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
         draft = drafts.enter_context(draft_of(arguments.output / "manifest.json"))
@@ -127,8 +128,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _shares(arguments: argparse.Namespace) -> Any:
-    """A function from the number of images to (name, number of draws, percent) of each wanted share."""
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
     names = _names(arguments)
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise UserError(f"--{'count' if arguments.count else 'percent'}: {twice[0].removesuffix('images')} stands there twice - "
@@ -145,22 +146,23 @@ def _shares(arguments: argparse.Namespace) -> Any:
     elif arguments.indices is not None:
         raise UserError("--indices: belongs to --protocol ubteacher - leave one of the two out")
 
-    def shares(images: int) -> list[tuple[str, int, float]]:
-        if not names:
-            draws = []
-        elif arguments.count:
-            draws = [(count, 0.0) for count in arguments.count]
-        else:
-            draws = [(int(percent / 100 * images), percent) for percent in arguments.percent or PERCENTS]
-        found = [(name, *draw) for name, draw in zip(names, draws)]
-        for name, wanted, _ in found:
-            if not 1 <= wanted < images:
-                asked = f"--count {wanted}" if arguments.count else f"--percent {name}: {wanted} of {images} images"
-                raise UserError(f"{asked}: a share has at least 1 of the {images} images and not all - give other shares "
-                                f"(--{'count 10' if arguments.count else 'percent 10'})")
-        return found
 
-    return shares
+def _shares(arguments: argparse.Namespace, images: int) -> list[tuple[str, int, float]]:
+    """Name, number of draws and percent of each wanted share of the images."""
+    names = _names(arguments)
+    if not names:
+        draws = []
+    elif arguments.count:
+        draws = [(count, 0.0) for count in arguments.count]
+    else:
+        draws = [(int(percent / 100 * images), percent) for percent in arguments.percent or PERCENTS]
+    found = [(name, *draw) for name, draw in zip(names, draws)]
+    for name, wanted, _ in found:
+        if not 1 <= wanted < images:
+            asked = f"--count {wanted}" if arguments.count else f"--percent {name}: {wanted} of {images} images"
+            raise UserError(f"{asked}: a share has at least 1 of the {images} images and not all - give other shares "
+                            f"(--{'count 10' if arguments.count else 'percent 10'})")
+    return found
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:

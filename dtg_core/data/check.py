@@ -67,8 +67,7 @@ def require_images(index: CocoIndex, looks: list[Look], name: Path) -> None:
     bad = [f"{file}: {look.problem}" for file, look in zip(index.file_names, looks) if look.problem]
     if len(bad) > index.rules.max_bad_images * len(index):
         raise UserError(f"{name}: {len(bad)} of {len(index)} images cannot be used (first {bad[0]}) - fix them, take them "
-                        "out, or "
-                        "raise data.rules.max_bad_images")
+                        "out, or raise data.rules.max_bad_images")
 
 
 def check_shared(

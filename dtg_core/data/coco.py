@@ -160,16 +160,18 @@ def _with_objects(
     cut = good & (np.abs(clipped - boxes) > 1).any(1)  # up to a pixel is a matter of rounding
     order, copies, contested = _without_copies(np.nonzero(good)[0], rows, labels, crowd, clipped)
 
-    counted = (
+    faults = (
         (rows < 0, "annotations of images that it does not list are left out"),
         ((labels < 0) & (rows >= 0), "annotations of categories that it does not list are left out"),
         (broken & ~unknown, "annotations have a bbox that is not 4 numbers of pixels and are left out"),
         (thin, "boxes without a positive width and height are left out"),
         (outside, "boxes wholly outside their image are left out"),
+    )
+    repairs = (
         (tiny, "boxes without a side of 1 px in their image are left out"),
         (cut, "boxes partly outside their image are clipped"),
     )
-    for which, kind in counted:
+    for which, kind in (*faults, *repairs):
         _note(report, path, kind, np.nonzero(which)[0])
     _note(report, path, "boxes stand there twice with one class and are kept once", copies)
     _note(report, path, "boxes stand there with two classes and are kept in both", contested)
@@ -179,7 +181,7 @@ def _with_objects(
     _note(report, path, "annotations have no id of their own and are numbered anew", _odd_ids(annotations))
     bad = int((unknown | broken | thin | outside).sum())
     if bad > index.rules.max_bad_annotations * len(annotations):
-        worst, kind = max(counted[:5], key=lambda entry: int(entry[0].sum()))
+        worst, kind = max(faults, key=lambda entry: int(entry[0].sum()))
         first = int(np.nonzero(worst)[0][0])
         kind = kind.removesuffix("are left out").removesuffix(" and ").strip()
         number = int(worst.sum())
@@ -248,14 +250,12 @@ def _corners(boxes: np.ndarray, sizes: np.ndarray, sure: np.ndarray, rules: Data
         # Nearly all of them, since a single wrong box should not hide what the others are.
         if ((seen <= 1) & (seen >= 0)).all(1).mean() > NEARLY_ALL and (width_height > 4).all():
             raise UserError(f"{path}: all boxes lie within 0 to 1, as shares of the image (found {seen[0].tolist()}) - "
-                            "write pixels, or "
-                            "set data.rules.box_format=xywh if they are")
+                            "write pixels, or set data.rules.box_format=xywh if they are")
         over = (as_xywh[sure][:, 2:] > width_height * 1.05 + 1).any(1)
         ordered = ((seen[:, 2:] > seen[:, :2]) & (seen[:, 2:] <= width_height + 1)).all(1)
         if ordered.mean() > NEARLY_ALL and over.mean() > 0.25:
             raise UserError(f"{path}: boxes look like corners x1, y1, x2, y2 (found {seen[over][0].tolist()}), COCO's are "
-                            "x, y, width, "
-                            "height - set data.rules.box_format=xyxy, or =xywh if they are right")
+                            "x, y, width, height - set data.rules.box_format=xyxy, or =xywh if they are right")
     return as_xywh
 
 

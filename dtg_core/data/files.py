@@ -169,8 +169,7 @@ def missing_files(root: Path, names: Sequence[str], source: Path, rules: DataRul
             raise UserError(f"{source}: images[{row}] {name!r} in {root} is not a regular file - take it out")
         elif kind == LINK and not rules.allow_outside_root and not _inside(root, name):
             raise UserError(f"{source}: images[{row}] {name!r} in {root} is a link out of the images' folder - copy the "
-                            "image, "
-                            "or set data.rules.allow_outside_root=true")
+                            "image, or set data.rules.allow_outside_root=true")
     return missing
 
 

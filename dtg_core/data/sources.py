@@ -73,8 +73,7 @@ def _unlabeled(
 ) -> CocoIndex:
     if config.unlabeled is not None and config.unlisted == "unlabeled":
         raise UserError("data.unlisted: it takes unlabelled images from the labelled ones' folder, but data.unlabeled names "
-                        "others - "
-                        "give one of the two")
+                        "others - give one of the two")
     if config.unlabeled is None and config.unlisted == "ignore":
         raise UserError("data.unlabeled: no unlabelled images given - add --unlabeled DIR, or use --paradigm supervised")
     path = Path(config.unlabeled or labeled.root)

@@ -264,14 +264,12 @@ def _probe(body: nn.Module, picked: tuple[int, ...], strides: list[int], config:
         cfg: Any = body.pretrained_cfg
         side = cfg["input_size"][-1]
         raise UserError(f"backbone.name {config.name!r}: takes no image of {PROBE[1]} x {PROBE[0]} px (made for {side} x "
-                        f"{side}, RGB) - "
-                        "choose a model for images of any size") from error
+                        f"{side}, RGB) - choose a model for images of any size") from error
     for index in picked:
         found, expected = tuple(maps[index].shape[2:]), tuple(side // strides[index] for side in PROBE)
         if found != expected:
             raise UserError(f"backbone.name {config.name!r}: its map of stride {strides[index]} is {found} instead of "
-                            f"{expected} for "
-                            f"{PROBE} px, so its strides are not exact - choose another model")
+                            f"{expected} for {PROBE} px, so its strides are not exact - choose another model")
     return maps
 
 
