@@ -169,8 +169,8 @@ def _coco(
         odd = [finding for finding in report.findings.values() if finding.kind not in (NO_FILE, LEFT_OUT)]
         if odd:
             worst = max(odd, key=lambda finding: finding.count)
-            raise UserError(f"{worst} - no object is left of {len(records)} images, so correct the files")
-        raise UserError(f"{source}: no object found for {len(records)} images - check that both folders have the same names")
+            raise UserError(f"{worst} - no object is left of {counted(len(records), 'image')}, so correct the files")
+        raise UserError(f"{source}: no object found for {counted(len(records), 'image')} - check that both folders have the same names")
     thin = report.findings.get((str(source), THIN))
     if thin and thin.count > rules.max_bad_annotations * (len(annotations) + thin.count):
         raise UserError(f"{thin} - correct the files, or raise data.rules.max_bad_annotations")
