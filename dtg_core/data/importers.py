@@ -170,7 +170,8 @@ def _coco(
         if odd:
             worst = max(odd, key=lambda finding: finding.count)
             raise UserError(f"{worst} - no object is left of {counted(len(records), 'image')}, so correct the files")
-        raise UserError(f"{source}: no object found for {counted(len(records), 'image')} - check that both folders have the same names")
+        found = counted(len(records), "image")
+        raise UserError(f"{source}: no object found for {found} - check that both folders have the same names")
     thin = report.findings.get((str(source), THIN))
     if thin and thin.count > rules.max_bad_annotations * (len(annotations) + thin.count):
         raise UserError(f"{thin} - correct the files, or raise data.rules.max_bad_annotations")
