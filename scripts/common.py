@@ -59,6 +59,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, allow_abbrev=False)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # a shell leaves the ~ of --flag=~/file as it is
         self.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
     def error(self, message: str) -> NoReturn:
@@ -71,11 +72,6 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             advice = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else ""
             raise UserError(f"{unknown[0]}: unknown argument{advice}")
-        for name, value in vars(arguments).items():  # a shell leaves the ~ of --flag=~/file as it is
-            if isinstance(value, Path):
-                setattr(arguments, name, Path(os.path.expanduser(value)))
-            elif isinstance(value, list):
-                setattr(arguments, name, [Path(os.path.expanduser(each)) if isinstance(each, Path) else each for each in value])
         return arguments
 
 

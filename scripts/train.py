@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.dry_run import dry_run
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.reach import missed_classes
-    from dtg_core.engine.run import Fit, on_main
+    from dtg_core.engine.run import Fit, main_first, on_main
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
     # A checkpoint replaces all initial weights, whose files may be gone by then.
@@ -68,10 +68,8 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.replay:  # before the data is read, which may take a while
         on_main(accelerator, lambda: _preflight(folder, settings, arguments, resumed))
     report = Report()
-    read: list[Sources] = []
-    # First in one process, which makes the built-in data set, and whose error ends the others too.
-    on_main(accelerator, lambda: read.append(open_sources(settings.data, is_supervised(settings), report)))
-    sources = read[0] if read else open_sources(settings.data, is_supervised(settings), report)
+    # First in one process, which makes the built-in data set.
+    sources = main_first(accelerator, lambda: open_sources(settings.data, is_supervised(settings), report))
     labeled = settings.data.labeled or "built-in synthetic data"
     note_small_boxes(sources.labeled, labeled, settings.views, report)
     if accelerator.is_main_process:

@@ -6,7 +6,7 @@ Boxes are [D, 4] in the image's own pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -57,6 +57,7 @@ class Canvas:
     image: Image.Image
     scale: float
     text_size: int = 12
+    taken: list[tuple[float, float, float, float]] = field(default_factory=list)  # by labels: x1, y1, x2, y2 on the canvas
 
     @staticmethod
     def of(image: Image.Image, scale: float, text_size: int = 12) -> Canvas:
@@ -75,12 +76,19 @@ class Canvas:
         self.pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=width)
 
     def label(self, x: float, y: float, text: str, color: Color) -> None:
-        """Text on a background of ``color`` above (x, y), in pixels of the canvas; it stays inside the image."""
+        """Text on a background of ``color`` above or below (x, y), in pixels of the canvas; inside the image, and left out where
+        it would cover an earlier label."""
         left, top, right, bottom = self.pen.textbbox((0, 0), text, font=font(self.text_size))
         width, height = right - left + 6, bottom - top + 5
         x = min(max(x, 0), max(self.image.width - width, 0))
-        y = y - height if y >= height else min(y, max(self.image.height - height, 0))
-        self.pen.rectangle((x, y, x + width, y + height), fill=color)
+        above, below = y - height, min(y, max(self.image.height - height, 0))
+        places = [(x, y, x + width, y + height) for y in (above, below) if y >= 0]
+        place = next((place for place in places if not any(_meet(place, other) for other in self.taken)), None)
+        if place is None:
+            return
+        self.taken.append(place)
+        x, y = place[:2]
+        self.pen.rectangle(place, fill=color)
         bright = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] > 140
         self.pen.text((x + 3 - left, y + 2 - top), text, font=font(self.text_size), fill=INK if bright else PAPER)
 
@@ -95,11 +103,17 @@ class Canvas:
         self.pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color, outline=INK)
 
 
+def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two rectangles x1, y1, x2, y2 overlap by more than an edge."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 # Predictions -----------------------------------------------------------------------------------------------------------
 
 
 def draw_found(image: Image.Image, found: ImageDetections, class_names: Sequence[str]) -> Image.Image:
-    """The image with the boxes, classes and scores that were found in it, the best on top; small images are enlarged."""
+    """The image with the boxes, classes and scores that were found in it, the best on top; small images are enlarged. Colour tells
+    the class of a box whose label has no room."""
     scale = max(1.0, min(LEAST_SIDE / max(min(image.size), 1), 2 * LEAST_SIDE / max(image.size)))
     size = max(round(min(image.size) * scale / 45), 12)
     canvas = Canvas.of(image, scale, size)
@@ -127,8 +141,9 @@ def predictions_sheet(
 
 
 def _draw_boxes(canvas: Canvas, found: ImageDetections, class_names: Sequence[str], width: int) -> None:
-    rows = list(zip(found.boxes, found.scores.tolist(), found.labels.tolist()))[::-1]
-    for box, _, label in rows:
+    """The best boxes on top, with labels where they do not hide those of better ones."""
+    rows = list(zip(found.boxes, found.scores.tolist(), found.labels.tolist()))
+    for box, _, label in rows[::-1]:
         canvas.box(box, color_of(label), width)
     for box, score, label in rows:
         x, y = float(box[0]) * canvas.scale, float(box[1]) * canvas.scale
@@ -236,7 +251,7 @@ def _teacher_tile(explained: Explained, views: ViewBatch, image: int, class_name
     kept = [(number, int(clusters.keep[number])) for number in colors]
     for number, row in kept[::-1]:
         canvas.box(candidates.box[row], colors[number], 3)
-    for number, row in kept[::-1]:
+    for number, row in kept:
         x, y = (candidates.box[row, :2] * canvas.scale).tolist()
         score = f"{float(candidates.logit[row].sigmoid()):.2f}"
         name = class_names[int(candidates.label[row])] if len(class_names) == explained.num_classes else "object"

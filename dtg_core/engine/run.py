@@ -496,3 +496,11 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     if failed:
         raise error or SystemExit(2)
     return value
+
+
+def main_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """Run ``action`` in every process, in the main one before the others, which may use the files that it has written. If it fails
+    there, the others exit with status 2."""
+    made: list[T] = []
+    on_main(accelerator, lambda: made.append(action()))  # a list, since what is returned would be sent to the others
+    return made[0] if made else action()

@@ -227,3 +227,22 @@ def test_predictions_on_small_and_large_images():
     assert (np.asarray(small)[:, 0] != 0).any()  # the first box' left side
     assert draw_found(Image.new("RGB", (1200, 30)), found, ["a", "b"]).size == (1200, 30)
     assert draw_found(Image.new("RGB", (900, 3)), found, ["a", "b"]).size == (960, 3)  # a strip is not blown up
+
+
+def test_a_label_does_not_cover_an_earlier_one():
+    canvas = pictures.Canvas.of(Image.new("RGB", (200, 100)), 1)
+    for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):  # above the point, below it, and no room
+        canvas.label(50, 50, "name", color)
+    pixels = np.asarray(canvas.image)
+    assert (pixels[:50, 50] == (255, 0, 0)).all(1).any()
+    assert (pixels[50:, 50] == (0, 255, 0)).all(1).any()
+    assert not (pixels == (0, 0, 255)).all(2).any()
+    canvas.label(120, 50, "name", (0, 0, 255))  # beside them
+    assert (np.asarray(canvas.image) == (0, 0, 255)).all(2).any()
+
+
+def test_the_best_of_many_boxes_has_a_label():
+    boxes = np.tile(np.array([[20, 20, 60, 60]], np.float32), (12, 1))
+    scores, labels = np.linspace(0.9, 0.3, 12), np.arange(12)
+    picture = draw_found(Image.new("RGB", (480, 480)), ImageDetections((480, 480), boxes, scores, labels), list("abcdefghijkl"))
+    assert (np.asarray(picture)[10, 20:40] == pictures.COLORS[0]).all(1).any()
