@@ -27,16 +27,15 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dtg_core.drafts import draft_of, reading
+from dtg_core.drafts import draft_of
 from dtg_core.engine.folder import CHECKPOINT
 from dtg_core.errors import UserError
-from dtg_core.models.weights import read_tensors
+from dtg_core.models.weights import read_weights
 
 STUDENT, TEACHER, OPTIMIZER = "student.safetensors", "teacher.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 _FILES = (STUDENT, TEACHER, OPTIMIZER, STATE)
 _METADATA = "dtg_ssod"  # key of our JSON among a weights file's metadata
-_MOST_TENSORS = 100_000  # in a weights file; a hostile one may list millions of empty ones
 
 
 def _say(message: str) -> None:
@@ -340,41 +339,13 @@ def load_metadata(path: Path) -> dict[str, Any]:
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a weights file on the CPU, and its metadata ({} if it has none of ours).
 
-    Args:
-        path: ``.safetensors``, or ``.pt`` / ``.pth`` that holds nothing but tensors, flat or under "state_dict" or "model".
-
-    Raises:
-        UserError: missing, damaged, or containing pickled code, which is never run.
+    Raises UserError as ``read_weights`` does, and for damaged metadata.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file - give a .safetensors file")
+    tensors, metadata = read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                if len(file.keys()) > _MOST_TENSORS:
-                    raise ValueError(f"{len(file.keys())} tensors, more than {_MOST_TENSORS}")
-                metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        with reading(path), open(path, "rb"):  # safetensors reports an unreadable file as missing
-            pass
-        found = " ".join(str(error).split())
-        raise UserError(f"{path}: not a whole safetensors file ({found}) - copy or make it anew") from error
-    if path.suffix not in (".pt", ".pth"):
-        raise UserError(f"{path}: unknown kind of weights file - give a .safetensors file")
-    try:
-        loaded = read_tensors(path)
-    except UserError:
-        raise
-    except Exception as error:  # a hostile or damaged file can raise many kinds of errors
-        raise UserError(f"{path}: holds more than tensors, or is damaged ({type(error).__name__}) - convert it to "
-                        "safetensors where it was made") from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path}: no dictionary of tensors (found {type(loaded).__name__}) - save module.state_dict()")
-    return loaded, {}
+        return tensors, json.loads(metadata.get(_METADATA, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}) - copy or make it anew") from error
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
@@ -20,7 +19,7 @@ from dtg_core.config import BackboneConfig
 from dtg_core.errors import UserError, nearest
 from dtg_core.models.depthwise import replace_depthwise
 from dtg_core.models.simple_pyramid import SCALES, SimplePyramid
-from dtg_core.models.weights import read_tensors
+from dtg_core.models.weights import read_weights
 from dtg_core.structures import ViewBatch
 
 #: Stride of the coarsest map that comes from the backbone itself; coarser levels are added on top of the pyramid.
@@ -206,7 +205,8 @@ def _create(config: BackboneConfig, strides: tuple[int, ...]) -> nn.Module:
     require_known(config)
     tensors = None
     if config.weights is not None:
-        tensors = _from_file(Path(config.weights))
+        _require_file(Path(config.weights))
+        tensors = read_weights(Path(config.weights))[0]
     elif config.pretrained:
         tensors = _from_package(config.name)
     from_hub = config.pretrained and tensors is None
@@ -276,21 +276,6 @@ def _probe(body: nn.Module, picked: tuple[int, ...], strides: list[int], config:
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"backbone.weights {path}: no such file - give a .safetensors file, or a .pt of tensors only")
-
-
-def _from_file(path: Path) -> dict[str, Tensor]:
-    _require_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return read_tensors(path)
-    except UserError:
-        raise
-    except Exception as error:  # both loaders raise many kinds for a damaged file
-        raise UserError(
-            f"backbone.weights {path}: cannot be read as weights ({type(error).__name__}) - give a .safetensors file, or a "
-            ".pt that holds tensors only"
-        ) from error
 
 
 def _package_of(name: str) -> Any:

@@ -298,6 +298,7 @@ def test_weights_that_cannot_be_had_stop_before_the_data(data: TinyData, tmp_pat
 
 def test_fault_56_weights_of_another_model(tmp_path: Path) -> None:
     import timm
+    import torch
     from safetensors.torch import save_file
 
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
@@ -309,8 +310,18 @@ def test_fault_56_weights_of_another_model(tmp_path: Path) -> None:
         for suffix in ("safetensors", "pt"):
             path = tmp_path / f"broken.{suffix}"
             path.write_bytes(content)
-            with pytest.raises(UserError, match="cannot be read as weights"):
+            with pytest.raises(UserError, match=rf"broken\.{suffix}: (not a whole safetensors file|holds more than tensors)"):
                 build_pyramid(BackboneConfig("test_resnet", weights=str(path)), 8, (8, 16), "conv")
+    for odd in (torch.zeros(2), [torch.zeros(1)], {"conv_stem.weight": 3}):
+        torch.save(odd, tmp_path / "odd.pt")
+        with pytest.raises(UserError, match=r"odd\.pt: no dictionary of tensors"):
+            build_pyramid(BackboneConfig("test_resnet", weights=str(tmp_path / "odd.pt")), 8, (8, 16), "conv")
+    torch.save({1: torch.zeros(2)}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="does not fit 'test_resnet'"):
+        build_pyramid(BackboneConfig("test_resnet", weights=str(tmp_path / "odd.pt")), 8, (8, 16), "conv")
+    resnet = build_pyramid(BackboneConfig("test_resnet", pretrained=False), 8, (8, 16), "conv").body.state_dict()
+    torch.save({"state_dict": resnet}, tmp_path / "whole.pt")  # as a training program nests them
+    build_pyramid(BackboneConfig("test_resnet", weights=str(tmp_path / "whole.pt")), 8, (8, 16), "conv")
 
 
 def start(data: TinyData, name: str, output: Path, *flags: str) -> list[str]:
