@@ -27,11 +27,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, PARADIGMS, Parser, add_overwrite, build_detector, main_guard, number, one_of, require_new, write_json
+from common import (
+    DETECTORS,
+    PARADIGMS,
+    Parser,
+    add_overwrite,
+    build_detector,
+    main_guard,
+    number,
+    one_of,
+    require_new,
+    settings_from,
+    write_json,
+)
 
 from dtg_core.config import without_weights
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, load_config
 from dtg_core.settings_text import yaml_scalar
 
 if TYPE_CHECKING:
@@ -84,10 +95,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _settings(arguments: argparse.Namespace) -> RunSettings:
     """The config with the flags' values and without what a benchmark does not need."""
-    from run_settings import DETECTOR_RANGES, RunSettings
-
-    from dtg_core.config import RANGES
-
     keys = {"detector": arguments.detector or "gfl", "backbone.name": arguments.backbone and yaml_scalar(arguments.backbone)}
     if arguments.images is not None:
         counts = arguments.images.split("+")
@@ -98,8 +105,7 @@ def _settings(arguments: argparse.Namespace) -> RunSettings:
         size = arguments.size
         keys |= {"views.short_edge": f"[{size}, {size}]", "views.long_edge": str(size), "views.test_short_edge": str(size)}
     given = [f"{key}={value}" for key, value in keys.items() if value is not None]
-    settings, origins = load_config(RunSettings, arguments.config, [*given, *arguments.set])
-    check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
+    settings, _, _ = settings_from(arguments.config, [*given, *arguments.set])
     data = settings.data
     if data.labeled is None:
         data = replace(data, shapes_labeled=IMAGES, shapes_unlabeled=IMAGES, shapes_val=1)

@@ -208,36 +208,46 @@ _FLAG_KEYS = {
 
 
 def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str, str], list[str]]:
-    """The settings of a ``train_parser`` command line: defaults, ``--config``, the flags, ``--set``; later ones win.
+    """The settings of a ``train_parser`` command line; see ``settings_from``.
+
+    Raises:
+        UserError: for contradictory flags, too.
+    """
+    if arguments.resume and arguments.overwrite:
+        raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
+    overrides = [f"{key}={yaml_scalar(getattr(arguments, flag))}" for flag, key in _FLAG_KEYS.items()
+                 if getattr(arguments, flag) is not None]
+    settings, origins, notes = settings_from(_shortest(arguments.config or QUICKSTART), [*overrides, *arguments.set])
+    if origins["detector"] == DEFAULT:
+        raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
+    return settings, origins, notes
+
+
+def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSettings, dict[str, str], list[str]]:
+    """The defaults with the settings of a YAML file and "dotted.key=value"; later ones win.
 
     Returns:
         The settings, the origin of each key, and warnings to show.
 
     Raises:
-        UserError: for contradictory flags, and whatever ``load_config`` and the range checks find.
+        UserError: for whatever ``load_config``, the range checks and the detector's settings among each other find.
     """
     from run_settings import DETECTOR_RANGES, RunSettings
 
     from dtg_core.config import RENAMED, cross_check
 
-    if arguments.resume and arguments.overwrite:
-        raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
-    overrides = [f"{key}={yaml_scalar(getattr(arguments, flag))}" for flag, key in _FLAG_KEYS.items()
-                 if getattr(arguments, flag) is not None]
-    file = _shortest(arguments.config or QUICKSTART)
     notes: list[str] = []
-    settings, origins = load_config(RunSettings, file, [*overrides, *arguments.set], RENAMED, notes)
-    if origins["detector"] == DEFAULT:
-        raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
+    settings, origins = load_config(RunSettings, file, overrides, RENAMED, notes)
     settings = _fill_paradigms(_at_home(settings), origins)
     check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
-    if settings.paradigm == "supervised" and arguments.unlabeled:
+    if settings.paradigm == "supervised" and origins["data.unlabeled"] == COMMAND_LINE:
         refuse("paradigm", "supervised uses no unlabelled images (found --unlabeled) - leave one of the two out", origins)
-    for stage, rule in settings.guidance.stages.items():
+    stages = {name: settings.guidance.stages[name] for name in STAGES[settings.detector]}  # no other can be wrong
+    for name, rule in stages.items():
         if settings.paradigm == "supervised" and rule.paradigm != "none":
-            key = f"guidance.stages.{stage}.paradigm"
+            key = f"guidance.stages.{name}.paradigm"
             refuse(key, f"the paradigm is supervised (found {rule.paradigm}) - use none, or another paradigm", origins)
-    return settings, origins, [*notes, *cross_check(settings, origins)]
+    return settings, origins, [*notes, *cross_check(replace(settings, guidance=replace(settings.guidance, stages=stages)), origins)]
 
 
 def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
@@ -245,7 +255,7 @@ def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
     from dtg_core.engine.effective import SILENT, effective
 
     every = dotted(flatten(settings))
-    idle = {text.partition("=")[0] for text in given} & every.keys() - effective(every, STAGES).keys() - SILENT - {"paradigm"}
+    idle = {text.partition("=")[0] for text in given} & every.keys() - effective(every).keys() - SILENT - {"paradigm"}
     return [f"--set {', '.join(sorted(idle))}: without effect, as this detector and paradigm do not read it"] if idle else []
 
 

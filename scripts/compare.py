@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common import STAGES, Parser, add_overwrite, main_guard, require_new
+from common import Parser, add_overwrite, main_guard, require_new
 
 
 def parser() -> Parser:
@@ -38,7 +38,7 @@ def show(
     """Print the tables of finished runs, and write them to ``output`` with a page of curves."""
     from dtg_core.engine.compare import compare, save, to_markdown
 
-    comparison = compare(runs, STAGES, over, labels)
+    comparison = compare(runs, over, labels)
     print(to_markdown(comparison), end="")
     if output is not None:
         save(comparison, output)

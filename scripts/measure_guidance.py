@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dtg_core.engine.fidelity import Agreement, Measured
     from dtg_core.structures import PairBatch, Targets
 
+STAGES = "guidance.stages."  # with a stage's name, the prefix of its keys
 DEFAULT = ["dense: paradigm=dense", "sparse: paradigm=sparse"]
 BIAS = ("bias: the true labels are assigned and reduced by the detector's own rules, as sparse guidance does - compare settings "
         "of one paradigm, and let training decide between paradigms. One step is seen: a threshold that is too high looks good "
@@ -164,9 +165,8 @@ def named(texts: Sequence[str]) -> dict[str, list[str]]:
 def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Config:
     """The config with a setting's keys, which are checked like those of a run."""
     from dtg_core.config import RANGES, cross_check
-    from dtg_core.engine.effective import effective
+    from dtg_core.engine.effective import reads
     from dtg_core.settings import check_ranges, overridden
-    from dtg_core.settings_text import dotted, flatten
 
     full = [key for short in keys for key in full_keys(short, stages)]
     if any(key.partition("=")[0].endswith("tau_rate") for key in full):
@@ -178,9 +178,13 @@ def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Con
     rules = [result.guidance.stages[stage] for stage in stages]
     if all(rule.paradigm == "none" for rule in rules):
         raise UserError(f"--compare {' '.join(keys)}: no stage is guided - use paradigm=dense or paradigm=sparse")
-    effects = effective(dotted(flatten(result)) | {"detector": "own"}, {"own": stages})
+
+    def acts(key: str) -> bool:
+        stage = key.removeprefix(STAGES).partition(".")[0]
+        return not key.startswith(STAGES) or (stage in stages and reads(result.guidance.stages[stage].paradigm, key))
+
     for short in keys:
-        if not any(key.partition("=")[0] in effects for key in full_keys(short, stages)):
+        if not any(acts(key.partition("=")[0]) for key in full_keys(short, stages)):
             print(f"warning: --compare {' '.join(keys)}: {short} is without effect, the paradigm of these stages does not read it",
                   file=sys.stderr)
     return result
@@ -191,8 +195,8 @@ def full_keys(setting: str, stages: Sequence[str]) -> list[str]:
     if setting.startswith("guidance."):
         return [setting]
     if "." in setting.partition("=")[0]:
-        return [f"guidance.stages.{setting}"]
-    return [f"guidance.stages.{stage}.{setting}" for stage in stages]
+        return [f"{STAGES}{setting}"]
+    return [f"{STAGES}{stage}.{setting}" for stage in stages]
 
 
 def as_json(

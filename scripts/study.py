@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, RULES, STAGES, Parser, load_settings, main_guard, number, train_parser
+from common import DETECTORS, RULES, Parser, load_settings, main_guard, number, train_parser
 
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     folder = arguments.output or Path("runs") / arguments.study.stem
     require_study_folder(folder)
     warnings: list[str] = []
-    planned = plan(study, arguments.study, folder, arguments.set, lambda given: settings_of(given, warnings), STAGES)
+    planned = plan(study, arguments.study, folder, arguments.set, lambda given: settings_of(given, warnings))
     for warning in dict.fromkeys(warnings):
         _say(f"warning: {warning}")
     for copy, original in planned.copies.items():

@@ -80,13 +80,12 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[Path], stages: Mapping[str, Sequence[str]], over: Sequence[str] = (), labels: Mapping[Path, str] | None = None
+    paths: Sequence[Path], over: Sequence[str] = (), labels: Mapping[Path, str] | None = None
 ) -> Comparison:
     """Read runs and group them.
 
     Args:
         paths: run folders.
-        stages: names of each detector's stages; a detector that is not in it has all stages of its settings.
         over: keys, besides seed and fold, that may differ between the runs of a row.
         labels: by path, what a run's row is called besides its detector and paradigm; None: by its settings.
 
@@ -94,7 +93,7 @@ def compare(
         UserError: a run is not finished, is given twice, was evaluated on another data set than the first, or learnt from
             files that have changed since another run of its row.
     """
-    runs = [read_run(path, stages) for path in paths]
+    runs = [read_run(path) for path in paths]
     unknown = [key for key in over if not any(key in run.settings for run in runs)]
     if unknown:
         raise UserError(f"--over {unknown[0]}: no run has such a setting with an effect - give a key as in config.yaml")
@@ -124,14 +123,14 @@ def reference(rows: Sequence[Row], row: Row) -> Row:
     return next(other for other in rows if _labeled_by(other) == _labeled_by(row))
 
 
-def read_run(path: Path, stages: Mapping[str, Sequence[str]]) -> Run:
+def read_run(path: Path) -> Run:
     """A run folder's settings, results and curve. Raises UserError unless it is finished and evaluated."""
     config, results = _read(path / "config.yaml", path), _read(path / "results.json", path)
     told = dotted(plain_yaml(config, str(path / "config.yaml"), RENAMED))
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]
-        settings = effective(told | _batch(told, found) | {PRECISION: found.get(PRECISION, "no")}, stages)
+        settings = effective(told | _batch(told, found) | {PRECISION: found.get(PRECISION, "no")})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'results.json'}: not the results of a run - give a folder that train.py wrote") from error
     if step != settings.get("run.steps"):

@@ -1,11 +1,12 @@
 """Which settings of a run have an effect: what its detector and its paradigms read, and what changes weights or figures."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from dtg_core.config import Config
+from dtg_core.detectors import KNOWN
 
 #: Settings that change no weight and no figure, except for the order of sums.
 SILENT = {
@@ -22,32 +23,34 @@ DENSE_ONLY = {
     "soft_background",
 }  # fmt: skip
 SPARSE_ONLY = {"pseudo_score", "proposals"}
-#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner.
-UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions"}
+#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, and anchors are no proposals.
+UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions", "guidance.stages.rpn.proposals",
+          "guidance.stages.head.proposals"}  # fmt: skip
 #: Settings that only matter where something is learnt from unlabelled images.
 UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
                   "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip
 
 
-def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The settings that had an effect: without other detectors' sections and stages, or what the paradigms do not read."""
+def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by dotted key, that had an effect: without other detectors' sections and stages, or what the paradigms do not
+    read. A detector that is not ``KNOWN`` has all stages of its settings."""
     detector = settings.get("detector")
     core = {field.name for field in fields(Config)} | {BATCH}
-    own = stages.get(str(detector))
     paradigms = stage_paradigms(settings)
-    paradigms = {stage: value for stage, value in paradigms.items() if own is None or stage in own}
+    if detector in KNOWN:
+        paradigms = {stage: value for stage, value in paradigms.items() if stage in KNOWN[detector].stages}
     supervised = set(paradigms.values()) <= {"none"}
 
     def matters(key: str) -> bool:
         parts = key.split(".")
-        if key in SILENT | UNREAD or key == "paradigm":  # the stages' own are more specific than the run's
+        if key in SILENT or key == "paradigm":  # the stages' own are more specific than the run's
             return False
         if key == "optim.momentum":
             return settings.get("optim.name") == "sgd"
         if len(parts) > 1 and parts[0] not in core and parts[0] != detector:
             return False
         if parts[:2] == ["guidance", "stages"]:
-            return parts[2] in paradigms and _reads(paradigms[parts[2]], parts[-1])
+            return parts[2] in paradigms and reads(paradigms[parts[2]], key)
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
             return False
         embedded = settings.get("data.labeled") is None
@@ -56,11 +59,12 @@ def effective(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) 
     return {key: value for key, value in settings.items() if matters(key)}
 
 
-def _reads(paradigm: Any, key: str) -> bool:
-    """Whether a stage that is guided in this way reads ``key`` of its rule."""
-    if key == "paradigm":
+def reads(paradigm: Any, key: str) -> bool:
+    """Whether a stage that is guided in this way reads ``key``, such as "guidance.stages.rpn.tau", of its rule."""
+    option = key.split(".")[-1]
+    if option == "paradigm":
         return True
-    return paradigm != "none" and key not in (SPARSE_ONLY if paradigm == "dense" else DENSE_ONLY)
+    return paradigm != "none" and key not in UNREAD and option not in (SPARSE_ONLY if paradigm == "dense" else DENSE_ONLY)
 
 
 def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:

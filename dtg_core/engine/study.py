@@ -262,14 +262,13 @@ def arguments_of(
 
 
 def plan(
-    study: Study, file: Path, folder: Path, overrides: Sequence[str], parse: Callable[[Sequence[str]], Mapping[str, Any]],
-    stages: Mapping[str, Sequence[str]],
+    study: Study, file: Path, folder: Path, overrides: Sequence[str], parse: Callable[[Sequence[str]], Mapping[str, Any]]
 ) -> Plan:
     """Every run of a study, each once, with the phase that it shares.
 
     Args:
         file: the study's. folder: for its runs. overrides: "dotted.key=value" for all runs.
-        parse: arguments of train.py to all settings, {dotted key: JSON value}. stages: names of each detector's stages.
+        parse: arguments of train.py to all settings, {dotted key: JSON value}.
 
     Raises:
         UserError: naming the run whose settings cannot be used, or whose folder was made with other ones.
@@ -287,14 +286,14 @@ def plan(
             raise UserError(f"{file}: {cell.name}: {error}") from error
         if settings["data.labeled"] is not None and settings["data.val"] is None:
             raise UserError(f"{file}: {cell.name}: data.val: is not given, and a study compares AP - give a COCO JSON")
-        acting = acting_settings(settings, stages)
+        acting = acting_settings(settings)
         run = PlannedRun(cell.name, cell.row, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
         key = json.dumps(acting, sort_keys=True)
         if key in unique:
             copies[cell.name] = unique[key][1].name
             continue
-        _refuse_other_settings(run, stages)
-        unique[key] = cell, run, phase_key(settings, stages)
+        _refuse_other_settings(run)
+        unique[key] = cell, run, phase_key(settings)
         if study.share_supervised_phase and 0 < settings["guidance.start_step"] < run.steps:
             sharing.setdefault(unique[key][2], []).append((cell, run))
 
@@ -310,18 +309,18 @@ def plan(
     return Plan([replace(run, phase=phases.get(key)) for _, run, key in unique.values()], copies)
 
 
-def phase_key(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> str:
+def phase_key(settings: Mapping[str, Any]) -> str:
     """All settings that take effect before ``guidance.start_step``, and this step, as a text. Runs with the same text train alike
     until then."""
     unguided = {key: "none" if key.startswith(STAGES) and key.endswith(".paradigm") else value for key, value in settings.items()}
-    return json.dumps({**acting_settings(unguided, stages), "guidance.start_step": settings["guidance.start_step"]}, sort_keys=True)
+    return json.dumps({**acting_settings(unguided), "guidance.start_step": settings["guidance.start_step"]}, sort_keys=True)
 
 
-def acting_settings(settings: Mapping[str, Any], stages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def acting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """``effective`` with the images and the number of micro-batches, whose sums round differently."""
     parts = settings.get("optim.accumulate")
     batch = {f"{BATCH}.{kind}": [settings.get(f"data.{kind}_per_device"), parts] for kind in ("labeled", "unlabeled")}
-    return effective({**settings, **batch}, stages)
+    return effective({**settings, **batch})
 
 
 def steps_done(folder: Path) -> int:
@@ -330,7 +329,7 @@ def steps_done(folder: Path) -> int:
     return max((line.get("step", 0) for line in read_metrics(file)), default=0) if file.is_file() else 0
 
 
-def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]]) -> None:
+def _refuse_other_settings(run: PlannedRun) -> None:
     """Raise UserError when the run's folder holds a finished run with other settings, which would be taken for this one.
 
     Keys that only one side has, as after an update of the program, are ignored. Unfinished runs are left to train.py to check.
@@ -338,7 +337,7 @@ def _refuse_other_settings(run: PlannedRun, stages: Mapping[str, Sequence[str]])
     file = run.folder / "config.yaml"
     if not file.is_file():
         return
-    there = acting_settings(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)), stages)
+    there = acting_settings(dotted(plain_yaml(file.read_text(encoding="utf-8"), str(file), RENAMED)))
     if RunFolder(run.folder).evaluated < min(run.steps, there.get("run.steps", run.steps)):
         return
     changes = [f"{key}: {yaml_scalar(there[key])} -> {yaml_scalar(value)}"

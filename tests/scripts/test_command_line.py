@@ -267,12 +267,29 @@ def test_what_the_core_logs_is_told_as_a_warning(tmp_path: Path) -> None:
          "guidance.stages.rcnn.min_iou"),
         (["--detector", "gfl"], ["optim.name=adamw", "optim.momentum=0.5"], "optim.momentum"),
         (["--detector", "gfl"], ["optim.name=sgd", "optim.momentum=0.5"], None),
+        (["--detector", "gfl", "--paradigm", "sparse"], ["guidance.stages.head.proposals=student"], "guidance.stages.head.proposals"),
+        (["--detector", "faster_rcnn", "--paradigm", "sparse"], ["guidance.stages.rcnn.proposals=student"], None),
     ],
 )
 def test_settings_without_effect_are_told(flags: list[str], given: list[str], idle: str | None) -> None:
     settings, _, _ = settings_of(*flags, "--set", *given)
     notes = common.without_effect(given, settings)
     assert notes == ([f"--set {idle}: without effect, as this detector and paradigm do not read it"] if idle else [])
+
+
+def test_stages_of_the_other_detector_are_not_checked_among_each_other() -> None:
+    off = [f"guidance.stages.rpn.{loss}=false" for loss in ("classification", "box", "rank")]
+    settings_of("--detector", "gfl", "--set", *off)
+    with pytest.raises(UserError, match=r"rpn\.classification: all losses of the stage are off"):
+        settings_of("--detector", "faster_rcnn", "--set", *off)
+
+
+def test_a_benchmark_reads_settings_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"views\.short_edge: the lower limit is over the upper one"):
+        benchmark.main(["--data", "--set", "views.short_edge=[80,40]"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"{tmp_path}/none.json: there is no such file"):
+        benchmark.main(["--data", "--set", "data.labeled=~/none.json"])
 
 
 def test_tables_are_complete() -> None:

@@ -20,7 +20,7 @@ from runs import run as fork
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import study as script  # noqa: E402
-from common import STAGES, train_parser  # noqa: E402
+from common import train_parser  # noqa: E402
 
 from dtg_core.engine.study import Plan, acting_settings, plan, read_study  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
@@ -48,7 +48,7 @@ def planned(file: Path, *overrides: str, folder: str = "out") -> Plan:
     def parse(arguments: Sequence[str]) -> Mapping[str, Any]:
         return script.settings_of(arguments, [])
 
-    return plan(read_study(file), file, file.parent / folder, overrides, parse, STAGES)
+    return plan(read_study(file), file, file.parent / folder, overrides, parse)
 
 
 def train(plan_: Plan, logs: Path) -> None:
@@ -92,7 +92,7 @@ def test_study_files(file: Path, tmp_path: Path) -> None:
     assert f"#   python scripts/study.py configs/studies/{file.name} --" in head
     assert re.search(r"^# Cost +(\d+) runs", head, re.MULTILINE)
     study = read_study(file)
-    found = plan(study, file, tmp_path, [], lambda given: script.settings_of(given, []), STAGES)
+    found = plan(study, file, tmp_path, [], lambda given: script.settings_of(given, []))
     assert int(re.search(r"^# Cost +(\d+) runs", head, re.MULTILINE)[1]) == len(found.runs)  # type: ignore[index]
     assert len({run.name for run in found.runs}) == len({json.dumps(run.settings) for run in found.runs}) == len(found.runs)
     assert {run.settings["detector"] for run in found.runs} == set(study.detectors)
@@ -111,10 +111,10 @@ def test_studies_of_the_papers_tables_are_its_commands(table: str, tmp_path: Pat
             for fold in range(1, 6 if table == "1" else 2):
                 arguments = shlex.split(command.replace("${FOLD}", str(fold)))
                 arguments[arguments.index("--config") + 1] = str(ROOT / "configs" / "coco_partial.yaml")
-                settings = acting_settings(script.settings_of(arguments, []), STAGES)
+                settings = acting_settings(script.settings_of(arguments, []))
                 wanted[json.dumps(settings, sort_keys=True)] = row
     file = ROOT / "configs" / "studies" / f"coco_table{table}.yaml"
-    found = plan(read_study(file), file, tmp_path, [], lambda given: script.settings_of(given, []), STAGES)
+    found = plan(read_study(file), file, tmp_path, [], lambda given: script.settings_of(given, []))
     assert {json.dumps(run.settings, sort_keys=True) for run in found.runs} == set(wanted)
 
 

@@ -17,7 +17,6 @@ from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import compare as compare_script  # noqa: E402
-from common import STAGES  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
 
@@ -49,7 +48,7 @@ def write_run(
 
 
 def results(*paths: Path) -> list[list[str]]:
-    return tables(compare(paths, STAGES))["Results"]
+    return tables(compare(paths))["Results"]
 
 
 def read_from(**data: str) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def test_means_spreads_and_differences(tmp_path):
     assert first == ["gfl, sparse", "32.00 ± 2.00", "33.00 ± 2.00", "34.00 ± 2.00", "", "", "", "3"]
     assert second[:2] == ["gfl, dense", "33.00 ± 1.80"]
     assert second[4:7] == ["+1.00 ± 0.50"] * 3  # of 1.0, 1.5 and 0.5, seed by seed
-    whole = tables(compare([*sparse, *dense], STAGES))
+    whole = tables(compare([*sparse, *dense]))
     # 50 steps of 0.6 s and 50 of 1.8 s, of which each waits 0.3 s; defaults of one process
     assert whole["Cost"][1] == ["gfl, sparse", "2.0", "1.200", "25%", "100", "1 + 4"]
     assert whole["Teacher's AP on the way"][1:] == [["50", "16.00 ± 1.00", "16.50 ± 0.90"], ["100", "32.00 ± 2.00", "33.00 ± 1.80"]]
@@ -77,19 +76,19 @@ def test_runs_are_paired_by_what_may_differ_in_a_row(tmp_path):
     low = [write_run(tmp_path / f"s{alpha}", ap, paradigm="sparse", alpha=alpha) for alpha, ap in ((1.0, 30), (2.0, 50))]
     high = [write_run(tmp_path / f"d{alpha}", ap, alpha=alpha) for alpha, ap in ((1.0, 31), (2.0, 51))]
     for order in ([*low, *high], [*low, *high[::-1]]):
-        assert tables(compare(order, STAGES, ["guidance.alpha"]))["Results"][2][4] == "+1.00 ± 0.00"
+        assert tables(compare(order, ["guidance.alpha"]))["Results"][2][4] == "+1.00 ± 0.00"
 
 
 def test_a_fold_is_a_word(tmp_path):
     runs = [write_run(tmp_path / name, 30, labeled=f"data/{name}.json") for name in ("fold1", "fold2", "scaffold1", "scaffold2")]
-    assert [len(row.runs) for row in compare(runs, STAGES).rows] == [2, 1, 1]
+    assert [len(row.runs) for row in compare(runs).rows] == [2, 1, 1]
 
 
 def test_other_seeds_have_no_paired_spread(tmp_path):
     runs = [write_run(tmp_path / "a", 30, paradigm="sparse", seed=0),
             write_run(tmp_path / "b", 31, paradigm="sparse", seed=1),
             write_run(tmp_path / "c", 33, seed=0), write_run(tmp_path / "d", 34, seed=2)]  # fmt: skip
-    comparison = compare(runs, STAGES)
+    comparison = compare(runs)
     assert tables(comparison)["Results"][2][4] == "+3.00"
     assert any("its seeds or folds are not those of gfl, sparse" in note for note in comparison.notes)
 
@@ -108,7 +107,7 @@ def test_rows_are_measured_by_the_first_of_their_kind(tmp_path):
                 config.write_text(config.read_text().replace("unlabeled: null", f"unlabeled: {unlabeled}", 1))
     differences = [row[4] for row in results(*runs)[1:]]
     assert differences == ["", "+5.00 ± 1.41", "", "+5.00 ± 1.41"]
-    assert not compare(runs, STAGES).notes
+    assert not compare(runs).notes
 
 
 def test_folds_are_one_row_and_shares_are_not(tmp_path):
@@ -137,7 +136,7 @@ def test_rows_of_an_ablation_are_named_by_what_they_change(tmp_path):
     """Each differs in one of four settings from the first, whose names would fill a line."""
     runs = [write_run(tmp_path / "a", 20), write_run(tmp_path / "b", 21, alpha=4.0), write_run(tmp_path / "c", 21, tau=0.3),
             write_run(tmp_path / "d", 21, per_device=2), write_run(tmp_path / "e", 21, made={"mixed_precision": "bf16"})]  # fmt: skip
-    assert [row.name.removeprefix("gfl, dense") for row in compare(runs, STAGES).rows] == [
+    assert [row.name.removeprefix("gfl, dense") for row in compare(runs).rows] == [
         "", ", guidance.alpha=4.0", ", head.tau=0.3", ", images_of_a_step.labeled=2", ", mixed_precision=bf16",
     ]  # fmt: skip
 
@@ -145,18 +144,18 @@ def test_rows_of_an_ablation_are_named_by_what_they_change(tmp_path):
 def test_it_says_which_settings_differ(tmp_path):
     runs = [write_run(tmp_path / "a", 20), write_run(tmp_path / "b", 21, alpha=4.0),
             write_run(tmp_path / "c", 21, paradigm="sparse")]  # fmt: skip
-    comparison = compare(runs, STAGES)
+    comparison = compare(runs)
     assert comparison.differing == {
         "guidance.alpha": ["2.0", "4.0", "2.0"], "guidance.stages.head.paradigm": ["dense", "dense", "sparse"],
     }  # fmt: skip
     names = [row.name for row in comparison.rows]
     assert names == ["gfl, dense, guidance.alpha=2.0", "gfl, dense, guidance.alpha=4.0", "gfl, sparse"]
     labels = dict(zip(runs, ("low", "high", "")))
-    assert [row.name for row in compare(runs, STAGES, labels=labels).rows] == ["gfl, dense, low", "gfl, dense, high", "gfl, sparse"]
-    over = compare(runs[:2], STAGES, ["guidance.alpha"])
+    assert [row.name for row in compare(runs, labels=labels).rows] == ["gfl, dense, low", "gfl, dense, high", "gfl, sparse"]
+    over = compare(runs[:2], ["guidance.alpha"])
     assert len(over.rows) == 1
     with pytest.raises(UserError, match="alfa"):
-        compare(runs, STAGES, ["guidance.alfa"])
+        compare(runs, ["guidance.alfa"])
 
 
 def test_refusals(tmp_path):
@@ -169,10 +168,10 @@ def test_refusals(tmp_path):
         (tmp_path / "nowhere", "no such run folder"),
     ):
         with pytest.raises(UserError, match=words):
-            compare([good, folder], STAGES)
+            compare([good, folder])
     (tmp_path / "other" / "results.json").write_text("[1]")
     with pytest.raises(UserError, match="not the results"):
-        compare([tmp_path / "other"], STAGES)
+        compare([tmp_path / "other"])
 
 
 def test_images_of_a_step_part_runs_and_processes_do_not(tmp_path):
@@ -183,13 +182,13 @@ def test_images_of_a_step_part_runs_and_processes_do_not(tmp_path):
             write_run(tmp_path / "b", 21, per_device=1, seed=1, made=batch(2)),  # two processes
             write_run(tmp_path / "c", 22, per_device=1, seed=2, made=batch(1))]  # fmt: skip
     assert [row[-1] for row in results(*runs)[1:]] == ["2", "1"]
-    assert compare(runs, STAGES).differing == {"images_of_a_step.labeled": ["2", "1"]}
+    assert compare(runs).differing == {"images_of_a_step.labeled": ["2", "1"]}
 
 
 def test_a_course_with_several_settings_is_reported(tmp_path):
     plain = write_run(tmp_path / "a", 40)
     changed = write_run(tmp_path / "b", 50, paradigm="sparse", made={"changed": [{"step": 12, "changes": ["optim.lr: 1 -> 2"]}]})
-    text = to_markdown(compare([plain, changed], STAGES))
+    text = to_markdown(compare([plain, changed]))
     assert f"{changed}: had other settings or data until step 12 (optim.lr: 1 -> 2)" in text
     assert f"{plain}: had" not in text
 
@@ -197,7 +196,7 @@ def test_a_course_with_several_settings_is_reported(tmp_path):
 def test_mixed_precision_parts_runs(tmp_path):
     runs = [write_run(tmp_path / "old", 20, seed=1), write_run(tmp_path / "a", 20, made={"mixed_precision": "no"}),
             write_run(tmp_path / "b", 21, made={"mixed_precision": "bf16"})]  # fmt: skip
-    comparison = compare(runs, STAGES)
+    comparison = compare(runs)
     assert [row.name for row in comparison.rows] == ['gfl, dense, mixed_precision="no"', "gfl, dense, mixed_precision=bf16"]
     assert [len(row.runs) for row in comparison.rows] == [2, 1]
 
@@ -208,27 +207,27 @@ def test_data_are_judged_by_what_was_read(tmp_path):
     assert len(results(first, same)) == 2
     changed = write_run(tmp_path / "changed", 21, seed=2, labeled="a.json", made=read_from(labeled="2", val="1"))
     with pytest.raises(UserError, match=r"its labeled data are not those of .*first"):
-        compare([first, same, changed], STAGES)
+        compare([first, same, changed])
     elsewhere = write_run(tmp_path / "elsewhere", 21, seed=3, labeled="a.json", made=read_from(labeled="1", val="2"))
     with pytest.raises(UserError, match="same name, but with other images or boxes"):
-        compare([first, elsewhere], STAGES)
+        compare([first, elsewhere])
 
 
 def test_folds_of_the_embedded_data_have_their_own_validation_images(tmp_path):
     dense, sparse = ([write_run(tmp_path / f"{paradigm}{fold}", ap + 10 * fold, paradigm=paradigm, fold=fold, made=read_from(val=str(fold)))
                       for fold in range(2)] for paradigm, ap in (("dense", 22), ("sparse", 20)))  # fmt: skip
-    comparison = compare([*sparse, *dense], STAGES)
+    comparison = compare([*sparse, *dense])
     assert [len(row.runs) for row in comparison.rows] == [2, 2]
     assert "+2.00 ± 0.00" in to_markdown(comparison)
-    assert "-8.00" not in to_markdown(compare([sparse[1], dense[0]], STAGES))  # of other images, so no difference is told
+    assert "-8.00" not in to_markdown(compare([sparse[1], dense[0]]))  # of other images, so no difference is told
     redrawn = write_run(tmp_path / "redrawn", 20, paradigm="supervised", made=read_from(val="another version"))
     with pytest.raises(UserError, match="other images or classes"):
-        compare([sparse[0], redrawn], STAGES)
+        compare([sparse[0], redrawn])
 
 
 def test_pages(tmp_path):
     runs = [write_run(tmp_path / f"<b>{seed}", 20 + seed, seed=seed) for seed in range(2)]
-    comparison = compare(runs, STAGES)
+    comparison = compare(runs)
     widths = {len(line) for line in to_markdown(comparison).splitlines() if line.startswith("| ")}
     assert len(widths) <= len(tables(comparison))  # columns are aligned
     page = to_html(comparison)
@@ -239,14 +238,14 @@ def test_pages(tmp_path):
 
 def test_curves(tmp_path):
     runs = [write_run(tmp_path / str(seed), 20 + seed, seed=seed) for seed in range(2)]
-    comparison = compare(runs, STAGES)
+    comparison = compare(runs)
     assert comparison.rows[0].runs[0].curve == [(50, pytest.approx(30.0), 10.0), (100, pytest.approx(120.0), 20.0)]
     curves = draw_curves(comparison)
     assert (curves.count("<polyline"), curves.count("class=thin")) == (6, 4)  # two runs and their mean, twice
     assert "2 at 50" not in curves
     assert "10.25 at 50" in curves  # the mean of 10 and 10.5
     (tmp_path / "0" / "metrics.jsonl").unlink()
-    assert draw_curves(compare(runs[:1], STAGES)) == ""
+    assert draw_curves(compare(runs[:1])) == ""
 
 
 def test_command_line(tmp_path, capsys):
