@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--against: a supervised step has other images than a guided one - leave it out, or change --paradigm")
     settings = _settings(arguments)
     if arguments.json not in (None, "-"):
-        require_new([Path(arguments.json)], arguments.overwrite, "--json")
+        require_new([Path(arguments.json)], arguments.overwrite, "--json", [arguments.config])
 
     figures, lines = (_data if arguments.data else _step)(arguments, settings)
     if arguments.json == "-":

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     rules = rules_of(arguments)
     if arguments.output:
-        require_new([arguments.output], arguments.overwrite)
+        require_new([arguments.output], arguments.overwrite, inputs=(arguments.annotations, arguments.val, arguments.unlabeled))
     data = DataConfig(labeled=arguments.annotations, images=arguments.images, val=arguments.val, val_images=arguments.val_images,
                       unlabeled=arguments.unlabeled, rules=rules)  # fmt: skip
     report = Report()

@@ -127,12 +127,17 @@ def rules_of(arguments: argparse.Namespace, rules: DataRules | None = None) -> D
     return config.data.rules
 
 
-def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output") -> None:
-    """UserError unless all ``files``, given by ``flag``, can be written without loss: none exists, or ``overwrite``. To be called
-    before long work."""
+def require_new(
+    files: Iterable[Path], overwrite: bool, flag: str = "--output", inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """UserError unless all ``files``, given by ``flag``, can be written without loss: none exists, or ``overwrite`` and none is one
+    of the ``inputs``. To be called before long work."""
+    read = {os.path.realpath(path) for path in inputs if path is not None}
     for file in files:
         if file.is_dir():
             raise UserError(f"{file}: is a folder - give another {flag}")
+        if os.path.realpath(file) in read:
+            raise UserError(f"{file}: is read, too, and would be lost - give another {flag}")
         if not overwrite and os.path.lexists(file):
             raise UserError(f"{file}: exists - give another {flag}, or --overwrite")
         require_writable(file.parent, flag)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     weights = find_weights(arguments.weights, arguments.which)
     name = f"evaluation-{arguments.annotations.stem}" if arguments.annotations else "evaluation"
     output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / name
-    require_new((output / name for name in FILES), arguments.overwrite)
+    require_new((output / name for name in FILES), arguments.overwrite, inputs=[arguments.annotations])
     loaded = load_detector(weights, arguments.device)
 
     data = replace(loaded.settings.data, rules=rules_of(arguments, loaded.settings.data.rules))

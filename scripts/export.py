@@ -9,17 +9,28 @@ Exit status: 0; 2 after a mistake, reported in one line, and when a file is reje
 """
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import Parser, add_rules, main_guard, number, one_of, rules_of
 from predict import find_images
 
 from dtg_core.drafts import require_writable, writing
+from dtg_core.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dtg_core.config import DataRules, ViewsConfig
 
 FORMATS = {"onnx": ("onnx",), "torch_export": ("torch_export",), "both": ("torch_export", "onnx")}
 IMAGES = 20  # maximum number that are compared
+TOLERATED = 0.05  # relative difference between an image's size in the graph and in evaluation
 
 
 def parser() -> Parser:
@@ -44,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
 
     from dtg_core.data.files import IMAGE_SUFFIXES
-    from dtg_core.data.images import read_image
     from dtg_core.data.shapes import draw_scene
     from dtg_core.engine.export import export
     from dtg_core.engine.predict import find_weights, load_detector
@@ -55,16 +65,45 @@ def main(argv: Sequence[str]) -> int:
     predictor = load_detector(weights, "cpu")
     settings = predictor.settings
     side = settings.views.test_short_edge
-    size = tuple(arguments.size or (side, side))
+    size: tuple[int, int] = tuple(arguments.size or (side, side))  # type: ignore[assignment]
     score = settings.run.score_threshold if arguments.score is None else arguments.score
     rules = rules_of(arguments, settings.data.rules)
-    pictures = [read_image(root / name, rules=rules) for name in names[:IMAGES]]
+    pictures = list(islice(readable(root, names, rules), IMAGES))
+    if names and not pictures:
+        raise UserError(f"{arguments.images[0]}: no image there can be read - give other --images")
+    for line in other_sizes(pictures, size, settings.views):
+        print(f"warning: {line}", file=sys.stderr)
     pictures = pictures or [draw_scene(0, "val", number).image for number in range(IMAGES)]
     formats = FORMATS[arguments.format]
     with writing(arguments.output):
         for line in export(predictor, pictures, arguments.output, weights.stem, formats, size, score, arguments.opset):
             print(line)
     return 0
+
+
+def readable(root: Path, names: Sequence[str], rules: DataRules) -> Iterator[Image.Image]:
+    """The images that can be read; what cannot is reported."""
+    from dtg_core.data.images import read_image
+
+    for name in names:
+        try:
+            yield read_image(root / name, rules=rules)
+        except UserError as error:
+            print(f"skipped: {printable(str(error))}", file=sys.stderr)
+
+
+def other_sizes(pictures: Sequence[Image.Image], size: tuple[int, int], views: ViewsConfig) -> list[str]:
+    """A warning if a graph of ``size`` (height, width) shows the pictures to the detector larger or smaller than evaluation."""
+    from dtg_core.data.geometry import fitted
+
+    seen = [fitted(picture.height, picture.width, views.test_short_edge, views.long_edge) for picture in pictures]
+    factors = [min(size[0] / height, size[1] / width) for height, width in seen]
+    if all(abs(factor - 1) <= TOLERATED for factor in factors):
+        return []
+    worst = max(factors, key=lambda factor: abs(math.log(factor)))
+    wanted = [max(sides) for sides in zip(*seen)]
+    return [f"--size: in {size[0]} x {size[1]} px, objects have up to {worst:.2f} times the size at which the run was evaluated - "
+            f"give --size {wanted[0]} {wanted[1]} to keep it"]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.labels.is_dir():
         raise UserError(f"{arguments.labels}: {no_folder(arguments.labels)} - give the folder of the labels")
     rules = rules_of(arguments)
-    require_new([arguments.output], arguments.overwrite)
+    require_new([arguments.output], arguments.overwrite, inputs=[arguments.names])
     report = Report()
     if arguments.format == "yolo":
         content = import_yolo(arguments.images, arguments.labels, arguments.names, report, arguments.only_labeled, rules)

@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     folds, rules = _folds(arguments.folds), rules_of(arguments)
     whole = ["val.json", *(["labeled.json"] if not _names(arguments) else [])] if arguments.val else []
     files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
-    require_new((arguments.output / name for name in ("manifest.json", *whole, *files)), arguments.overwrite)
+    require_new((arguments.output / name for name in ("manifest.json", *whole, *files)), arguments.overwrite,
+                inputs=(arguments.annotations, arguments.indices))
 
     import numpy as np
 

@@ -73,7 +73,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     if arguments.json not in (None, "-"):
-        require_new([Path(arguments.json)], arguments.overwrite, "--json")
+        require_new([Path(arguments.json)], arguments.overwrite, "--json", [arguments.truth, arguments.unlabeled])
 
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources

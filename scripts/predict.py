@@ -92,7 +92,8 @@ def main(argv: Sequence[str]) -> int:
     names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
     listed = listed_images(arguments.annotations, root, names) if arguments.annotations else {}
     require_own_folder(arguments.output)
-    require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite)
+    require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite,
+                inputs=[arguments.annotations])
 
     from dtg_core.engine.predict import load_detector
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output {output}: not a picture - give a name that ends in .png")
-    require_new([output], arguments.overwrite)
+    require_new([output], arguments.overwrite, inputs=[arguments.config])
     flags = {flag: getattr(arguments, flag) for flag in ("config", "labeled", "images", "seed")}
     given = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
     changes = ["--set", *arguments.set] if arguments.set else []

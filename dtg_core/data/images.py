@@ -6,6 +6,7 @@ frames the first is used.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from dtg_core.config import DataRules
-from dtg_core.errors import NeedsSetting, UserError
+from dtg_core.errors import NeedsSetting, UserError, printable
 
 EXIF_ORIENTATION = 0x0112
 SIXTEEN_BITS = 0, 2**16 - 1
+log = logging.getLogger(__name__)
+_said: set[str] = set()  # by this process
 RETRIES = (0.1, 0.5, 2.0)  # seconds to wait after an error of the disk or the network
 NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, IndexError, ArithmeticError, AttributeError,
             MemoryError, RuntimeError)  # what Pillow raises for damaged files  # fmt: skip
@@ -29,7 +32,7 @@ DEEP = "images of more than 8 bits are scaled to 8"
 DARK = "images of 16 bits have no value over 4095 and come out nearly black - set data.rules.float_range=[0, 4095] if that is white"
 FRAMES = "images of several frames are used by their first"
 BAD_EXIF = "images have EXIF data that cannot be read, which is ignored"
-UNTURNED = "images are not turned by their EXIF orientation, because the sizes in their JSON are the stored ones"
+UNTURNED = "images are not turned by their EXIF orientation, as in the sizes of their JSON"
 
 
 def read_image(
@@ -50,7 +53,7 @@ def read_image(
         UserError: the file is missing or not a readable image; NeedsSetting if it is float or 32 bits deep and the rules
             give no range, or if it is cut off and they treat that as an error.
     """
-    rules, odd = rules or DataRules(), set() if odd is None else odd
+    rules, told, odd = rules or DataRules(), odd is not None, set() if odd is None else odd
     with _opened(path, rules) as image:
         if rules.truncated == "use":
             ImageFile.LOAD_TRUNCATED_IMAGES = True  # Pillow has no other way; it holds for the whole process
@@ -68,7 +71,17 @@ def read_image(
             odd.add(UNTURNED)
         elif orientation > 1:
             image = ImageOps.exif_transpose(image)
-        return _to_rgb(image, path, rules, odd)
+        result = _to_rgb(image, path, rules, odd)
+    if DARK in odd and not told:
+        _say_once(DARK, path)
+    return result
+
+
+def _say_once(kind: str, path: Path) -> None:
+    """Log what is odd about the first of such images that this process has read."""
+    if kind not in _said:
+        _said.add(kind)
+        log.warning("%s: %s", printable(str(path)), kind)
 
 
 def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -15,16 +15,20 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dtg_core.config import DataRules
-from dtg_core.data.files import list_images, no_folder
+from dtg_core.data.files import JUNK, OWN, VIDEO, list_images, no_folder
 from dtg_core.data.images import image_size, is_turned
 from dtg_core.data.report import Report
 from dtg_core.errors import UserError, counted
 from dtg_core.settings import plain_yaml
 
 Record = dict[str, Any]
+YAML = ".yaml", ".yml"
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
 NO_FILE = "images have no annotation file and are taken to show no object - --only-labeled leaves them out"
+ORPHAN = "annotation files have no image, and their objects are left out"
 THIN = "boxes without a positive width and height are left out"
+ODD_LINE = "lines are not 'class x y width height' in 0 to 1 and left out"
+ODD_OBJECT = "objects have no name or no box and are left out"
 LEFT_OUT = "images have no annotation file and are left out"
 TURNED = ("images have an EXIF orientation, and their labels count as drawn on the turned image - if they were drawn on the stored "
           "pixels, take the orientation out of the files")
@@ -63,7 +67,7 @@ def import_yolo(
                 kinds.setdefault((len(values), _is_pose(values)), []).extend([place] if len(values) > 5 else [])
             found = _yolo_object(values, place, len(class_names), keypoints) if values else None
             if found is None:
-                report.add(labels, "lines are not 'class x y width height' in 0 to 1 and left out", [place])
+                report.add(labels, ODD_LINE, [place])
                 continue
             label, (x1, y1, x2, y2) = found
             if x2 <= x1 or y2 <= y1:
@@ -104,7 +108,7 @@ def import_voc(
         record |= _voc_size(root)
         for number, (label, corners, difficult) in enumerate(_voc_objects(root)):
             if label is None or corners is None:
-                report.add(annotations, "objects have no name or no box and are left out", [f"{path} object {number + 1}"])
+                report.add(annotations, ODD_OBJECT, [f"{path} object {number + 1}"])
                 continue
             if label not in class_names:
                 if given is not None:
@@ -130,12 +134,16 @@ def _sized(
     """Name, upright (height, width), and label file if there is one, of each readable image that is wanted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {no_folder(folder)} - give the folder of the images")
-    names = list_images(folder, report)
+    names = list_images(folder, listed := Report())
+    for (_, kind), finding in listed.findings.items():  # the labels themselves may lie among the images
+        report.add(folder, kind, (name for name in finding.items if kind != JUNK or not name.lower().endswith((suffix, *YAML))))
     stems = Counter(os.path.splitext(name)[0] for name in names)
     report.add(folder, "images share their annotation file with others, as they differ in the suffix only",
                (name for name in names if stems[os.path.splitext(name)[0]] > 1))
+    used = set()
     for name in names:
         path = _label_file(labels, name, suffix)
+        used.add(path)
         if only_labeled and path is None:
             report.add(labels, LEFT_OUT, [name])
             continue
@@ -146,6 +154,14 @@ def _sized(
             continue
         report.add(labels, NO_FILE, [] if path else [name])
         yield name, size, path
+    others = sorted(path for path in labels.rglob("*") if path.suffix.lower() == suffix and path not in used)
+    report.add(labels, ORPHAN, (path.relative_to(labels) for path in others if _has_objects(path)))
+
+
+def _has_objects(path: Path) -> bool:
+    """Whether it is a label file with an object: an ``.xml`` with one, or a text that begins with the number of a class."""
+    content = path.read_bytes() if path.is_file() else b""
+    return b"<object" in content if path.suffix.lower() == ".xml" else next(iter(content.split()), b"").isdigit()
 
 
 def _label_file(labels: Path, name: str, suffix: str) -> Path | None:
@@ -154,7 +170,8 @@ def _label_file(labels: Path, name: str, suffix: str) -> Path | None:
     stem = os.path.splitext(name)[0]
     before, found, after = f"/{stem}".rpartition("/images/")
     stems = [stem, f"{before}/labels/{after}"[1:]] if found else [stem]
-    return next((path for path in (labels / f"{each}{suffix}" for each in stems) if path.is_file()), None)
+    paths = (labels / f"{each}{ending}" for each in stems for ending in (suffix, suffix.upper()))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> Record:
@@ -166,15 +183,16 @@ def _coco(
     records: list[Record], annotations: list[Record], class_names: list[str], source: Path, report: Report, rules: DataRules
 ) -> Record:
     if not annotations:
-        odd = [finding for finding in report.findings.values() if finding.kind not in (NO_FILE, LEFT_OUT)]
+        odd = [finding for finding in report.findings.values() if finding.kind not in (NO_FILE, LEFT_OUT, JUNK, OWN, VIDEO)]
         if odd:
             worst = max(odd, key=lambda finding: finding.count)
             raise UserError(f"{worst} - no object is left of {counted(len(records), 'image')}, so correct the files")
         found = counted(len(records), "image")
         raise UserError(f"{source}: no object found for {found} - check that both folders have the same names")
-    thin = report.findings.get((str(source), THIN))
-    if thin and thin.count > rules.max_bad_annotations * (len(annotations) + thin.count):
-        raise UserError(f"{thin} - correct the files, or raise data.rules.max_bad_annotations")
+    lost = [report.findings[key] for kind in (THIN, ODD_LINE, ODD_OBJECT) if (key := (str(source), kind)) in report.findings]
+    count = sum(finding.count for finding in lost)
+    if count > rules.max_bad_annotations * (len(annotations) + count):
+        raise UserError(f"{'; '.join(map(str, lost))} - correct the files, or raise data.rules.max_bad_annotations")
     categories = [{"id": number, "name": name} for number, name in enumerate(class_names, 1)]
     return {"images": records, "annotations": annotations, "categories": categories}
 
@@ -211,7 +229,7 @@ def _class_names(path: Path) -> list[str]:
 
 
 def _is_yaml(path: Path) -> bool:
-    return path.suffix.lower() in (".yaml", ".yml")
+    return path.suffix.lower() in YAML
 
 
 def _value(path: Path, key: str) -> Any:
@@ -299,12 +317,15 @@ def _voc_root(path: Path) -> ElementTree.Element:
             line = text[: text.index(word)].count("\n") + 1
             raise UserError(f"{path}:{line}: it has {word[2:]}, which annotations do not need - remove it")
     try:
-        return ElementTree.fromstring(text)
+        root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         line, column = getattr(error, "position", (1, 0))
         raise UserError(f"{path}:{line}:{column + 1}: it is not XML ({error}) - export it again") from error
     except RecursionError as error:
         raise UserError(f"{path}: it is not an annotation (nested too deeply) - export it again") from error
+    if root.tag != "annotation" and root.find(".//object") is None:
+        raise UserError(f"{path}: its first element is <{root.tag}>, not Pascal VOC's <annotation> - export it as Pascal VOC")
+    return root
 
 
 def _voc_size(root: ElementTree.Element) -> dict[str, int]:

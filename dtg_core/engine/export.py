@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 from dtg_core.data.plan import NO_BOXES, NO_LABELS
 from dtg_core.data.views import CANVAS_MULTIPLE
 from dtg_core.engine.predict import Predictor
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets, ViewBatch
 
@@ -132,7 +132,7 @@ def export(
         expected = [graph(*prepared) for prepared in inputs]
         count = sum(len(boxes) for boxes, _, _ in expected)
         if not count:
-            raise UserError(f"--images: nothing is found in {len(pictures)} images, so there is nothing to compare - give images "
+            raise UserError(f"--images: nothing is found in {counted(len(pictures), 'image')}, so there is nothing to compare - give images "
                             "with objects, or a lower --score")
         program = _traced(graph, inputs[0])
     told = description(predictor, size, score_threshold)
@@ -146,7 +146,7 @@ def export(
             os.replace(draft, path if worst.accepted else f"{path}.rejected")
         if worst.accepted:
             checks[kind] = {"boxes": worst.boxes, "scores": worst.scores, "detections": count, "images": len(inputs)}
-            yield f"{path}: {line}, on {count} boxes in {len(inputs)} images"
+            yield f"{path}: {line}, on {counted(count, 'box', 'boxes')} in {counted(len(inputs), 'image')}"
         else:
             rejected.append(f"{path}: differs from the detector ({line}) - it is kept as {path.name}.rejected, do not use it")
     if checks:

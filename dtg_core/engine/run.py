@@ -379,11 +379,13 @@ class Fit:
             self.unsaved_in_a_row = 0
         except OSError as error:
             self.unsaved_in_a_row += 1
-            if self.unsaved_in_a_row == MOST_UNSAVED:
+            at_end = done == self.config.run.steps  # the weights are smaller, and may still fit
+            if self.unsaved_in_a_row >= MOST_UNSAVED and not at_end:
                 raise UserError(f"{self.folder.checkpoints}: not written {MOST_UNSAVED} times in a row ({error.strerror}) - make "
                                 f"room{self._continues()}") from error
-            self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - training goes on, the older "
-                      "one stays")
+            goes_on = "evaluation follows" if at_end else "training goes on"
+            older = ", the older one stays" if self.folder.has_checkpoint else ""
+            self._say(f"warning: checkpoint at step {done} not written ({error.strerror}) - {goes_on}{older}")
 
     def _evaluate_and_save(self, done: int, signals: StopSignals, stop_at: int | None) -> None:
         """What is due after ``done`` steps. A checkpoint comes first, so that nothing is lost if the evaluation fails; where the
@@ -414,7 +416,9 @@ class Fit:
             if done and self.accelerator.num_processes == 1:  # several cannot: the others are in the middle of the next step
                 with contextlib.suppress(OSError):
                     self._checkpoint(self.folder.checkpoints, done, self._state())
-            raise UserError(f"{error}{self._continues()}") from error
+            # The remedy is another file or another setting.
+            again = "; --resume auto --resume-with-changes continues" if self.folder.has_checkpoint else ""
+            raise UserError(f"{error}{again}") from error
 
     def _continues(self) -> str:
         """The end of a message if there is a checkpoint to continue from."""

@@ -143,6 +143,14 @@ def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     assert own.read_text() == "mine"
 
 
+def test_predict_does_not_write_over_the_ids_that_it_reads(run, photos, tmp_path):
+    given = [str(run), str(photos), "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert predict.main(given) == 0
+    listed = tmp_path / "out" / "images.json"
+    with pytest.raises(UserError, match=r"images\.json: is read, too, and would be lost - give another --output"):
+        predict.main([*given, "--annotations", str(listed), "--overwrite"])
+
+
 def test_every_picture_has_a_place_of_its_own_in_the_output(photos, tmp_path):
     names = ["a.gif", "a.gif.png", "a.gif.png.png", "a.jpg"]
     places = [predict.picture_path(tmp_path, name, frozenset(names)).name for name in names]

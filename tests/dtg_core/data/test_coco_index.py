@@ -253,6 +253,18 @@ def test_exif(tmp_path: Path, orientation: int) -> None:
         np.testing.assert_array_equal(np.asarray(read_image(path, (6, 4))), stored)
 
 
+def test_dark_images_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("dtg_core.data.images._said", set())
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((2, 2), 2048, np.uint16)).save(tmp_path / name)
+        read_image(tmp_path / name, odd=set())  # as for a report
+    assert not caplog.messages
+    for name in ("b.png", "a.png"):
+        read_image(tmp_path / name)
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path / 'b.png'}: images of 16 bits have no value over 4095 and come out nearly black - set ")
+
+
 def test_pixel_formats(tmp_path: Path) -> None:
     def pixel(image: Image.Image, name: str = "image.png") -> tuple[int, ...]:
         image.save(tmp_path / name)

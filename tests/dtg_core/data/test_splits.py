@@ -275,6 +275,21 @@ def test_splits_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_what_is_split_is_never_written_over(tmp_path: Path) -> None:
+    """Splitting in place, where the whole data set has the name of a part."""
+    source = coco(tmp_path, 40)
+    for name in ("labeled.json", "val.json"):
+        own = source.rename(tmp_path / name)
+        before = own.read_bytes()
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(own)
+        for given in (own, tmp_path / "link"):
+            with pytest.raises(UserError, match=f"{name}: is read, too, and would be lost - give another --output"):
+                make_splits.main(["--annotations", str(given), "--output", str(tmp_path), "--val", "25", "--overwrite"])
+        assert own.read_bytes() == before
+        source = own
+
+
 def test_a_full_disk_leaves_no_half_of_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = coco(tmp_path, 40)
     with pytest.raises(UserError, match=r"splits: cannot be written \(File too large\) - give another --output"), full_disk(2000):

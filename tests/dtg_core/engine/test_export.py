@@ -17,6 +17,7 @@ from PIL import Image
 
 from dtg_core import load_detector
 from dtg_core.boxes import grouped_nms
+from dtg_core.config import ViewsConfig
 from dtg_core.engine import export as exporting
 from dtg_core.engine.export import Difference, difference, on_canvas
 from dtg_core.errors import UserError
@@ -256,3 +257,30 @@ def test_refusals(tmp_path):
         with pytest.raises(UserError, match=words):
             script.main([str(run), *out, *flags])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_of_another_size_than_evaluation_is_told():
+    views = ViewsConfig(test_short_edge=128, long_edge=128)
+    photos = [noise(480, 640), noise(240, 320)]  # evaluated at 96 x 128
+    (told,) = script.other_sizes(photos, (128, 171), views)
+    assert told.startswith("--size: in 128 x 171 px, objects have up to 1.33 times the size")
+    assert told.endswith("give --size 96 128 to keep it")
+    assert script.other_sizes(photos, (96, 128), views) == script.other_sizes(photos, (128, 128), views) == []
+    (told,) = script.other_sizes([*photos, noise(640, 480)], (128, 96), views)  # the first two are shown smaller
+    assert "up to 0.75 times" in told
+    assert "--size 128 128" in told
+    assert script.other_sizes([], (32, 32), views) == []
+
+
+def test_images_that_cannot_be_read_are_passed_over(tmp_path, capsys):
+    run, photos = write_weights(tmp_path / "run"), tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(b"")
+    flags = [str(run), "--output", str(tmp_path / "out"), "--format", "torch_export", "--images", str(photos)]
+    with pytest.raises(UserError, match=r"photos: no image there can be read"):
+        script.main(flags)
+    noise(64, 64).save(photos / "b.png")
+    assert script.main(flags) == 0
+    shown = capsys.readouterr()
+    assert f"skipped: {photos / 'a.png'}: " in shown.err
+    assert "in 1 image\n" in shown.out

@@ -94,6 +94,15 @@ def test_fault_63_a_disk_that_stays_full_stops(data: TinyData, tmp_path: Path) -
     assert found.name == "step_00000002"
 
 
+def test_fault_63_a_full_disk_at_the_end_does_not_keep_the_weights_back(data: TinyData, tmp_path: Path) -> None:
+    ended = run(command(data, "gfl", tmp_path / "run", "run.checkpoint_every=1", steps=3), tmp_path / "logs", prepare=full_disk(1))
+    assert ended.status == 0, ended.err
+    assert ended.err.count("not written (No space left on device) - training goes on\n") == 2
+    assert "checkpoint at step 3 not written (No space left on device) - evaluation follows\n" in ended.err
+    assert len(list((tmp_path / "run" / "weights").iterdir())) == 2
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 3
+
+
 def test_fault_63_no_room_for_weights(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
         import dtg_core.engine.run as module
@@ -148,7 +157,7 @@ def test_data_that_fail_cost_no_step(data: TinyData, tmp_path: Path, workers: in
     first = run(arguments, tmp_path / "logs", prepare=at_batch(0, told))
     assert (first.status, first.err.splitlines()[-1]) == (2, "error: images: the disk is gone - mount it")
     at_5 = run([*arguments, "--resume", "auto"], tmp_path / "logs", prepare=at_batch(5, told))
-    assert (at_5.status, at_5.err.splitlines()[-1]) == (2, "error: images: the disk is gone - mount it; --resume auto continues")
+    assert (at_5.status, at_5.err.splitlines()[-1]) == (2, "error: images: the disk is gone - mount it; --resume auto --resume-with-changes continues")
     assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
     assert run(command(data, "gfl", tmp_path / "unbroken", *settings), tmp_path / "logs").status == 0
     assert lines(tmp_path / "run") == lines(tmp_path / "unbroken")
@@ -166,7 +175,7 @@ def test_an_evaluation_that_fails_costs_no_step(data: TinyData, tmp_path: Path) 
 
     arguments = command(data, "gfl", tmp_path / "run", "run.evaluate_every=3", steps=5)
     ended = run(arguments, tmp_path / "logs", prepare=prepare)
-    assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: val.png: cannot be read - fix it; --resume auto continues")
+    assert (ended.status, ended.err.splitlines()[-1]) == (2, "error: val.png: cannot be read - fix it; --resume auto --resume-with-changes continues")
     assert run([*arguments, "--resume", "auto"], tmp_path / "logs").status == 0
     assert [line["step"] for line in lines(tmp_path / "run") if "teacher/AP" in line] == [3, 5]
 
