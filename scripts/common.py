@@ -222,6 +222,11 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
         raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
     overrides = [f"{key}={yaml_scalar(getattr(arguments, flag))}" for flag, key in _FLAG_KEYS.items()
                  if getattr(arguments, flag) is not None]
+    for flag, key in _FLAG_KEYS.items():
+        value = getattr(arguments, flag)
+        other = next((text for text in arguments.set if text.partition("=")[0] == key), None)
+        if value is not None and other is not None and other.partition("=")[2] != yaml_scalar(value):
+            raise UserError(f"--set {other}: --{flag.replace('_', '-')} says {value} - leave one of the two out")
     settings, origins, notes = settings_from(_shortest(arguments.config or QUICKSTART), [*overrides, *arguments.set])
     if origins["detector"] == DEFAULT:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
@@ -243,6 +248,8 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
 
     notes: list[str] = []
     settings, origins = load_config(RunSettings, file, overrides, RENAMED, notes)
+    if missing := [stage for stage in STAGES[settings.detector] if stage not in settings.guidance.stages]:
+        raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
     settings = _fill_paradigms(_at_home(settings), origins)
     check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
     if settings.paradigm == "supervised" and origins["data.unlabeled"] == COMMAND_LINE:

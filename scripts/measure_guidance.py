@@ -225,7 +225,7 @@ def table(found: Mapping[str, Measured], stages: Sequence[str]) -> str:
             row = [name, stage, *(shown(gradients.get(kind)) for kind in kinds), *(f"{labels[share]:.3f}" for share in shares)]
             rows.append(row + [f"{labels[mean]:.1f}" if mean in labels else "-" for mean in means])
         if len(stages) > 1:
-            rows.append([name, "both", "", "", "", shown(sums.agreements("all")["all"])])
+            rows.append([name, "all", "", "", "", shown(sums.agreements("all")["all"])])
     widths = [max(len(row[place]) for row in rows if place < len(row)) for place in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 

@@ -16,6 +16,8 @@ SILENT = {
 }  # fmt: skip
 #: The images of a step, over all processes: what the last three result in.
 BATCH = "images_of_a_step"
+#: Sections that all detectors share.
+CORE = {field.name for field in fields(Config)} | {BATCH}
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
 DENSE_ONLY = {
     "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples",
@@ -31,14 +33,20 @@ UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data
                   "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip
 
 
+def of_another(key: str, detector: object) -> bool:
+    """Whether ``key`` belongs to another detector than this one: its section, or a stage that this one does not have."""
+    section, *rest = key.split(".")
+    if section == "guidance" and rest[0] == "stages":
+        return detector in KNOWN and rest[1] not in KNOWN[str(detector)].stages
+    return detector is not None and bool(rest) and section not in CORE and section != detector
+
+
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, by dotted key, that had an effect: without other detectors' sections and stages, or what the paradigms do not
     read. A detector that is not ``KNOWN`` has all stages of its settings."""
     detector = settings.get("detector")
-    core = {field.name for field in fields(Config)} | {BATCH}
+    settings = {key: value for key, value in settings.items() if not of_another(key, detector)}
     paradigms = stage_paradigms(settings)
-    if detector in KNOWN:
-        paradigms = {stage: value for stage, value in paradigms.items() if stage in KNOWN[detector].stages}
     supervised = set(paradigms.values()) <= {"none"}
 
     def matters(key: str) -> bool:
@@ -47,8 +55,6 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
             return False
         if key == "optim.momentum":
             return settings.get("optim.name") == "sgd"
-        if len(parts) > 1 and parts[0] not in core and parts[0] != detector:
-            return False
         if parts[:2] == ["guidance", "stages"]:
             return parts[2] in paradigms and reads(paradigms[parts[2]], key)
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):

@@ -132,8 +132,8 @@ def export(
         expected = [graph(*prepared) for prepared in inputs]
         count = sum(len(boxes) for boxes, _, _ in expected)
         if not count:
-            raise UserError(f"--images: nothing is found in {counted(len(pictures), 'image')}, so there is nothing to compare - give images "
-                            "with objects, or a lower --score")
+            raise UserError(f"--images: nothing is found in {counted(len(pictures), 'image')}, so there is nothing to compare - "
+                            "give images with objects, or a lower --score")
         program = _traced(graph, inputs[0])
     told = description(predictor, size, score_threshold)
     checks: dict[str, dict[str, float]] = {}

@@ -26,6 +26,7 @@ from dtg_core.data.views import collate, test_canvas, test_view
 from dtg_core.detectors import KNOWN
 from dtg_core.drafts import reading
 from dtg_core.engine.checkpoint import load_into, load_weights
+from dtg_core.engine.effective import of_another
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.settings import load_config, plain_yaml
@@ -105,7 +106,7 @@ class Predictor:
         ]  # fmt: skip
 
 
-def load_detector(path: Path, device: str | None = None, which: str = "teacher") -> Predictor:
+def load_detector(path: str | Path, device: str | None = None, which: str = "teacher") -> Predictor:
     """Rebuild a detector from a weights file alone.
 
     Args:
@@ -116,7 +117,7 @@ def load_detector(path: Path, device: str | None = None, which: str = "teacher")
         UserError: not a weights file of this project, damaged, with settings that no longer exist, or no such device.
     """
     where = pick_device(device)
-    path = find_weights(path, which)
+    path = find_weights(Path(path), which)
     tensors, metadata = load_weights(path)
     missing = {"detector", "class_names", "category_ids", "config"} - metadata.keys()
     if missing or metadata["detector"] not in KNOWN:
@@ -172,7 +173,8 @@ def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:
     sections = {entry.name for entry in fields(settings)}
     try:
         told = dotted(plain_yaml(text, "its settings", RENAMED))
-        own = [f"{key}={yaml_scalar(value)}" for key, value in told.items() if key.split(".")[0] in sections]
+        own = [f"{key}={yaml_scalar(value)}" for key, value in told.items()
+               if key.split(".")[0] in sections and not of_another(key, name)]  # fmt: skip
         return package, load_config(settings, None, own)[0]
     except UserError as error:
         raise UserError(f"{path}: its settings are of another version ({error})") from error

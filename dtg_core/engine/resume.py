@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ import dtg_core
 from dtg_core.config import Config
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
-from dtg_core.engine.effective import BATCH, UNLABELED_ONLY, stage_paradigms
+from dtg_core.detectors import KNOWN
+from dtg_core.engine.effective import BATCH, UNLABELED_ONLY, of_another, stage_paradigms
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
@@ -100,10 +102,11 @@ def _first_guided(stamp: Mapping[str, Any]) -> float:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Changes between two stamps that are only allowed by insisting, by setting or stream of data."""
-    before = json.loads(json.dumps(flatten(Config()))) | old["config"]  # what an older version did not have is at its default
+    detector = new["config"].get("detector")
+    before = json.loads(json.dumps(_defaults(detector))) | old["config"]  # what an older version did not have is at its default
     changes = {key: f"{key}: {_short(before.get(key))} -> {_short(new['config'].get(key))}"
                for key in sorted(old["config"].keys() | new["config"].keys())
-               if before.get(key) != new["config"].get(key)
+               if before.get(key) != new["config"].get(key) and not of_another(key, detector)
                and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)}  # fmt: skip
     precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not record it
     if precisions[0] != precisions[1]:
@@ -119,6 +122,15 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, st
         if data[0] != data[1]:
             changes[f"data.{stream}"] = f"{stream} data: {_counts(data[0])} -> {_counts(data[1])}, or other files, boxes or classes"
     return changes
+
+
+def _defaults(detector: str | None) -> dict[str, Any]:
+    """The defaults of all settings that act on a detector, by dotted key."""
+    own = {}
+    if detector in KNOWN:
+        section = getattr(importlib.import_module(KNOWN[detector].package), KNOWN[detector].config)
+        own = {f"{detector}.{key}": value for key, value in flatten(section()).items()}
+    return flatten(Config()) | own
 
 
 def code_digest() -> str:

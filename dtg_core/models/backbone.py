@@ -147,10 +147,9 @@ def build_pyramid(
     scales = tuple(stride / own_strides[-1] for stride in wanted)
     plain = len(own_strides) == 1 and set(scales) <= set(SCALES)
     if not plain and (missing := [stride for stride in wanted if stride not in own_strides]):
-        raise UserError(
-            f"backbone.name {config.name!r}: has no feature map of stride {missing[0]} (it has {own_strides}) - "
-            "choose a model with maps of stride " + ", ".join(map(str, wanted))
-        )
+        other = ", or a transformer with patches of 8 or 16 px" if len(own_strides) == 1 else ""
+        raise UserError(f"backbone.name {config.name!r}: has no feature map of stride {missing[0]} (it has {own_strides}) - "
+                        f"choose a model with maps of stride {', '.join(map(str, wanted))}{other}")
     # Of several maps with the same stride, the last is the deepest.
     picked = (0,) if plain else tuple(len(own_strides) - 1 - own_strides[::-1].index(stride) for stride in wanted)
     maps = _probe(body, picked, own_strides, config)

@@ -8,7 +8,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
 #: Strides that can be made from a map, as multiples of its own.
-SCALES = (0.25, 0.5, 1.0, 2.0)
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 class SimplePyramid(nn.Module):
@@ -43,6 +43,7 @@ def _level(in_channels: int, channels: int, scale: float) -> nn.Sequential:
         0.5: (up, half),
         1.0: ([], in_channels),
         2.0: ([nn.MaxPool2d(2)], in_channels),
+        4.0: ([nn.MaxPool2d(4)], in_channels),
     }
     resize, width = makers[scale]
 

@@ -277,6 +277,21 @@ def test_settings_without_effect_are_told(flags: list[str], given: list[str], id
     assert notes == ([f"--set {idle}: without effect, as this detector and paradigm do not read it"] if idle else [])
 
 
+def test_a_flag_and_a_setting_do_not_contradict_each_other() -> None:
+    """As the grid of a study, whose rows are settings."""
+    with pytest.raises(UserError, match=r"--set paradigm=sparse: --paradigm says supervised - leave one of the two out"):
+        settings_of("--detector", "gfl", "--paradigm", "supervised", "--set", "paradigm=sparse")
+    with pytest.raises(UserError, match=r"--set run\.steps=5: --steps says 3"):
+        settings_of("--detector", "gfl", "--steps", "3", "--set", "run.steps=5")
+    assert settings_of("--detector", "gfl", "--steps", "3", "--set", "run.steps=3")[0].run.steps == 3
+
+
+def test_a_stage_without_a_rule_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "gfl", ("head", "mask"))
+    with pytest.raises(UserError, match=r"guidance\.stages\.mask: is missing - add its StageRule to paper_stages"):
+        settings_of("--detector", "gfl")
+
+
 def test_stages_of_the_other_detector_are_not_checked_among_each_other() -> None:
     off = [f"guidance.stages.rpn.{loss}=false" for loss in ("classification", "box", "rank")]
     settings_of("--detector", "gfl", "--set", *off)

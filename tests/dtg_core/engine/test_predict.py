@@ -99,6 +99,17 @@ def test_refusals(tmp_path):
             load_detector(tmp_path / "odd.safetensors", "cpu")
 
 
+def test_weights_from_where_there_are_more_detectors_load(tmp_path):
+    folder = write_weights(tmp_path)
+    tensors, told = load_weights(folder / "weights" / "teacher.safetensors")
+    module = torch.nn.Module()
+    module.state_dict = lambda: tensors  # type: ignore[method-assign]
+    more = told["config"].replace("  stages:\n", "  stages:\n    fcos:\n      tau: 0.2\n") + "\nfcos:\n  channels: 64\n"
+    assert "fcos:\n      tau" in more
+    save_weights(tmp_path / "other.safetensors", module, {**told, "config": more})
+    assert load_detector(str(tmp_path / "other.safetensors"), "cpu").settings.guidance == load_detector(folder, "cpu").settings.guidance
+
+
 def test_devices_of_a_machine_with_two_gpus(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

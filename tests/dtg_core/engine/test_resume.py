@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
 from dtg_core.config import Config
@@ -25,6 +27,9 @@ from dtg_core.engine.resume import changed_course, check_stamp
 from dtg_core.engine.signals import ONE_REQUEST
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
+
+sys.path[:0] = [str(ROOT / "scripts")]
+from run_settings import RunSettings  # noqa: E402
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "1"))  # 30 for the whole campaign
 TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
@@ -357,6 +362,23 @@ def test_a_stamp_of_before_a_setting_was_there_is_accepted() -> None:
     other = {**new, "config": {**new["config"], key: 0.05}}
     with pytest.raises(UserError, match=r"rcnn\.tau_rate: 0\.0 -> 0\.05"):
         check_stamp(old, other, False)
+
+
+def test_settings_of_another_detector_are_no_change() -> None:
+    """As when a detector is registered after the checkpoint was made, or a default of another one changes."""
+    new = {"config": json.loads(json.dumps(flatten(RunSettings()))), "global_batch": {"labeled": 1, "unlabeled": 1}, "processes": 1,
+           "data": {"labeled": None, "unlabeled": None, "val": None}, "torch": "2", "code": "0", "mixed_precision": "no"}  # fmt: skip
+    others = {"faster_rcnn.channels", "guidance.stages.rcnn.tau", "guidance.stages.rpn.box"}
+    added = {"fcos.channels": 64, "guidance.stages.fcos.tau": 0.2}
+    old = {**new, "config": {key: value for key, value in new["config"].items() if key not in others}}
+    assert check_stamp(old, new, False) == []
+    assert check_stamp({**new, "config": new["config"] | added}, new, False) == []
+    assert check_stamp(new, {**new, "config": new["config"] | added | {"guidance.stages.rcnn.tau": 0.2}}, False) == []
+    younger = {key: value for key, value in new["config"].items() if key not in ("gfl.channels", "guidance.stages.head.tau")}
+    assert check_stamp({**new, "config": younger}, new, False) == []  # what it did not know was at its default
+    other = {**new, "config": new["config"] | {"gfl.channels": 65}}
+    with pytest.raises(UserError, match=r"gfl\.channels: 256 -> 65"):
+        check_stamp({**new, "config": younger}, other, False)
 
 
 def test_moved_data_resumes(data: TinyData, half: Path, tmp_path: Path) -> None:

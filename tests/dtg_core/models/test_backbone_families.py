@@ -73,6 +73,13 @@ def test_plain_transformer_uses_its_last_block() -> None:
     assert sum("attn.qkv.weight" in key for key in model.body.state_dict()) == len(timm.create_model("test_vit").blocks)
 
 
+@pytest.mark.parametrize(("patch", "scales"), [(8, (1.0, 2.0, 4.0)), (16, (0.5, 1.0, 2.0)), (32, (0.25, 0.5, 1.0))])
+def test_a_pyramid_from_one_map_has_the_wanted_strides(patch: int, scales: tuple[float, ...]) -> None:
+    cell = torch.zeros(1, 6, 96 // patch, 64 // patch)
+    levels = SimplePyramid(6, 8, scales, None)({"0": cell}).values()
+    assert [tuple(level.shape) for level in levels] == [(1, 8, 96 // stride, 64 // stride) for stride in (8, 16, 32)]
+
+
 def test_weights_of_a_transformer_load(tmp_path) -> None:
     import timm
     from safetensors.torch import save_file
@@ -91,7 +98,7 @@ def test_weights_of_a_transformer_load(tmp_path) -> None:
     [
         ("resnet51", {}, "did you mean 'resnet5"), ("convnext_at0", {}, "did you mean 'convnext_atto"), ("", {}, "list_models"),
         ("inception_v3", {}, "any size"), ("beit_base_patch16_224", {}, "made for 224 x 224"),
-        ("vit_small_patch14_dinov2", {}, r"no feature map of stride 8 \(it has \[14\]\)"), ("levit_128s", {}, "no feature map of stride 8"),
+        ("vit_small_patch14_dinov2", {}, r"no feature map of stride 8 \(it has \[14\]\) .* or a transformer with patches of 8 or 16 px$"), ("levit_128s", {}, "no feature map of stride 8"),
         ("test_resnet", {"in_chans": 1}, "in_chans"), ("test_resnet", {"no_such": 1}, "no_such"), ("test_resnet", {"pretrained": True}, "pretrained"),
     ],
 )  # fmt: skip
