@@ -309,7 +309,7 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     partly_frozen = backbone.batch_norm == "frozen" or backbone.freeze_to_stride > 0
     if partly_frozen and not backbone.pretrained and backbone.weights is None and run.init is None:
         # Measured: residual branches end in a batch norm of weight 0, so that frozen ones never learn anything.
-        warnings.append("backbone.pretrained: false, but layers are frozen as they were drawn at random - use "
+        warnings.append("backbone.pretrained: false, so frozen batch norms and layers stay as they were drawn at random - use "
                         "backbone.batch_norm=train and backbone.freeze_to_stride=0")
     guided = any(rule.paradigm != "none" for rule in guidance.stages.values())
     if guided and guidance.start_step >= run.steps:

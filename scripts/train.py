@@ -24,7 +24,7 @@ from common import build_detector, check_devices, is_supervised, load_settings, 
 
 from dtg_core.config import without_weights
 from dtg_core.drafts import require_writable
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, counted
 from dtg_core.settings_text import to_yaml
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     on_main(accelerator, lambda: folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite))
+    accelerator.print(f"{folder.path}: {_size(settings, accelerator.num_processes)}")
     fit = Fit(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
     status = fit.run(arguments.resume, arguments.resume_with_changes, arguments.stop_at)
     stopped = arguments.stop_at is not None and arguments.stop_at < settings.run.steps
@@ -203,6 +204,15 @@ def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[D
     detector = build_detector(bare, len(classes))
     path = find_weights(Path(settings.run.init))
     return detector, start_from(path, detector, partial(build_detector, bare), classes, settings.run.reset_head)
+
+
+def _size(settings: RunSettings, processes: int) -> str:
+    """What the launcher has made of the run, such as "2 processes, 4 labelled and 8 unlabelled images a step"."""
+    from dtg_core.engine.schedules import global_batch
+
+    labeled, unlabeled = global_batch(settings, processes)
+    others = "" if is_supervised(settings) else f" and {unlabeled} unlabelled"
+    return f"{counted(processes, 'process', 'processes')}, {labeled} labelled{others} images a step"
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:

@@ -78,6 +78,10 @@ def make_pair(images: int, height: int, width: int, matrix: torch.Tensor | None 
     return PairBatch(view, view, matrix.float().repeat(images, 1, 1))
 
 
+#: What the tests of detectors run on.
+DETECTORS = ["gfl", "faster_rcnn"]
+
+
 def tiny_detector(name: str, num_classes: int = 3, batch_norm: str = "frozen") -> torch.nn.Module:
     """A small detector of each kind on a small untrained backbone: GFL with two levels, Faster R-CNN with two."""
     import faster_rcnn_dtg

@@ -32,7 +32,6 @@ import dtg_core.engine.run  # noqa: E402, F401 - imported before a fork, not in 
 import faster_rcnn_dtg  # noqa: E402, F401
 import gfl_dtg  # noqa: E402, F401
 
-DETECTORS = ["gfl", "faster_rcnn"]
 TIMES = {"step_seconds", "data_seconds"}
 
 #: Small networks with thresholds that an untrained teacher passes, so that every loss is at work.

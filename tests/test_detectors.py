@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_pair, make_views, tiny_detector
+from conftest import DETECTORS, make_pair, make_views, tiny_detector
 
 from dtg_core.boxes import shortest_side
 from dtg_core.config import StageRule, paper_stages
@@ -16,7 +16,6 @@ from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
 
-DETECTORS = ["gfl", "faster_rcnn"]
 OBJECTS = [[[4.0, 4, 30, 34]], [[20.0, 10, 60, 50], [2, 30, 20, 60]]]
 LABELS = [[0], [1, 2]]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import full_disk
-from runs import DETECTORS, TINY, TinyData, command, errors, run, weights, write_coco
+from conftest import DETECTORS, full_disk
+from runs import TINY, TinyData, command, errors, run, weights, write_coco
 
 from common import check_devices, require_new  # isort: skip
 

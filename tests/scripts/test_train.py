@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from runs import DETECTORS, ROOT, TinyData, command, lines, run, start_many, weights
+from conftest import DETECTORS
+from runs import ROOT, TinyData, command, lines, run, start_many, weights
 from torch import nn
 
 from dtg_core.engine.checkpoint import load_weights
@@ -329,7 +330,7 @@ def test_stop_at(data: TinyData, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     for _ in range(2):  # the second has nothing to do
         ended = run([*arguments, "--stop-at", "1", "--resume", "auto"], tmp_path / "logs")
-        assert (ended.status, ended.out) == (0, ""), ended.err
+        assert (ended.status, ended.out) == (0, f"{tmp_path / 'run'}: 1 process, 1 labelled and 2 unlabelled images a step\n"), ended.err
     ended = run([*arguments, "--stop-at", "2", "--resume", "auto"], tmp_path / "logs")
     assert (ended.status, ended.out.splitlines()[-1]) == (0, f"done: {tmp_path / 'run'}"), ended.err
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import make_pair, make_views, tiny_detector
+from conftest import DETECTORS, make_pair, make_views, tiny_detector
 from torch import Tensor, nn
 
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, RunConfig, StageRule, paper_stages
@@ -25,7 +25,6 @@ from dtg_core.models.backbone import Pyramid
 from dtg_core.models.teacher import make_teacher
 from dtg_core.structures import PairBatch, StepBatch, Supervision, ViewBatch
 
-DETECTORS = ["gfl", "faster_rcnn"]
 BOXES = [[[4.0, 4, 30, 34]], [], [[20.0, 10, 60, 50], [2, 30, 20, 60]], [[10.0, 20, 50, 60]]]
 LABELS = [[0], [], [1, 2], [2]]
 

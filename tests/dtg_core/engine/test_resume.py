@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from runs import DETECTORS, Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
+from conftest import DETECTORS, ROOT
+from runs import Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
 from dtg_core.config import Config
 from dtg_core.engine import checkpoint

@@ -7,13 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pair, tiny_detector
+from conftest import DETECTORS, make_pair, tiny_detector
 
 from dtg_core.config import StageRule, paper_stages
 from dtg_core.guidance import teach
 from dtg_core.guidance.thresholds import FLOOD, HIGHEST, LOWEST, Thresholds, count_classes
-
-DETECTORS = ["gfl", "faster_rcnn"]
 
 
 def thresholds(objects: list[float], **rule) -> Thresholds:
