@@ -6,13 +6,12 @@ float32 under autocast, because they multiply and add instead of calling matmul.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-Hull = Literal["ellipse", "corners"]
+from dtg_core.config import Hull
 
 BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes per element
 NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows with their square, 200 MB at this size
@@ -22,43 +21,36 @@ GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; larger than a
 
 
 def project(boxes: Tensor, matrix: Tensor, hull: Hull = "ellipse") -> Tensor:
-    """Move boxes by a 3x3 matrix and take an axis-aligned box around the result.
+    """Move boxes by an affine 3x3 matrix and take an axis-aligned box around the result.
 
     Args:
         boxes: [..., 4] in the matrix' source frame.
-        matrix: [..., 3, 3], broadcast against the boxes' leading dimensions.
+        matrix: [..., 3, 3] with 0, 0, 1 as its last row, broadcast against the boxes' leading dimensions.
         hull: what is enclosed after the move. ``"corners"`` encloses the four moved corners, as Soft Teacher does;
             ``"ellipse"`` encloses the moved inscribed ellipse, which fits objects in rotated and sheared views better
-            (Kalra et al., "Towards Rotation Invariance in Object Detection", ICCV 2021) and requires an affine matrix.
-            Both agree for shifts, scales and flips.
+            (Kalra et al., "Towards Rotation Invariance in Object Detection", ICCV 2021). Both agree for shifts, scales and
+            flips.
 
     Returns:
         [..., 4] in the matrix' target frame, not clipped.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)
-    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in matrix.unbind(-2))
-    if hull == "ellipse":
-        x, y, half_width, half_height = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) / 2, (y2 - y1) / 2
-        center_x, center_y = a * x + b * y + c, d * x + e * y + f
-        reach_x = torch.hypot(a * half_width, b * half_height)
-        reach_y = torch.hypot(d * half_width, e * half_height)
-        return torch.stack((center_x - reach_x, center_y - reach_y, center_x + reach_x, center_y + reach_y), -1)
-    x = torch.stack((x1, x2, x2, x1), -1)
-    y = torch.stack((y1, y1, y2, y2), -1)
-    a, b, c, d, e, f, g, h, i = (entry.unsqueeze(-1) for entry in (a, b, c, d, e, f, g, h, i))
-    depth = g * x + h * y + i
-    moved_x, moved_y = (a * x + b * y + c) / depth, (d * x + e * y + f) / depth
-    return torch.stack((moved_x.amin(-1), moved_y.amin(-1), moved_x.amax(-1), moved_y.amax(-1)), -1)
+    (a, b, c), (d, e, f), _ = (row.unbind(-1) for row in matrix.unbind(-2))
+    x, y, half_width, half_height = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) / 2, (y2 - y1) / 2
+    center_x, center_y = a * x + b * y + c, d * x + e * y + f
+    # How far an ellipse, or a parallelogram, with these half axes reaches from its centre along x and along y.
+    reach = torch.hypot if hull == "ellipse" else _sum_of_sizes
+    reach_x, reach_y = reach(a * half_width, b * half_height), reach(d * half_width, e * half_height)
+    return torch.stack((center_x - reach_x, center_y - reach_y, center_x + reach_x, center_y + reach_y), -1)
+
+
+def _sum_of_sizes(first: Tensor, second: Tensor) -> Tensor:
+    return first.abs() + second.abs()
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes [..., 4] cut to 0..width and 0..height; ``sizes`` [..., 2] are (height, width), broadcast."""
-    height, width = sizes.unbind(-1)
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    zero = torch.zeros_like(width)
-    x1, x2 = (torch.minimum(torch.maximum(x, zero), width) for x in (x1, x2))
-    y1, y2 = (torch.minimum(torch.maximum(y, zero), height) for y in (y1, y2))
-    return torch.stack((x1, y1, x2, y2), -1)
+    return torch.minimum(boxes.clamp(min=0), torch.cat((sizes.flip(-1), sizes.flip(-1)), -1))
 
 
 def area(boxes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dtg_core.settings import Renames, refuse
 
 Paradigm = Literal["dense", "sparse", "none"]
 Collisions = Literal["best", "all"]
+Hull = Literal["ellipse", "corners"]
 
 #: Key names of former versions; renaming a key takes a new table at the end, which makes the next version.
 RENAMED: Renames = ()
@@ -144,7 +145,7 @@ class ViewsConfig:
     translate: float = 0.1  # limit as a share of the side
     erase_patches: tuple[int, int] = (1, 4)  # number of patches erased from a strong view; (0, 0): none
     erase_size: float = 0.2  # largest side of a patch as a share of the view's
-    box_hull: Literal["ellipse", "corners"] = "ellipse"  # box around a rotated object; Soft Teacher: corners
+    box_hull: Hull = "ellipse"  # box around a rotated object; Soft Teacher: corners
 
 
 @dataclass(frozen=True)

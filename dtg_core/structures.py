@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dtg_core.config import Hull
+
 T = TypeVar("T", bound="Movable")
 
 
@@ -74,6 +76,7 @@ class PairBatch(Movable):
     teacher: ViewBatch
     student: ViewBatch
     student_from_teacher: Tensor  # [N, 3, 3] float32, inverted on the CPU while collating
+    hull: Hull = "ellipse"  # how boxes are moved, see ``boxes.project``
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,6 @@ def main(argv: Sequence[str]) -> int:
     number = -(-most // arguments.batch)
     size = most // number  # the same for all batches, as they count equally in the means
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, size)
-    hull = settings.views.box_hull
     steps = range(arguments.step, arguments.step + number)
     seen = progress(steps, unit="batch")
     pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
@@ -107,14 +106,14 @@ def main(argv: Sequence[str]) -> int:
     names: set[object] = set()  # of the images
 
     def with_truth(pair: PairBatch) -> tuple[PairBatch, Targets]:
-        targets = objects_in(pair.student, truth, hull)
+        targets = objects_in(pair.student, truth, pair.hull)
         objects.append(len(targets.labels))
         names.update(pair.student.image_ids)
         return pair, targets
 
     batches = map(with_truth, pairs)
     rules = {name: setting.guidance.stages for name, setting in compared.items()}
-    found = measure(detector, student.detector, batches, rules, hull)
+    found = measure(detector, student.detector, batches, rules)
 
     count = number * size
     content = {"weights": str(arguments.weights), "objects": sum(objects) / count}

@@ -66,11 +66,10 @@ def main(argv: Sequence[str]) -> int:
     images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
     truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.count)
-    hull = settings.views.box_hull
 
     pair = unlabeled(data, arguments.step).to(teacher.device)
     for name in stages:
-        explained = explain(*models, pair, name, settings.guidance.stages[name], hull, teacher.thresholds.get(name))
+        explained = explain(*models, pair, name, settings.guidance.stages[name], teacher.thresholds.get(name))
         path = arguments.output / f"{name}.png"
         with writing(path):
             arguments.output.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     for name in stages:
         rule = settings.guidance.stages[name]
         limit = teacher.thresholds.get(name)
-        parts = [(explain(*models, pair, name, rule, hull, limit), objects_in(pair.teacher, truth, hull)) for pair in pairs]
+        parts = [(explain(*models, pair, name, rule, limit), objects_in(pair.teacher, truth, pair.hull)) for pair in pairs]
         if limit is not None:
             classes = teacher.class_names if len(limit) > 1 else ("object",)
             told = ", ".join(f"{thing} {score:.2f}" for thing, score in zip(classes, limit.tolist()))

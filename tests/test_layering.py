@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Modules of the core from the ground up; each may import those before it, and its own folder.
 LAYERS = (
-    "errors", "drafts", "detectors", "structures", "settings_text", "settings", "config", "boxes", "anchors", "stateless", "focal", "protocol", "postprocess", "guidance", "losses",
+    "errors", "drafts", "detectors", "settings_text", "settings", "config", "structures", "boxes", "anchors", "stateless", "focal", "protocol", "postprocess", "guidance", "losses",
     "models", "data", "engine",
 )
 #: What the detector packages may know of the core.

@@ -116,7 +116,7 @@ class StepData(Dataset[StepBatch]):
             strong.append(strong_view(image, *nothing, self.views, self._generator(UNLABELED, step, slot, STRONG)))
             seeds.append(self._seed(UNLABELED, step, slot))
             ids.append(self.unlabeled.image_ids[row])
-        return collate_pair(weak, strong, seeds, ids)
+        return collate_pair(weak, strong, seeds, ids, self.views.box_hull)
 
     def _slots(self, per_device: int) -> range:
         return range(self.rank * per_device, (self.rank + 1) * per_device)

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dtg_core.boxes import Hull, clip, project, shortest_side
-from dtg_core.config import ViewsConfig
+from dtg_core.boxes import clip, project, shortest_side
+from dtg_core.config import Hull, ViewsConfig
 from dtg_core.data.geometry import FILL, Matrix, fitted, flip, random_move, scale, warp
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.photometric import random_color
@@ -158,7 +158,9 @@ def collate(views: Sequence[View], seeds: Sequence[int], image_ids: Sequence[Any
     )
 
 
-def collate_pair(weak: Sequence[View], strong: Sequence[View], seeds: Sequence[int], image_ids: Sequence[Any]) -> PairBatch:
+def collate_pair(
+    weak: Sequence[View], strong: Sequence[View], seeds: Sequence[int], image_ids: Sequence[Any], hull: Hull = "ellipse"
+) -> PairBatch:
     """Two views of the same N images, each branch padded on its own, and the matrix [N, 3, 3] from weak to strong."""
     from_image = np.stack([view.view_from_image for view in strong])
     to_image = np.linalg.inv(np.stack([view.view_from_image for view in weak]))
@@ -166,6 +168,7 @@ def collate_pair(weak: Sequence[View], strong: Sequence[View], seeds: Sequence[i
         teacher=collate(weak, seeds, image_ids),
         student=collate(strong, seeds, image_ids),
         student_from_teacher=torch.from_numpy(from_image @ to_image).float(),
+        hull=hull,
     )
 
 

@@ -157,7 +157,7 @@ def bare_passes(training: loop.Training, batch: StepBatch) -> Callable[[], None]
         branches.append((batch.labeled, _same_samples(detector, batch.labeled, truth)))
         if batch.unlabeled is not None:
             told = _same_samples(teacher, batch.unlabeled.teacher, None)
-            lessons, _ = teach(teacher, batch.unlabeled, config.guidance.stages, config.views.box_hull)
+            lessons, _ = teach(teacher, batch.unlabeled, config.guidance.stages)
             if lessons:
                 branches.append((batch.unlabeled.student, _same_samples(detector, batch.unlabeled.student, lessons)))
 

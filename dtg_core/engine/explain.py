@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side, to_float64
-from dtg_core.config import StageRule
+from dtg_core.boxes import clip, paired_iou, project, shortest_side, to_float64
+from dtg_core.config import Hull, StageRule
 from dtg_core.data.index import CocoIndex
 from dtg_core.guidance import pseudo_labels
 from dtg_core.guidance.correspondence import MIN_SIDE
@@ -105,13 +105,13 @@ class Explained:
 
 @torch.no_grad()
 def explain(
-    teacher: Detector, student: Detector, pair: PairBatch, name: str, rule: StageRule, hull: Hull, threshold: Tensor | None = None
+    teacher: Detector, student: Detector, pair: PairBatch, name: str, rule: StageRule, threshold: Tensor | None = None
 ) -> Explained:
     """Guide one stage both ways.
 
     Args:
         teacher, student: in evaluation mode. pair: unlabelled views on their device.
-        name, rule: the stage's; both thresholds of the rule are used. hull: how boxes are moved.
+        name, rule: the stage's; both thresholds of the rule are used.
         threshold: [C] scores, replacing the threshold of the rule's own paradigm.
 
     Returns:
@@ -122,12 +122,12 @@ def explain(
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
 
     dense_limit, sparse_limit = (threshold if rule.paradigm == kind else None for kind in ("dense", "sparse"))
-    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull, dense_limit)
+    labels = dense_labels(stage, samples, predictions, grid, pair, rule, dense_limit)
     moved, dense = labels.samples, labels.assignment
 
     lowest = min(rule.tau, rule.pseudo_score, *(() if threshold is None else threshold.tolist()))
     detections = teacher.detect(outputs, pair.teacher, lowest)
-    pseudo = pseudo_labels(detections, rule.pseudo_score if sparse_limit is None else sparse_limit, pair, hull)
+    pseudo = pseudo_labels(detections, rule.pseudo_score if sparse_limit is None else sparse_limit, pair)
     if stage.num_classes == 1:  # an RPN only knows objects
         pseudo = replace(pseudo, labels=torch.zeros_like(pseudo.labels))
     sparse = stage.assign(moved, pseudo, pair.student.sizes, pair.student.seeds)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from dtg_core.boxes import Hull, to_float64
+from dtg_core.boxes import to_float64
 from dtg_core.config import StageRule
 from dtg_core.engine.loop import add_up
 from dtg_core.guidance import teach
@@ -91,13 +91,13 @@ def agreement(products: Sequence[tuple[float, float, float]]) -> Agreement:
 
 def measure(
     teacher: Detector, student: Detector, batches: Iterable[tuple[PairBatch, Targets]],
-    settings: Mapping[str, Mapping[str, StageRule]], hull: Hull,
+    settings: Mapping[str, Mapping[str, StageRule]],
 ) -> dict[str, Measured]:
     """Compare guidance under several settings with the true labels, on the same views.
 
     Args:
         teacher, student: in evaluation mode. batches: unlabelled views and the true objects in the students' views.
-        settings: rules of each stage, by the setting's name. hull: how boxes are moved between views.
+        settings: rules of each stage, by the setting's name.
 
     Returns:
         Measured, by the settings' names. Stages that a setting does not guide are not in it, but count in ``ALL``.
@@ -108,7 +108,7 @@ def measure(
         learnt = learn(student, pair.student, {stage: Supervision(truth) for stage in names})
         true = gradients(loss_terms(student, learnt, {}), {}, parameters)
         for name, rules in settings.items():
-            supervision, figures = teach(teacher, pair, rules, hull)
+            supervision, figures = teach(teacher, pair, rules)
             learnt = learn(student, pair.student, supervision)
             own = gradients(loss_terms(student, learnt, rules), rules, parameters)
             found[name].add_gradients(own, true)

@@ -148,7 +148,7 @@ def _teach(training: Training, batch: StepBatch, part: int, guided: bool) -> Les
         return Lesson(batch, part, {}, {})
     config = training.config
     supervision, figures = teach(
-        training.teacher, batch.unlabeled, config.guidance.stages, config.views.box_hull, training.accelerator.autocast,
+        training.teacher, batch.unlabeled, config.guidance.stages, training.accelerator.autocast,
         training.thresholds.scores(),
     )  # fmt: skip
     return Lesson(batch, part, supervision, figures)

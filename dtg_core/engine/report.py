@@ -83,7 +83,7 @@ def save_pictures(
         for name in teacher.stages:
             rule = config.guidance.stages[name]
             if rule.paradigm != "none":
-                told = explain(teacher, student, pair, name, rule, config.views.box_hull, thresholds.get(name))
+                told = explain(teacher, student, pair, name, rule, thresholds.get(name))
                 sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
                 _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
     finally:

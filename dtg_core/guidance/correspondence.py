@@ -9,11 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import Hull, area, clip, paired_iou, project, shortest_side
+from dtg_core.boxes import area, clip, paired_iou, project, shortest_side
 from dtg_core.structures import AnchorGrid, PairBatch, Proposals, Samples
 
 #: A proposal or target with a side below this (pixels) after the move has left the view (A21).
 MIN_SIDE = 1.0
+
+
+def to_student(boxes: Tensor, image: Tensor, pair: PairBatch) -> Tensor:
+    """Boxes [M, 4] of the teacher's views of images [M], moved into the student's views and clipped to them."""
+    return clip(project(boxes, pair.student_from_teacher[image], pair.hull), pair.student.sizes[image])
 
 
 def anchor_level(boxes: Tensor, base_size: float, num_levels: int) -> Tensor:
@@ -66,7 +71,7 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) ->
 
 
 def correspond(
-    samples: Samples, student_grid: AnchorGrid, pair: PairBatch, min_iou: float, hull: Hull
+    samples: Samples, student_grid: AnchorGrid, pair: PairBatch, min_iou: float
 ) -> tuple[Samples, Tensor]:
     """The student's samples and the partner of each teacher sample among them.
 
@@ -75,7 +80,6 @@ def correspond(
         student_grid: the anchors of the student's canvas.
         pair: both views and the matrix between them.
         min_iou: pairs of anchors below this IoU are dropped, as are anchors whose centre has left the view (A5).
-        hull: how boxes are moved, see ``boxes.project``.
 
     Returns:
         (student samples, row [N, A] int64 into them; -1: no partner).
@@ -83,11 +87,11 @@ def correspond(
     matrix = pair.student_from_teacher[:, None]
     sizes = pair.student.sizes[:, None]
     if isinstance(samples, Proposals):
-        boxes = clip(project(samples.boxes, matrix, hull), sizes)
+        boxes = clip(project(samples.boxes, matrix, pair.hull), sizes)
         valid = samples.valid & (shortest_side(boxes) >= MIN_SIDE)
         index = torch.arange(samples.num_samples, device=boxes.device)
         return Proposals(boxes, valid), torch.where(valid, index, -1)
-    boxes = project(samples.anchors, matrix, hull)  # [N, A, 4]
+    boxes = project(samples.anchors, matrix, pair.hull)  # [N, A, 4]
     row, iou = best_anchor(boxes.flatten(0, 1), student_grid, sizes.expand(*boxes.shape[:2], 2).flatten(0, 1))
     row, iou = row.view(boxes.shape[:2]), iou.view(boxes.shape[:2])
     center = (boxes[..., :2] + boxes[..., 2:]) / 2

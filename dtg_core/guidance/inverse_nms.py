@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import Hull, clip, paired_iou, project, shortest_side
+from dtg_core.boxes import paired_iou, shortest_side
 from dtg_core.config import Collisions
-from dtg_core.guidance.correspondence import MIN_SIDE
+from dtg_core.guidance.correspondence import MIN_SIDE, to_student
 from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch, Samples
 
 
 def inverse_nms(
-    candidates: Candidates, clusters: Clusters, row: Tensor, samples: Samples, pair: PairBatch, hull: Hull = "ellipse",
-    member_iou: float = 0, collisions: Collisions = "best",
+    candidates: Candidates, clusters: Clusters, row: Tensor, samples: Samples, pair: PairBatch, member_iou: float = 0,
+    collisions: Collisions = "best",
 ) -> Assignment:
     """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
 
@@ -35,8 +35,7 @@ def inverse_nms(
         Assignment of the student's samples; its ``dense`` part holds the clusters for Eqs. 2 to 6.
     """
     image, keep, num_samples = candidates.image, clusters.keep, samples.num_samples
-    target = project(candidates.box[keep], pair.student_from_teacher[image[keep]], hull)
-    target = clip(target, pair.student.sizes[image[keep]])  # [J, 4]
+    target = to_student(candidates.box[keep], image[keep], pair)  # [J, 4]
     in_view = shortest_side(target) >= MIN_SIDE
 
     partner = row[image, candidates.sample]

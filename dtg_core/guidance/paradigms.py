@@ -13,11 +13,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import Hull, clip, project
 from dtg_core.config import StageRule
 from dtg_core.guidance.clustering import cluster_nms, select_candidates
 from dtg_core.guidance.consensus import cluster_trust, consensus
-from dtg_core.guidance.correspondence import correspond
+from dtg_core.guidance.correspondence import correspond, to_student
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
 from dtg_core.guidance.pseudo_labels import pseudo_labels
 from dtg_core.guidance.thresholds import LOWEST, count_classes
@@ -45,7 +44,7 @@ Figures = dict[str, Tensor | float]
 
 @torch.no_grad()
 def teach(
-    teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], hull: Hull = "ellipse",
+    teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     thresholds: Mapping[str, Tensor] = NO_THRESHOLDS,
 ) -> tuple[dict[str, Supervision], Figures]:
@@ -53,7 +52,7 @@ def teach(
 
     Args:
         teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by stage name.
-        hull: how boxes are moved between views. autocast: makes a context with the networks' precision; guidance is float32.
+        autocast: makes a context with the networks' precision; guidance is float32.
         thresholds: per-class scores [C] of the stages that have them, see ``Thresholds``.
 
     Returns:
@@ -74,11 +73,11 @@ def teach(
     for name, rule in guided.items():
         stage, (samples, predictions), threshold = teacher.stages[name], outputs[name], thresholds.get(name)
         if rule.paradigm == "dense":
-            supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, hull, threshold)
+            supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, threshold)
         elif rule.paradigm == "sparse":
             assert detections is not None
-            targets = pseudo_labels(detections, rule.pseudo_score if threshold is None else threshold, pair, hull)
-            proposals = _shared_proposals(samples, grid, pair, rule, hull)
+            targets = pseudo_labels(detections, rule.pseudo_score if threshold is None else threshold, pair)
+            proposals = _shared_proposals(samples, grid, pair, rule)
             found = None
             if threshold is not None:
                 over = detections.scores > threshold[detections.labels]
@@ -106,20 +105,20 @@ class DenseLabels:
 
 @torch.no_grad()
 def dense_labels(
-    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull,
+    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule,
     threshold: Tensor | None = None,
 ) -> DenseLabels:
     """The three steps of Fig. 2 before the losses: clusters of candidates, correspondence, inverse NMS.
 
     Args:
-        stage, samples, predictions: the teacher's. grid: the student's anchors. pair: both views. rule, hull: see ``teach``.
+        stage, samples, predictions: the teacher's. grid: the student's anchors. pair: both views. rule: see ``teach``.
         threshold: [C] a score for each class instead of tau.
     """
     candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule, threshold)
     groups = stage.groups(samples, candidates.image, candidates.sample, candidates.label)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
-    moved, row = correspond(samples, grid, pair, rule.min_iou, hull)
-    assignment = inverse_nms(candidates, clusters, row, moved, pair, hull, rule.member_iou, rule.collisions)
+    moved, row = correspond(samples, grid, pair, rule.min_iou)
+    assignment = inverse_nms(candidates, clusters, row, moved, pair, rule.member_iou, rule.collisions)
     return DenseLabels(candidates, clusters, moved, row, assignment)
 
 
@@ -131,15 +130,15 @@ def teacher_scores(samples: Samples, predictions: Predictions, labels: DenseLabe
 
 
 def _dense(
-    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull,
+    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule,
     threshold: Tensor | None,
 ) -> tuple[Supervision, Figures]:
     """Dense guidance of one stage with the options of its rule."""
-    labels = dense_labels(stage, samples, predictions, grid, pair, rule, hull, threshold)
+    labels = dense_labels(stage, samples, predictions, grid, pair, rule, threshold)
     candidates, clusters = labels.candidates, labels.clusters
     assignment = _with_options(labels.assignment, labels.samples, pair, rule)
     assert assignment.dense is not None
-    dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule, hull)
+    dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule)
     if rule.soft_background:
         dense = replace(dense, background_weight=1 - teacher_scores(samples, predictions, labels, pair))
     assignment = replace(assignment, dense=dense)
@@ -181,13 +180,12 @@ def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rul
 
 
 def _with_consensus(
-    dense: DenseGuidance, candidates: Candidates, clusters: Clusters, pair: PairBatch, rule: StageRule, hull: Hull
+    dense: DenseGuidance, candidates: Candidates, clusters: Clusters, pair: PairBatch, rule: StageRule
 ) -> DenseGuidance:
     """Apply the rule's options that use the agreement between a cluster's members."""
     members = Members(candidates.box, candidates.logit.sigmoid(), clusters.cluster)
     if rule.quality == "consensus":
-        boxes = project(members.box, pair.student_from_teacher[candidates.image], hull)
-        dense = replace(dense, members=replace(members, box=clip(boxes, pair.student.sizes[candidates.image])))
+        dense = replace(dense, members=replace(members, box=to_student(members.box, candidates.image, pair)))
     if rule.cluster_trust:
         dense = replace(dense, trust=cluster_trust(members, clusters.num_clusters))
     if rule.consensus_rank is not None:
@@ -203,11 +201,11 @@ def _used(proposals: Proposals, assignment: Assignment) -> Proposals:
 
 
 def _shared_proposals(
-    samples: Samples, grid: AnchorGrid, pair: PairBatch, rule: StageRule, hull: Hull
+    samples: Samples, grid: AnchorGrid, pair: PairBatch, rule: StageRule
 ) -> Proposals | None:
     """The teacher's proposals in the student's view, for a sparse R-CNN that uses them (A30)."""
     if not isinstance(samples, Proposals) or rule.proposals == "student":
         return None
-    moved, _ = correspond(samples, grid, pair, rule.min_iou, hull)
+    moved, _ = correspond(samples, grid, pair, rule.min_iou)
     assert isinstance(moved, Proposals)
     return moved

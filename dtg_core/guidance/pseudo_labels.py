@@ -3,20 +3,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dtg_core.boxes import Hull, clip, project, shortest_side
-from dtg_core.guidance.correspondence import MIN_SIDE
+from dtg_core.boxes import shortest_side
+from dtg_core.guidance.correspondence import MIN_SIDE, to_student
 from dtg_core.structures import Detections, PairBatch, Targets
 
 
-def pseudo_labels(detections: Detections, score: float | Tensor, pair: PairBatch, hull: Hull = "ellipse") -> Targets:
+def pseudo_labels(detections: Detections, score: float | Tensor, pair: PairBatch) -> Targets:
     """Detections with a score above a threshold, moved into the student's view.
 
     Args:
         detections: the teacher's, after NMS, in its view. score: the threshold of Sec. 3.1, or one per class, [C].
         pair: both views.
     """
-    boxes = project(detections.boxes, pair.student_from_teacher[detections.image], hull)
-    boxes = clip(boxes, pair.student.sizes[detections.image])
+    boxes = to_student(detections.boxes, detections.image, pair)
     threshold = score[detections.labels] if isinstance(score, Tensor) else score
     good = (detections.scores > threshold) & (shortest_side(boxes) >= MIN_SIDE)
     rows = good.nonzero().squeeze(1)  # sync: the number of pseudo boxes.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dtg_core.boxes import Hull, project
-from dtg_core.config import ViewsConfig
+from dtg_core.boxes import project
+from dtg_core.config import Hull, ViewsConfig
 from dtg_core.data import photometric, views
 from dtg_core.data.geometry import FILL, shift
 from dtg_core.data.index import CocoIndex

@@ -39,7 +39,7 @@ def case(name: str, stage: str, tau: float | None = None):
         scores = teacher.run(pair.teacher)[stage][1].logits.amax(2).sigmoid()
     tau = float(scores.quantile(0.9)) if tau is None else tau
     rule = StageRule(tau=tau, nms_iou=0.5, pseudo_score=0.01)
-    return teacher, student, pair, rule, explain(teacher, student, pair, stage, rule, "ellipse")
+    return teacher, student, pair, rule, explain(teacher, student, pair, stage, rule)
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
@@ -77,7 +77,7 @@ def test_thresholds_are_for_the_paradigm_of_the_rule(name, stage, paradigm):
     classes = teacher.stages[stage].num_classes if paradigm == "dense" else 3
     scores = before.detections.scores if paradigm == "sparse" else before.candidates.logit.sigmoid()
     limit = torch.full((classes,), float(scores.median()))
-    told = explain(teacher, student, pair, stage, rule, "ellipse", limit)
+    told = explain(teacher, student, pair, stage, rule, limit)
     others = dict.fromkeys(teacher.stages, StageRule("none"))
     given = teach(teacher, pair, others | {stage: rule}, thresholds={stage: limit})[0][stage]
     if paradigm == "dense":
@@ -90,7 +90,7 @@ def test_thresholds_are_for_the_paradigm_of_the_rule(name, stage, paradigm):
         assert torch.equal(told.dense.sample, before.dense.sample)
     text = {"dense": "teacher's score is under its class' threshold", "sparse": "no pseudo box over its class' threshold there"}
     plain = {"dense": f"teacher's score is under {rule.tau:g}", "sparse": f"no pseudo box over {rule.pseudo_score:g} there"}
-    nothing = explain(teacher, student, pair, stage, rule, "ellipse", torch.full_like(limit, 0.9999))
+    nothing = explain(teacher, student, pair, stage, rule, torch.full_like(limit, 0.9999))
     reasons = {found.reason for image in range(2) for found in nothing.differences(image)}
     assert plain[paradigm] not in reasons
     assert text[paradigm] in reasons
@@ -102,7 +102,7 @@ def test_members_far_from_their_box_are_told(name, stage):
     teacher, student, pair, rule, before = case(name, stage)
     overlap = paired_iou(before.samples.take(before.dense.image, before.dense.sample), before.dense.box)
     least = float(overlap.median())
-    after = explain(teacher, student, pair, stage, replace(rule, member_iou=least), "ellipse")
+    after = explain(teacher, student, pair, stage, replace(rule, member_iou=least))
     near = overlap >= least
     assert 0 < near.sum() < len(near)
     assert torch.equal(after.dense.image, before.dense.image[near])
@@ -121,7 +121,7 @@ def test_best_teacher_score_of_a_student_sample():
     teacher, _, pair, rule, explained = case("gfl", "head")
     with torch.no_grad():
         samples, predictions = teacher.run(pair.teacher)["head"]
-    _, row = correspond(samples, teacher.grid(pair.student.canvas, torch.device("cpu")), pair, rule.min_iou, "ellipse")
+    _, row = correspond(samples, teacher.grid(pair.student.canvas, torch.device("cpu")), pair, rule.min_iou)
     expected = torch.full_like(explained.teacher_score, -1.0)
     for image, sample in (row >= 0).nonzero().tolist():
         place = image, int(row[image, sample])

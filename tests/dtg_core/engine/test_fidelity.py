@@ -44,7 +44,7 @@ def test_perfect_guidance_has_cosine_1_and_ratio_1(name):
     rules = dict.fromkeys(model.stages, StageRule("sparse", proposals="student"))
     wrong = replace(targets, boxes=targets.boxes.flip(0), labels=(targets.labels + 1) % 3)
     for given, perfect in ((targets, True), (wrong, False)):
-        found = measure(oracle_teacher(model, given), model, [(pair, targets)] * 2, {"it": rules}, "ellipse")["it"]
+        found = measure(oracle_teacher(model, given), model, [(pair, targets)] * 2, {"it": rules})["it"]
         for stage in (*model.stages, "all"):
             for kind, value in found.agreements(stage).items():
                 assert (value.cosine > 0.9999) == (abs(value.ratio - 1) < 1e-4) == perfect, (stage, kind)
@@ -67,7 +67,7 @@ def test_dense_guidance_has_every_kind_and_its_switches_take_them_away(name):
         switch: {stage: replace(rule, **{switch: False}) for stage, rule in rules.items()}
         for switch in ("classification", "box", "rank")
     }
-    found = measure(teacher, model, [(pair, truth())], settings, "ellipse")
+    found = measure(teacher, model, [(pair, truth())], settings)
     for stage in model.stages:
         whole = found["all"].agreements(stage)
         assert set(whole) == {"class", "box", "rank", "all"}
@@ -150,7 +150,7 @@ def test_no_candidate_and_no_object(name, objects):
     model, pair = detector(name), make_pair(2, 64, 96)
     targets = truth() if objects else make_views(2, 64, 96).targets
     settings = {kind: dict.fromkeys(model.stages, StageRule(kind, tau=0.9999, pseudo_score=0.9999)) for kind in ("dense", "sparse")}
-    found = measure(model, model, [(pair, targets)], settings, "ellipse")
+    found = measure(model, model, [(pair, targets)], settings)
     for kind in settings:
         for stage in model.stages:
             values, labels = found[kind].agreements(stage), found[kind].label_figures(stage)
@@ -165,7 +165,7 @@ def test_no_candidate_and_no_object(name, objects):
 def test_unguided_stages_are_left_out():
     model = detector("faster_rcnn")
     rules = {"rpn": StageRule("none"), "rcnn": StageRule(tau=0.01)}
-    found = measure(model, model, [(make_pair(2, 64, 96), truth())], {"it": rules}, "ellipse")["it"]
+    found = measure(model, model, [(make_pair(2, 64, 96), truth())], {"it": rules})["it"]
     assert set(found.labels) == {"rcnn"}
     assert not found.agreements("rpn")
     assert found.agreements("all")["all"].ratio > 0

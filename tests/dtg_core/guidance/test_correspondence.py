@@ -72,7 +72,7 @@ def test_what_leaves_the_view_has_no_partner_and_the_canvas_no_say(dx: int, dy: 
     for canvas in ((128, 160), (192, 256)):
         pair = make_pair(1, *canvas, matrix)
         pair = replace(pair, student=replace(pair.student, sizes=torch.tensor([[117.0, 150.0]])))
-        grid, row = correspond(samples, rpn_grid(*canvas), pair, 0.3, "ellipse")
+        grid, row = correspond(samples, rpn_grid(*canvas), pair, 0.3)
         assert isinstance(grid, AnchorGrid)
         assert grid.usable(pair.student.sizes)[0, row[row >= 0]].all()
         partners.append(torch.where((row[0] >= 0)[:, None], grid.anchors[row[0]], torch.nan))
@@ -85,7 +85,7 @@ def test_twice_the_size_moves_every_anchor_one_level_up():
     teacher, student = rpn_grid(128, 128), rpn_grid(256, 256)
     pair = make_pair(1, 128, 128, torch.diag(torch.tensor([2.0, 2.0, 1.0])))
     pair = type(pair)(pair.teacher, make_pair(1, 256, 256).student, pair.student_from_teacher)
-    _, row = correspond(teacher, student, pair, 0.3, "ellipse")
+    _, row = correspond(teacher, student, pair, 0.3)
     matched = row[0] >= 0
     assert torch.equal(student.level[row[0][matched]], (teacher.level[matched] + 1).clamp(max=4))
     torch.testing.assert_close(student.anchors[row[0][matched & (teacher.level < 4)]], 2 * teacher.anchors[matched & (teacher.level < 4)])
@@ -94,7 +94,7 @@ def test_twice_the_size_moves_every_anchor_one_level_up():
 def test_a_flip_maps_centres_to_their_mirror_image():
     grid = anchor_grid((64, 64), (8, 16), 4.0, (1.0,), CPU)
     flip = torch.tensor([[-1.0, 0, 64], [0, 1, 0], [0, 0, 1]])
-    _, row = correspond(grid, grid, make_pair(1, 64, 64, flip), 0.3, "corners")
+    _, row = correspond(grid, grid, replace(make_pair(1, 64, 64, flip), hull="corners"), 0.3)
     centers = (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2
     # The anchors at x = 0 go to x = 64, where the grid has none: their partner is the last column, once more.
     inner = centers[:, 0] > 0
@@ -106,7 +106,7 @@ def test_a_flip_maps_centres_to_their_mirror_image():
 def test_anchors_that_leave_the_view_have_no_partner():
     grid = anchor_grid((64, 64), (8,), 4.0, (1.0,), CPU)
     away = torch.tensor([[1.0, 0, 1000], [0, 1, 0], [0, 0, 1]])
-    _, row = correspond(grid, grid, make_pair(2, 64, 64, away), 0.3, "ellipse")
+    _, row = correspond(grid, grid, make_pair(2, 64, 64, away), 0.3)
     assert row.shape == (2, 64)
     assert (row == -1).all()
 
@@ -115,7 +115,7 @@ def test_proposals_correspond_by_index_and_are_dropped_outside():
     boxes = torch.tensor([[[0.0, 0, 20, 20], [50, 50, 64, 64], [5, 5, 9, 9]]])
     proposals = Proposals(boxes, torch.tensor([[True, True, False]]))
     shift = torch.tensor([[1.0, 0, -20.5], [0, 1, 0], [0, 0, 1]])
-    moved, row = correspond(proposals, rpn_grid(64, 64), make_pair(1, 64, 64, shift), 0.3, "ellipse")
+    moved, row = correspond(proposals, rpn_grid(64, 64), make_pair(1, 64, 64, shift), 0.3)
     assert row.tolist() == [[-1, 1, -1]]  # the first is left of the view, the third was padding
     torch.testing.assert_close(moved.boxes[0, 1], torch.tensor([29.5, 50, 43.5, 64]))
 
@@ -126,5 +126,5 @@ def test_rotated_view_finds_overlapping_partners(hull):
     angle = torch.tensor(0.3)
     c, s = angle.cos(), angle.sin()
     rotate = torch.tensor([[c, -s, 80 - 80 * c + 80 * s], [s, c, 80 - 80 * s - 80 * c], [0, 0, 1]])
-    _, row = correspond(grid, grid, make_pair(1, 160, 160, rotate), 0.3, hull)
+    _, row = correspond(grid, grid, replace(make_pair(1, 160, 160, rotate), hull=hull), 0.3)
     assert (row >= 0).float().mean() > 0.5
