@@ -1,7 +1,7 @@
 """Boxes: moving them between views, clipping, overlap and NMS over groups.
 
-Convention: ``(x1, y1, x2, y2)`` in continuous pixels, width is ``x2 - x1`` and pixel 0 spans 0 to 1. All functions keep
-float32 under autocast, because they multiply and add instead of calling matmul.
+Convention: ``(x1, y1, x2, y2)`` in continuous pixels, width is ``x2 - x1`` and pixel 0 spans 0 to 1. Functions keep
+float32 under autocast, because they multiply and add instead of calling matmul; NMS is in float64.
 """
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ class Detector(nn.Module):
     """A backbone and its stages."""
 
     stages: Mapping[str, Stage]
+    pyramid: nn.Module  # of ``dtg_core.models.backbone.build_pyramid``; an exported file tells its mean and deviation
 
     def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:
         """The anchors of a canvas (padded height, width)."""

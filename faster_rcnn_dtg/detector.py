@@ -21,12 +21,12 @@ class FasterRCNN(Detector):
     """The detector. Stages: ``rpn`` on anchors, ``rcnn`` on proposals.
 
     Args:
-        config: the detector's configuration.
-        pyramid: module from a ViewBatch to maps L x [N, ``config.channels``, h, w], one for each of ``config.strides``.
+        pyramid: turns a ViewBatch into a list of L maps [N, ``config.channels``, h, w], one for each of ``config.strides``.
+        config: the detector's settings.
         num_classes: C.
     """
 
-    def __init__(self, config: FasterRCNNConfig, pyramid: nn.Module, num_classes: int) -> None:
+    def __init__(self, pyramid: nn.Module, config: FasterRCNNConfig, num_classes: int) -> None:
         super().__init__()
         self.config = config
         self.pyramid = pyramid
@@ -78,4 +78,4 @@ class FasterRCNN(Detector):
 
 def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:
     """The detector on a timm backbone. Raises UserError when the backbone does not fit or its weights are missing."""
-    return FasterRCNN(config, build_pyramid(backbone, config.channels, config.strides, extra="pool"), num_classes)
+    return FasterRCNN(build_pyramid(backbone, config.channels, config.strides, extra="pool"), config, num_classes)

@@ -5,7 +5,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss
+from torch.nn.functional import l1_loss, logsigmoid
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from dtg_core.boxes import area, rank_in_group
@@ -13,7 +13,7 @@ from dtg_core.focal import sigmoid_focal
 from dtg_core.structures import Assignment, Predictions, Proposals, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig
 from faster_rcnn_dtg.deltas import decode, encode
-from faster_rcnn_dtg.losses import log_odds, log_score, softmax_focal
+from faster_rcnn_dtg.losses import log_odds, softmax_focal
 from faster_rcnn_dtg.matching import assignment, balanced, match
 from faster_rcnn_dtg.roi_align import roi_align
 
@@ -176,5 +176,5 @@ class RCNNStage:
     ) -> tuple[Tensor, Tensor]:
         """[P] of the rows and [N, A] of every sample as background."""
         background = softmax_focal(predictions.raw[..., -1])
-        foreground = softmax_focal(log_score(predictions.logits[image, sample, label]))
+        foreground = softmax_focal(logsigmoid(predictions.logits[image, sample, label]))
         return target * foreground + (1 - target) * background[image, sample], background

@@ -31,7 +31,7 @@ class GFL(Detector):
         self.config = config
         self.pyramid = pyramid
         self.head = GFLHead(config, num_classes)
-        self.stage = GFLStage(num_classes, config)
+        self.stage = GFLStage(config, num_classes)
         self.stages: Mapping[str, Stage] = {"head": self.stage}
 
     def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:

@@ -1,4 +1,4 @@
-"""Losses of GFL as pure functions of P rows; only classes and sides are reduced here.
+"""Losses of GFL as pure functions of P rows; only classes are summed here.
 
 Sources: Li et al., "Generalized Focal Loss" (NeurIPS 2020), with mmdetection's conventions (clamps, eps).
 Distances of the sides left, top, right, bottom from the anchor's centre, and boxes, are in units of the level's stride.

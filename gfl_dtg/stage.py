@@ -38,8 +38,8 @@ def side_logits(predictions: Predictions, image: Tensor, sample: Tensor) -> Tens
 class GFLStage:
     """Implements ``dtg_core.protocol.Stage``, whose docstrings apply; samples are always an AnchorGrid."""
 
-    num_classes: int
     config: GFLConfig
+    num_classes: int
 
     def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """NMS is class-wise."""

@@ -1,4 +1,4 @@
-"""What the scripts share: the detectors by name, the command line, the run's settings, weights files, and error reports.
+"""What the scripts share: the detectors by name, the command line, the run's settings, and error reports.
 
 Heavy imports are inside functions, so that ``--help`` and a mistyped flag are answered at once.
 """

@@ -8,6 +8,7 @@
     report.html             all of this to look at, one file
     weights/*.safetensors   teacher and student at the last evaluation, self-contained
     checkpoints/            where ``--resume`` continues
+    trackers/, evaluation*/  TensorBoard's files, if any; what evaluate.py has written
     nonfinite/              the step at which a run gave up, for ``--replay``
     abandoned-N/            results, weights and checkpoints that were set aside when the run was resumed from an earlier step
 """

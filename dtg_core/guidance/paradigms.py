@@ -28,6 +28,7 @@ from dtg_core.structures import (
     Candidates,
     Clusters,
     DenseGuidance,
+    Detections,
     Members,
     PairBatch,
     Predictions,
@@ -74,18 +75,9 @@ def teach(
         stage, (samples, predictions), threshold = teacher.stages[name], outputs[name], thresholds.get(name)
         if rule.paradigm == "dense":
             supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, threshold)
-        elif rule.paradigm == "sparse":
-            assert detections is not None
-            targets = pseudo_labels(detections, rule.pseudo_score if threshold is None else threshold, pair)
-            proposals = _shared_proposals(samples, grid, pair, rule)
-            found = None
-            if threshold is not None:
-                over = detections.scores > threshold[detections.labels]
-                found = count_classes(detections.labels, len(threshold), over)
-            supervision[name] = Supervision(targets, proposals=proposals, add_truth=False, found=found)
-            told = {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
         else:
-            raise ValueError(f"no such paradigm: {rule.paradigm!r}")
+            assert detections is not None
+            supervision[name], told = _sparse(detections, samples, grid, pair, rule, threshold)
         if threshold is not None:
             told |= {"threshold": threshold.mean()}
         figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
@@ -156,6 +148,20 @@ def _dense(
         figures["pseudo_boxes"] = (candidates.logit[clusters.keep].sigmoid() > rule.pseudo_score).sum() / images
     kept = None if threshold is None else count_classes(candidates.label[clusters.keep], len(threshold))
     return Supervision(assignment=assignment, proposals=proposals, found=kept), figures
+
+
+def _sparse(
+    detections: Detections, samples: Samples, grid: AnchorGrid, pair: PairBatch, rule: StageRule, threshold: Tensor | None
+) -> tuple[Supervision, Figures]:
+    """Sparse guidance of one stage: the teacher's ``detections`` over the threshold, for the student's own assignment."""
+    targets = pseudo_labels(detections, rule.pseudo_score if threshold is None else threshold, pair)
+    found = None
+    if threshold is not None:
+        over = detections.scores > threshold[detections.labels]
+        found = count_classes(detections.labels, len(threshold), over)
+    proposals = _shared_proposals(samples, grid, pair, rule)
+    supervision = Supervision(targets, proposals=proposals, add_truth=False, found=found)
+    return supervision, {"pseudo_boxes": targets.boxes.shape[0] / len(pair.student.sizes)}
 
 
 def _with_options(assignment: Assignment, samples: Samples, pair: PairBatch, rule: StageRule) -> Assignment:

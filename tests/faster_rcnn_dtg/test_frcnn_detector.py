@@ -42,7 +42,7 @@ class StubPyramid(nn.Module):
 
 def detector_of(config: FasterRCNNConfig = SMALL, seed: int = 0) -> FasterRCNN:
     torch.manual_seed(seed)
-    return FasterRCNN(config, StubPyramid(config.channels), CLASSES)
+    return FasterRCNN(StubPyramid(config.channels), config, CLASSES)
 
 
 def views_of(objects: tuple[int, ...] = (2, 1), seed: int = 0) -> ViewBatch:

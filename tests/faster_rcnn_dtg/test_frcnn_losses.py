@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, logsigmoid, one_hot
 from torchvision.ops import sigmoid_focal_loss
 
 from dtg_core.focal import sigmoid_focal
 from dtg_core.structures import Assignment, DenseGuidance, Predictions, Proposals
 from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
 from faster_rcnn_dtg.deltas import encode
-from faster_rcnn_dtg.losses import log_odds, log_score, softmax_focal
+from faster_rcnn_dtg.losses import log_odds, softmax_focal
 from faster_rcnn_dtg.rcnn import RCNNStage
 from faster_rcnn_dtg.rpn import RPNStage
 
@@ -35,7 +35,7 @@ def test_sigmoid_focal_is_smallest_at_a_soft_target() -> None:
 def test_log_odds() -> None:
     log_probability = torch.tensor([0.5, 0.01, 1e-12, 0.999]).log()
     torch.testing.assert_close(log_odds(log_probability).sigmoid(), log_probability.exp(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(log_score(log_odds(log_probability)), log_probability, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logsigmoid(log_odds(log_probability)), log_probability, rtol=1e-4, atol=1e-6)
     certain = torch.zeros(1, requires_grad=True)
     log_odds(certain).sum().backward()
     assert torch.isfinite(log_odds(certain)).all()
@@ -90,7 +90,7 @@ def test_softmax_stage_is_unbiased_teachers() -> None:
 
 def test_softmax_losses_stay_finite_for_certain_outputs() -> None:
     log_probability = torch.tensor([[60.0, -60.0, 0.0]]).log_softmax(-1).requires_grad_()
-    loss = softmax_focal(log_score(log_odds(log_probability))).sum() + softmax_focal(log_probability).sum()
+    loss = softmax_focal(logsigmoid(log_odds(log_probability))).sum() + softmax_focal(log_probability).sum()
     loss.backward()
     assert torch.isfinite(loss)
     assert log_probability.grad is not None

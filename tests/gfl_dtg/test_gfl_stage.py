@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_mmdetections(case: str) -> None:
     logits = flat([tensor(data[f"{case}/cls_logits_{level}"]) for level in range(5)]).requires_grad_()
     raw = flat([tensor(data[f"{case}/reg_logits_{level}"]) for level in range(5)]).requires_grad_()
 
-    stage, grid, predictions = GFLStage(7, GFLConfig()), grid_of(), Predictions(logits, raw)
+    stage, grid, predictions = GFLStage(GFLConfig(), 7), grid_of(), Predictions(logits, raw)
     assert torch.equal(grid.anchors, tensor(data["anchors"]))
     assignment = stage.assign(grid, Targets(torch.cat(boxes), labels, image), SIZES, SEEDS)
     unreduced = stage.losses(grid, predictions, assignment)
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_mmdetections(case: str) -> None:
 
 
 def test_decoding_what_was_encoded_gives_the_box() -> None:
-    grid, stage = grid_of(), GFLStage(3, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 3)
     sample = torch.tensor([3, 50, 333, 410, 425])
     image = torch.tensor([0, 1, 1, 0, 1])
     centers, strides = centers_and_strides(grid, sample)
@@ -101,7 +101,7 @@ def test_decoding_what_was_encoded_gives_the_box() -> None:
 
 
 def test_decoding_half_precision_gives_float32() -> None:
-    grid, stage, row = grid_of(), GFLStage(3, GFLConfig()), torch.tensor([1])
+    grid, stage, row = grid_of(), GFLStage(GFLConfig(), 3), torch.tensor([1])
     predictions = random_predictions(grid, 2, 3)
     half = Predictions(predictions.logits.bfloat16(), predictions.raw.bfloat16())
     assert stage.decode(grid, half, row, row, row).dtype == torch.float32
@@ -114,7 +114,7 @@ def test_decoding_half_precision_gives_float32() -> None:
 
 def test_padding_is_neither_positive_by_rule_nor_background() -> None:
     sizes = torch.tensor([[128.0, 160.0], [100.0, 40.0]])
-    grid, stage = grid_of(), GFLStage(3, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 3)
     assignment = stage.assign(grid, no_targets(), sizes, SEEDS)
     centers = (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2
     assert assignment.background[0].all()
@@ -122,7 +122,7 @@ def test_padding_is_neither_positive_by_rule_nor_background() -> None:
 
 
 def test_background_and_positives_are_disjoint() -> None:
-    grid, stage = grid_of(), GFLStage(3, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 3)
     targets = random_targets([4, 3], CANVAS, 3, torch.Generator().manual_seed(0))
     assignment = stage.assign(grid, targets, SIZES, SEEDS)
     assert assignment.image.numel() > 0
@@ -134,7 +134,7 @@ def test_background_and_positives_are_disjoint() -> None:
 
 
 def test_empty_batches_stay_connected() -> None:
-    grid, stage = grid_of(), GFLStage(3, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 3)
     predictions = random_predictions(grid, 2, 3)
     unreduced = stage.losses(grid, predictions, stage.assign(grid, no_targets(), SIZES, SEEDS))
     assert unreduced.classification.shape == unreduced.box.shape == unreduced.box_weight.shape == (0,)
@@ -146,7 +146,7 @@ def test_empty_batches_stay_connected() -> None:
 
 
 def test_permuted_images_have_the_same_losses() -> None:
-    grid, stage = grid_of(), GFLStage(4, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 4)
     targets = random_targets([4, 0, 6], CANVAS, 4, torch.Generator().manual_seed(3))
     sizes, seeds = torch.tensor([[128.0, 160.0], [128, 96], [96, 160]]), torch.arange(3)
     predictions = random_predictions(grid, 3, 4)
@@ -172,7 +172,7 @@ def dense_assignment(grid: AnchorGrid, quality: Tensor | None) -> Assignment:
 
 
 def test_dense_guidance_may_bring_its_own_class_targets() -> None:
-    grid, stage = grid_of(), GFLStage(2, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 2)
     predictions = random_predictions(grid, 2, 2)
     quality = torch.tensor([1.0, 0.25])
     guided = stage.losses(grid, predictions, dense_assignment(grid, quality))
@@ -190,7 +190,7 @@ def test_dense_guidance_may_bring_its_own_class_targets() -> None:
 
 
 def test_groups_are_images_and_classes() -> None:
-    grid, stage = grid_of(), GFLStage(5, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 5)
     image, label = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
     assert stage.groups(grid, image, torch.zeros(3, dtype=torch.int64), label).tolist() == [4, 5, 7]
 
@@ -216,7 +216,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_assignment_waits_once_and_losses_never() -> None:
-    grid, stage = grid_of(), GFLStage(3, GFLConfig())
+    grid, stage = grid_of(), GFLStage(GFLConfig(), 3)
     assert grid.level.shape == grid.anchors.shape[:1]  # what a grid keeps for its later use is made outside of the count
     assert len(grid.tables) == 3
     targets = random_targets([5, 4], CANVAS, 3, torch.Generator().manual_seed(0))
