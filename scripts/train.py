@@ -59,8 +59,9 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.views import note_small_boxes
     from dtg_core.engine.dry_run import dry_run
     from dtg_core.engine.folder import RunFolder
+    from dtg_core.engine.processes import main_first, on_main
     from dtg_core.engine.reach import missed_classes
-    from dtg_core.engine.run import Fit, main_first, on_main
+    from dtg_core.engine.run import Fit
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
     # A checkpoint replaces all initial weights, whose files may be gone by then.

@@ -10,12 +10,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from dtg_core.config import Config
 from dtg_core.data.plan import MicroBatches, eval_batches, items_of, step_data, steps_loader
@@ -37,6 +35,7 @@ from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Window, prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory
 from dtg_core.engine.metrics import Clock, RunReport, guidance_figures
+from dtg_core.engine.processes import greatest, on_main
 from dtg_core.engine.replay import describe
 from dtg_core.engine.report import save_pictures, write_report
 from dtg_core.engine.resume import changed_course, check_stamp, other_validation, stamp
@@ -50,8 +49,6 @@ from dtg_core.models.teacher import copy_frozen
 from dtg_core.protocol import Detector
 from dtg_core.settings_text import flatten, to_yaml
 from dtg_core.structures import StepBatch
-
-T = TypeVar("T")
 
 #: Exit statuses of a run besides 0; for a signal it is 128 plus the signal's number.
 GAVE_UP = 3
@@ -145,7 +142,7 @@ class Fit:
         for batches in clock.waiting(self._batches(start)):
             done, self.recent = batches[0].step + 1, batches
             figures = train_step(self.training, batches)
-            signals.agreed = self._greatest(signals.received)
+            signals.agreed = greatest(self.accelerator, signals.received)
             self.window.add(figures)
             if self.report:
                 self.report.progress.advance()
@@ -230,7 +227,7 @@ class Fit:
                     detector, self.sources.val, takewhile(lambda _: not signals.received, batches), self.accelerator.device,
                     self.config.run.score_threshold, self.accelerator,
                 )  # fmt: skip
-            signals.agreed = self._greatest(signals.received)
+            signals.agreed = greatest(self.accelerator, signals.received)
             if signals.agreed:
                 return False
             if unread := unseen(self.sources.val, found[which]):
@@ -465,13 +462,6 @@ class Fit:
         except UserError:
             return None
 
-    def _greatest(self, number: int) -> int:
-        """The greatest of the processes' numbers."""
-        if self.accelerator.num_processes == 1:
-            return number
-        mine = torch.tensor([number], device=self.accelerator.device)
-        return int(cast(Tensor, self.accelerator.gather(mine)).max())  # sync: one per step of several processes
-
     def _write(self, name: str, text: str) -> None:
         try:
             write_text(self.folder.path / name, text)
@@ -483,28 +473,3 @@ class Fit:
             self.report.progress.say(message)
         elif self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
-
-
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run ``action`` in the main process and return its result in all. If it fails, the others exit with status 2, not wait."""
-    value: Any = None
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            value = action()
-        except Exception as problem:
-            error = problem
-    failed = error is not None
-    if accelerator.num_processes > 1:
-        value, failed = broadcast_object_list([value, failed])
-    if failed:
-        raise error or SystemExit(2)
-    return value
-
-
-def main_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run ``action`` in every process, in the main one before the others, which may use the files that it has written. If it fails
-    there, the others exit with status 2."""
-    made: list[T] = []
-    on_main(accelerator, lambda: made.append(action()))  # a list, since what is returned would be sent to the others
-    return made[0] if made else action()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dtg_core.config import ViewsConfig
+from dtg_core.config import Hull, ViewsConfig
 from dtg_core.data.coco import list_folder
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.plan import LABELED, StepData, eval_batches, permutation, planned_row, steps_loader
@@ -186,3 +186,11 @@ def test_evaluation_leaves_out_what_cannot_be_read(labeled: CocoIndex, caplog: p
     seen = [image_id for batch in eval_batches(labeled, VIEWS, 2) for image_id in batch.image_ids]  # beside another of its batch
     assert len(seen) == len(labeled) - 1
     assert "3.png: it cannot be read as an image" in caplog.text
+
+
+@pytest.mark.parametrize("hull", ["ellipse", "corners"])
+def test_a_pair_says_how_its_boxes_are_moved(labeled: CocoIndex, unlabeled: CocoIndex, hull: Hull) -> None:
+    data = StepData(labeled, unlabeled, replace(VIEWS, box_hull=hull), 0, 1, 1)
+    pair = data[0].unlabeled
+    assert pair is not None
+    assert pair.hull == pair.to("cpu").hull == hull
