@@ -26,7 +26,7 @@ from torchvision.ops import box_iou
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.config import RANGES, Config
-from dtg_core.data.plan import StepData, steps_loader
+from dtg_core.data.plan import step_data, steps_loader
 from dtg_core.data.sources import open_sources
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.focal import sigmoid_focal
@@ -116,8 +116,7 @@ def main(config: Config) -> list[dict[str, float]]:
     """Train, print the losses, and return the losses and figures of every step."""
     accelerator = Accelerator()
     sources = open_sources(config.data, supervised=False)
-    data = StepData(sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
-                    config.data.unlabeled_per_device, unlabeled_from=config.guidance.start_step)
+    data = step_data(config, sources, 0, 1)
     torch.manual_seed(config.run.seed)
     detector = RetinaNet(build_pyramid(config.backbone, 64, STRIDES, "conv"), len(sources.labeled.class_names))
     training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)

@@ -107,6 +107,16 @@ def add_overwrite(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing files")
 
 
+def add_weights(parser: Parser, device: bool = True, which: bool = True) -> None:
+    """What a trained detector is loaded from, as ``load_detector`` takes it."""
+    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    if which:
+        parser.add_argument("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
+                            help="which detector of a run folder (default: teacher)")
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
+
+
 def add_rules(parser: Parser) -> None:
     """The flag that messages about data refer to."""
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")

@@ -15,7 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, progress, require_new, require_own_files, rules_of
+from common import (
+    Parser,
+    add_overwrite,
+    add_rules,
+    add_weights,
+    main_guard,
+    number,
+    progress,
+    require_new,
+    require_own_files,
+    rules_of,
+)
 
 from dtg_core.config import RANGES
 from dtg_core.drafts import draft_of, writing
@@ -32,9 +43,7 @@ FILES = "results.json", "detections.json"
 def parser() -> Parser:
     result = Parser("Evaluate a trained detector with COCO's metric.")
     add = result.add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
-    add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-        help="which detector of a run folder (default: teacher)")
+    add_weights(result)
     add("--annotations", type=Path, metavar="JSON", help="data set in COCO format (default: the run's validation set)")
     add("--images", type=Path, metavar="DIR", help="folder that its file names are relative to")
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
@@ -44,7 +53,6 @@ def parser() -> Parser:
         help="lowest score of a box (default: the run's, 0.05; 0.001 gives a little more AP)")
     add("--batch", type=number(int, "[1, inf)"), metavar="N", help="images at once (default: the run's)")
     add("--workers", type=number(int, "[0, inf)"), metavar="N", help="processes that read the images (default: the run's)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 

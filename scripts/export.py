@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_rules, main_guard, number, one_of, rules_of
+from common import Parser, add_rules, add_weights, main_guard, number, one_of, rules_of
 from predict import find_images
 
 from dtg_core.drafts import require_writable, writing
@@ -36,10 +36,8 @@ TOLERATED = 0.05  # relative difference between an image's size in the graph and
 def parser() -> Parser:
     result = Parser("Write a trained detector as a graph that runs without this project.")
     add = result.add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add_weights(result, device=False)
     add("--output", type=Path, required=True, metavar="DIR", help="where the files go")
-    add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-        help="which detector of a run folder (default: teacher)")
     add("--format", type=one_of(tuple(FORMATS)), default="both", metavar="onnx|torch_export|both", help="default: both")
     add("--size", type=number(int, "[32, 8192]"), nargs=2, metavar=("H", "W"),
         help="size of the graph's image, px (default: a square of views.test_short_edge)")

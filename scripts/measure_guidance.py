@@ -28,7 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, main_guard, number, progress, require_new, write_json
+from common import Parser, add_overwrite, add_weights, main_guard, number, progress, require_new, write_json
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError, counted
@@ -53,7 +53,7 @@ LEGEND = ("class, box, rank, all: cosine of the unlabelled loss' gradient with t
 def parser() -> Parser:
     result = Parser("Compare the gradients of guidance with those of hidden true labels, for several settings.")
     add = result.add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add_weights(result, which=False)
     add("--compare", nargs="+", action="extend", default=[], metavar="'NAME: KEY=VALUE ...'",
         help="settings to measure (default: dense and sparse)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
@@ -66,7 +66,6 @@ def parser() -> Parser:
         help="draw images and views from this step on (default: 0)")
     add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
     add_overwrite(result)
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 

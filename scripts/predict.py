@@ -34,7 +34,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, progress, require_new, rules_of
+from common import Parser, add_overwrite, add_rules, add_weights, main_guard, number, progress, require_new, rules_of
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable
@@ -65,19 +65,16 @@ class Done:
 def parser() -> Parser:
     result = Parser("Find objects in images and videos with a trained detector.")
     add = result.add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add_weights(result)
     add("paths", nargs="+", type=os.path.expanduser, metavar="PATH", help="images, videos, folders, or quoted patterns")
     add("--output", type=Path, required=True, metavar="DIR", help="where pictures and lists go")
     add_overwrite(result)
     add("--annotations", type=Path, metavar="JSON", help="COCO JSON that has the images' ids (default: they are numbered)")
     add_rules(result)
-    add("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-        help="which detector of a run folder (default: teacher)")
     add("--score", type=number(float, "[0, 1)"), default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
     add("--batch", type=number(int, "[1, inf)"), default=8, metavar="N", help="images at once (default: 8)")
     add("--no-pictures", action="store_true", help="write the lists only")
     add("--strict", action="store_true", help="exit with status 1 when a file cannot be read")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 

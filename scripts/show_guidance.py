@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, main_guard, number, one_of, require_new
+from common import Parser, add_overwrite, add_weights, main_guard, number, one_of, require_new
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.drafts import writing
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     result = Parser("Show what the teacher of a run teaches its student.")
     add = result.add_argument
-    add("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
+    add_weights(result, which=False)
     add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
     add_overwrite(result)
     add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this stage")
@@ -42,7 +42,6 @@ def parser() -> Parser:
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images, COCO format")
     add("--measure", type=number(int, "[1, inf)"), default=100, metavar="N",
         help="images compared with the truth (default: 100)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
     return result
 
 

@@ -72,7 +72,7 @@ def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
     import torch
     from accelerate import Accelerator
 
-    from dtg_core.data.plan import StepData
+    from dtg_core.data.plan import step_data
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.loop import prepare, train_step
 
@@ -81,8 +81,7 @@ def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
     accelerator = Accelerator()
     detector = build_detector(settings, len(sources.labeled.class_names))
     made = prepare(settings, detector, sources.labeled.objects_per_image(), accelerator)
-    data = StepData(sources.labeled, sources.unlabeled, settings.views, 0, settings.data.labeled_per_device,
-                    settings.data.unlabeled_per_device)  # fmt: skip
+    data = step_data(settings, sources, 0, 1)
     losses, times = [], []
     made.student.train()
     for step in range(settings.run.steps):

@@ -23,6 +23,8 @@ from dtg_core.config import Config, ViewsConfig
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
 from dtg_core.data.views import (
+    NO_BOXES,
+    NO_LABELS,
     View,
     collate,
     collate_pair,
@@ -42,8 +44,6 @@ LABELED, UNLABELED = 0, 1  # streams
 # What is drawn for a slot. Each has its own generator, so a change to one recipe leaves the others' draws unchanged.
 SEED, WEAK, STRONG, SUBSTITUTE = 0, 1, 2, 3
 TRIES = 10  # images tried for a slot if they are unreadable
-
-NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 @lru_cache(maxsize=8)  # two streams, each between two epochs

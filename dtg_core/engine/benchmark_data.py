@@ -21,8 +21,7 @@ from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import FILL
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.photometric import MAGNITUDES
-from dtg_core.data.plan import NO_BOXES, NO_LABELS
-from dtg_core.data.views import strong_view, weak_view
+from dtg_core.data.views import NO_BOXES, NO_LABELS, strong_view, weak_view
 
 Pipeline = Callable[[Image.Image], tuple[Tensor, Tensor]]
 PAIRS = 32  # per timing

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dtg_core.config import Config
-from dtg_core.data.plan import StepData
+from dtg_core.data.plan import step_data
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import existing
 from dtg_core.engine.loop import prepare, train_step
@@ -42,10 +42,8 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
     keep_freed_memory()
     made = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
     largest = replace(config.views, short_edge=(config.views.short_edge[1],) * 2)
-    both = [StepData(
-        sources.labeled, sources.unlabeled, views, config.run.seed, config.data.labeled_per_device,
-        config.data.unlabeled_per_device, accelerator.process_index, accelerator.num_processes,
-    ) for views in (largest, config.views)]  # fmt: skip
+    both = [step_data(replace(config, views=views), sources, accelerator.process_index, accelerator.num_processes)
+            for views in (largest, config.views)]  # fmt: skip
     guidance = config.guidance
     full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
     made.student.train()

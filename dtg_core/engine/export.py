@@ -26,8 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from dtg_core.data.plan import NO_BOXES, NO_LABELS
-from dtg_core.data.views import CANVAS_MULTIPLE
+from dtg_core.data.views import CANVAS_MULTIPLE, NO_BOXES, NO_LABELS
 from dtg_core.engine.predict import Predictor
 from dtg_core.errors import UserError, counted
 from dtg_core.protocol import Detector

@@ -21,8 +21,7 @@ from torch import Tensor
 from dtg_core.boxes import clip, project
 from dtg_core.config import RENAMED, Config, without_weights
 from dtg_core.data.images import read_image
-from dtg_core.data.plan import NO_BOXES, NO_LABELS
-from dtg_core.data.views import collate, test_canvas, test_view
+from dtg_core.data.views import NO_BOXES, NO_LABELS, collate, test_canvas, test_view
 from dtg_core.detectors import KNOWN
 from dtg_core.drafts import reading
 from dtg_core.engine.checkpoint import load_into, load_weights

@@ -15,10 +15,20 @@ from dtg_core.data import photometric, views
 from dtg_core.data.geometry import FILL, shift
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.report import Report
-from dtg_core.data.views import View, collate, collate_pair, labeled_view, largest_sides, note_small_boxes, strong_view, weak_view
+from dtg_core.data.views import (
+    NO_BOXES,
+    NO_LABELS,
+    View,
+    collate,
+    collate_pair,
+    labeled_view,
+    largest_sides,
+    note_small_boxes,
+    strong_view,
+    weak_view,
+)
 
 PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
-NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 BOXES = np.array(((40, 50, 80, 110), (100, 20, 150, 60)), np.float32)
 LABELS = np.array((2, 5))
 

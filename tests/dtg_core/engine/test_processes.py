@@ -16,7 +16,8 @@ import torch
 from runs import ROOT, TinyData, checkpoint_state, command, errors, lines, run, start_many, weights
 from safetensors.torch import load_file
 
-from dtg_core.data.plan import NO_BOXES, NO_LABELS, StepData
+from dtg_core.data.plan import StepData
+from dtg_core.data.views import NO_BOXES, NO_LABELS
 from dtg_core.engine.checkpoint import newest_checkpoint
 from dtg_core.guidance import thresholds
 from dtg_core.structures import PairBatch, ViewBatch
