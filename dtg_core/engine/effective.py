@@ -16,7 +16,7 @@ SILENT = {
 }  # fmt: skip
 #: The images of a step, over all processes: what the last three result in.
 BATCH = "images_of_a_step"
-#: Sections that all detectors share.
+#: Sections and keys that all detectors share.
 CORE = {field.name for field in fields(Config)} | {BATCH}
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
 DENSE_ONLY = {

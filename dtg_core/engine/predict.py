@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dtg_core.data.views import NO_BOXES, NO_LABELS, collate, test_canvas, test_
 from dtg_core.detectors import KNOWN
 from dtg_core.drafts import reading
 from dtg_core.engine.checkpoint import load_into, load_weights
-from dtg_core.engine.effective import of_another
+from dtg_core.engine.effective import CORE, of_another
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.settings import load_config, plain_yaml
@@ -122,8 +122,8 @@ def load_detector(path: str | Path, device: str | None = None, which: str = "tea
     if missing or metadata["detector"] not in KNOWN:
         raise UserError(f"{path}: does not say which detector it belongs to - give weights/*.safetensors of a run folder")
     name, class_names = metadata["detector"], tuple(metadata["class_names"])
-    package, settings = _settings(path, name, metadata["config"])
-    detector = package.build(getattr(settings, name), without_weights(settings).backbone, len(class_names))
+    package, own, settings = _settings(path, name, metadata["config"])
+    detector = package.build(own, without_weights(settings).backbone, len(class_names))
     load_into(detector, tensors, path)
     thresholds = {name: torch.tensor(scores, device=where) for name, scores in metadata.get("thresholds", {}).items()}
     return Predictor(detector.eval().to(where), settings, class_names, list(metadata["category_ids"]), where, thresholds)
@@ -160,20 +160,18 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _settings(path: Path, name: str, text: str) -> tuple[Any, Config]:
-    """The detector's package, and the core's settings with the detector's own section under its name."""
+def _settings(path: Path, name: str, text: str) -> tuple[Any, Any, Config]:
+    """The detector's package, its section of the settings, and the core's settings."""
     known = KNOWN[name]
     try:
         package = importlib.import_module(known.package)
         section = getattr(package, known.config)
     except ImportError as error:
         raise UserError(f"{path}: its package {known.package} cannot be imported ({error}) - install it") from error
-    settings = make_dataclass("Settings", [(name, section, field(default_factory=section))], bases=(Config,), frozen=True)
-    sections = {entry.name for entry in fields(settings)}
     try:
-        told = dotted(plain_yaml(text, "its settings", RENAMED))
-        own = [f"{key}={yaml_scalar(value)}" for key, value in told.items()
-               if key.split(".")[0] in sections and not of_another(key, name)]  # fmt: skip
-        return package, load_config(settings, None, own)[0]
+        told = {key: yaml_scalar(value) for key, value in dotted(plain_yaml(text, "its settings", RENAMED)).items()}
+        core = [f"{key}={value}" for key, value in told.items() if key.split(".")[0] in CORE and not of_another(key, name)]
+        own = [f"{key.removeprefix(f'{name}.')}={value}" for key, value in told.items() if key.startswith(f"{name}.")]
+        return package, load_config(section, None, own)[0], load_config(Config, None, core)[0]
     except UserError as error:
         raise UserError(f"{path}: its settings are of another version ({error})") from error
