@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,16 @@ print(json.dumps([told, *(numpy.asarray(part).tolist() for part in found)]))
     assert beside == told
     assert set(checked) == {"torch_export", "onnx"}
     assert all(figures["images"] == 3 and figures["detections"] > 10 for figures in checked.values())
+
+
+def test_the_examples_of_the_documentation_run(exported, tmp_path):
+    _, output = exported
+    (tmp_path / "exported").symlink_to(output)
+    noise(HEIGHT // 2, WIDTH // 2, 3).save(tmp_path / "photo.jpg")
+    onnx, torch_export, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    made = subprocess.run([sys.executable, "-c", onnx + torch_export], capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert made.returncode == 0, made.stderr
+    assert len(made.stdout.splitlines()) > 10
 
 
 def test_the_graph_finds_what_predict_finds(exported):

@@ -1,6 +1,7 @@
 """A weights file alone as a detector: what it holds, boxes in the images' own pixels, and what is refused."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_views
-from looking import tiny_settings, write_weights
+from looking import CLASSES, tiny_settings, write_weights
 from PIL import Image
 
 from dtg_core import load_detector
@@ -127,6 +128,17 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch):
 def test_the_package_is_light():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dtg_core; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    write_weights(tmp_path / "runs" / "gfl-dense-seed0")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)
+    exec(code.replace("score_threshold=0.3", "score_threshold=0.0"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5
+    assert all(re.fullmatch(rf"({'|'.join(CLASSES)}) 0\.\d+ \[.*\]", line) for line in lines)
 
 
 def test_settings_survive(tmp_path):
