@@ -48,8 +48,7 @@ class StageRule:
     rank: bool = True
     rank_weight: float = 3.0  # beta
     temperature: float = 1.0  # T
-    # Not in the paper, for weak teachers whose classes or scores are noise
-    class_agnostic_nms: bool = False  # clusters over all classes, so that an object has one class: that of the kept sample
+    # Not in the paper, for weak teachers whose scores are noise
     member_iou: float = 0.0  # least IoU of a member's student sample with the box that it learns; below it the sample is ignored
     consensus_rank: float | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0

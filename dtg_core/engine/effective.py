@@ -21,14 +21,14 @@ CORE = {field.name for field in fields(Config)} | {BATCH}
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
 DENSE_ONLY = {
     "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples",
-    "normalization", "quality", "rank", "rank_weight", "temperature", "class_agnostic_nms", "member_iou", "consensus_rank",
-    "cluster_trust", "soft_background",
+    "normalization", "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust",
+    "soft_background",
 }  # fmt: skip
 SPARSE_ONLY = {"pseudo_score", "proposals"}
-#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, anchors are no proposals, and
-#: an RPN has one class.
+#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, and anchors are no
+#: proposals.
 UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions", "guidance.stages.rpn.proposals",
-          "guidance.stages.head.proposals", "guidance.stages.rpn.class_agnostic_nms"}  # fmt: skip
+          "guidance.stages.head.proposals"}  # fmt: skip
 #: Settings that only matter where something is learnt from unlabelled images.
 UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
                   "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip

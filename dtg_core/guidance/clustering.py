@@ -6,7 +6,6 @@ kept one names a cluster, and "suppressed by" is membership.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,24 +43,6 @@ def select_candidates(
     label = label[image, sample]
     box = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
     return Candidates(image, sample, label, predictions.logits[image, sample, label].float(), box, foreground, background)
-
-
-def cluster(
-    stage: Stage, samples: Samples, predictions: Predictions, candidates: Candidates, rule: StageRule
-) -> tuple[Candidates, Clusters]:
-    """The clusters of the teacher's NMS, class by class or, with ``rule.class_agnostic_nms``, over all classes.
-
-    In the latter case (not in the paper) every candidate takes the class of its cluster's kept one, and its own logit of this
-    class: a teacher that sees two classes in one object would teach neighbouring samples different ones.
-    """
-    label = torch.zeros_like(candidates.label) if rule.class_agnostic_nms else candidates.label
-    groups = stage.groups(samples, candidates.image, candidates.sample, label)
-    clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
-    if rule.class_agnostic_nms:
-        label = candidates.label[clusters.keep[clusters.cluster]]
-        logit = predictions.logits[candidates.image, candidates.sample, label].float()
-        candidates = replace(candidates, label=label, logit=logit)
-    return candidates, clusters
 
 
 def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Clusters:

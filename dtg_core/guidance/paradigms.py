@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtg_core.config import StageRule
-from dtg_core.guidance.clustering import cluster, select_candidates
+from dtg_core.guidance.clustering import cluster_nms, select_candidates
 from dtg_core.guidance.consensus import cluster_trust, consensus
 from dtg_core.guidance.correspondence import correspond, to_student
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
@@ -107,7 +107,8 @@ def dense_labels(
         threshold: [C] a score for each class instead of tau.
     """
     candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule, threshold)
-    candidates, clusters = cluster(stage, samples, predictions, candidates, rule)
+    groups = stage.groups(samples, candidates.image, candidates.sample, candidates.label)
+    clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
     moved, row = correspond(samples, grid, pair, rule.min_iou)
     assignment = inverse_nms(candidates, clusters, row, moved, pair, rule.member_iou, rule.collisions)
     return DenseLabels(candidates, clusters, moved, row, assignment)

@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 from dtg_core.config import StageRule
 from dtg_core.guidance import cluster_nms
-from dtg_core.guidance.clustering import cluster, select_candidates
+from dtg_core.guidance.clustering import select_candidates
 from dtg_core.structures import Predictions, Proposals
 
 
@@ -166,31 +166,3 @@ def test_candidates_and_background_with_a_pencil():
     assert found.box.tolist() == [[0, 2, 60, 40], [10, 5, 20, 15]]
     everything = select_candidates(stage, samples, predictions, torch.tensor([[40, 60]]), replace(rule, background_tau=None))
     assert everything.background.tolist() == [[True, False, True, True, False]]
-
-
-def test_an_object_has_one_class_if_nms_is_class_agnostic():
-    """Two classes on one place are one cluster of the better class, and elsewhere nothing changes."""
-    stage, samples, predictions = constant_case(
-        [[3.0, 1.0], [0.5, 2.0], [1.5, -2.0], [-2.0, 2.5]],
-        [[0.0, 0, 20, 20], [1, 0, 20, 20], [0, 1, 20, 20], [30, 10, 50, 30]],
-    )
-    rule, sizes = StageRule(tau=0.5, nms_iou=0.6), torch.tensor([[40, 60]])
-    found = select_candidates(stage, samples, predictions, sizes, rule)
-    same, own = cluster(stage, samples, predictions, found, rule)
-    assert same is found
-    assert own.cluster.tolist() == [0, 2, 0, 1]
-    one, clusters = cluster(stage, samples, predictions, found, replace(rule, class_agnostic_nms=True))
-    assert clusters.cluster.tolist() == [0, 0, 0, 1]
-    assert one.label.tolist() == [0, 0, 0, 1]
-    assert one.logit.tolist() == [3.0, 0.5, 1.5, 2.5]  # of the cluster's class, also where another is higher
-    assert torch.equal(one.box, found.box)
-    assert torch.equal(one.foreground, found.foreground)
-
-
-def test_class_agnostic_nms_of_one_class_is_the_usual_one():
-    stage, samples, predictions = constant_case([[float(number)] for number in range(8)], [[float(n % 3), 0, 9, 9] for n in range(8)])
-    rule = StageRule(tau=0.5, nms_iou=0.8)
-    found = select_candidates(stage, samples, predictions, torch.tensor([[40, 60]]), rule)
-    (usual, ours), (agnostic, theirs) = (cluster(stage, samples, predictions, found, replace(rule, class_agnostic_nms=on)) for on in (False, True))
-    assert torch.equal(usual.logit, agnostic.logit)
-    assert torch.equal(ours.cluster, theirs.cluster)
