@@ -232,11 +232,11 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
         raise UserError("--resume and --overwrite: the one keeps what the other deletes - give one of them")
     overrides = [f"{key}={yaml_scalar(getattr(arguments, flag))}" for flag, key in _FLAG_KEYS.items()
                  if getattr(arguments, flag) is not None]
-    for flag, key in _FLAG_KEYS.items():
+    for flag in ("detector", "paradigm"):  # which name a run's folder, and a study's runs; of other keys, the later one wins
         value = getattr(arguments, flag)
-        other = next((text for text in arguments.set if text.partition("=")[0] == key), None)
-        if value is not None and other is not None and other.partition("=")[2] != yaml_scalar(value):
-            raise UserError(f"--set {other}: --{flag.replace('_', '-')} says {value} - leave one of the two out")
+        other = next((text for text in arguments.set if text.partition("=")[0] == flag), None)
+        if value is not None and other is not None and other.partition("=")[2] != value:
+            raise UserError(f"--set {other}: --{flag} says {value} - leave one of the two out")
     settings, origins, notes = settings_from(_shortest(arguments.config or QUICKSTART), [*overrides, *arguments.set])
     if origins["detector"] == DEFAULT:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")

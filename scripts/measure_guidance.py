@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
     detector = teacher.detector
-    settings, stages = overridden(guided(teacher.settings), arguments.set), list(detector.stages)
+    stages = list(detector.stages)
+    settings = overridden(guided(teacher.settings, stages), arguments.set)
     compared = {name: changed(settings, keys, stages) for name, keys in named(arguments.compare or DEFAULT).items()}
 
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
@@ -137,13 +138,13 @@ def drawn(count: int, different: int, there: int) -> str:
     return f"{counted(count, 'image')} ({share})"
 
 
-def guided(settings: Config) -> Config:
-    """If a run guided none of its stages, make them dense, so that a supervised run can be measured."""
+def guided(settings: Config, names: Sequence[str]) -> Config:
+    """If a run guided none of its detector's stages, make them dense, so that a supervised run can be measured."""
     stages = settings.guidance.stages
-    if any(rule.paradigm != "none" for rule in stages.values()):
+    if any(stages[name].paradigm != "none" for name in names):
         return settings
-    stages = {name: replace(rule, paradigm="dense") for name, rule in stages.items()}
-    return replace(settings, guidance=replace(settings.guidance, stages=stages))
+    dense = {name: replace(stages[name], paradigm="dense") for name in names}
+    return replace(settings, guidance=replace(settings.guidance, stages={**stages, **dense}))
 
 
 def named(texts: Sequence[str]) -> dict[str, list[str]]:
