@@ -675,9 +675,11 @@ def test_measure_guidance_needs_hidden_labels(photos, run, tmp_path, monkeypatch
 def test_a_supervised_run_is_measured_as_dense():
     rules = {name: replace(rule, paradigm="none") for name, rule in tiny_settings("gfl").guidance.stages.items()}
     settings = replace(tiny_settings("gfl"), guidance=replace(tiny_settings("gfl").guidance, stages=rules))
-    assert {rule.paradigm for rule in measure_guidance.guided(settings).guidance.stages.values()} == {"dense"}
+    measured = measure_guidance.guided(settings, ["rpn", "rcnn"]).guidance.stages
+    assert {name: rule.paradigm for name, rule in measured.items()} == {"head": "none", "rpn": "dense", "rcnn": "dense"}
     mixed = replace(settings, guidance=replace(settings.guidance, stages=rules | {"rpn": replace(rules["rpn"], paradigm="sparse")}))
-    assert measure_guidance.guided(mixed) == mixed
+    assert measure_guidance.guided(mixed, ["rpn", "rcnn"]) == mixed
+    assert measure_guidance.guided(mixed, ["head"]).guidance.stages["head"].paradigm == "dense"  # not that of another detector
 
 
 def test_the_others_are_tried_beside_a_backbone_that_does_not_fit(tmp_path, monkeypatch, capsys):
