@@ -240,6 +240,8 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
     settings, origins, notes = settings_from(_shortest(arguments.config or QUICKSTART), [*overrides, *arguments.set])
     if origins["detector"] == DEFAULT:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
+    if settings.paradigm == "supervised" and arguments.unlabeled:
+        refuse("paradigm", "supervised uses no unlabelled images (found --unlabeled) - leave one of the two out", origins)
     return settings, origins, notes
 
 
@@ -262,8 +264,6 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
         raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
     settings = _fill_paradigms(_at_home(settings), origins)
     check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
-    if settings.paradigm == "supervised" and origins["data.unlabeled"] == COMMAND_LINE:
-        refuse("paradigm", "supervised uses no unlabelled images (found --unlabeled) - leave one of the two out", origins)
     stages = {name: settings.guidance.stages[name] for name in STAGES[settings.detector]}  # no other can be wrong
     for name, rule in stages.items():
         if settings.paradigm == "supervised" and rule.paradigm != "none":

@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
         (["--detector", "gfl", "--set", "optim.lrr=1"], ["--set optim.lrr=1", "did you mean 'optim.lr'"]),
         (["--detector", "gfl", "--config", "configs/quikstart.yaml"], ["quikstart.yaml", "cannot read"]),
         (["--detector", "gfl", "--resume", "auto", "--overwrite"], ["--resume and --overwrite"]),
-        (["--detector", "gfl", "--paradigm", "supervised", "--unlabeled", "x"], ["--unlabeled"]),
+        (["--detector", "gfl", "--paradigm", "supervised", "--labeled", "y", "--unlabeled", "x"], ["found --unlabeled"]),
         (
             ["--detector", "gfl", "--paradigm", "supervised", "--set", "guidance.stages.head.paradigm=dense"],
             ["guidance.stages.head.paradigm", "supervised", "dense"],
@@ -284,6 +284,12 @@ def test_a_flag_and_a_setting_do_not_contradict_each_other() -> None:
     with pytest.raises(UserError, match=r"--set detector=gfl: --detector says faster_rcnn"):
         settings_of("--detector", "faster_rcnn", "--set", "detector=gfl")
     assert settings_of("--detector", "gfl", "--steps", "3", "--set", "run.steps=5", "detector=gfl")[0].run.steps == 5
+
+
+def test_a_setting_of_unlabelled_images_may_stay_in_a_supervised_run() -> None:
+    """As in a study, whose settings are those of all paradigms."""
+    for value in ("x", ""):
+        settings_of("--detector", "gfl", "--paradigm", "supervised", "--labeled", "y", "--set", f"data.unlabeled={value}")
 
 
 def test_a_stage_without_a_rule_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
