@@ -36,10 +36,10 @@ UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data
 
 def of_another(key: str, detector: object) -> bool:
     """Whether ``key`` belongs to another detector than this one: its section, or a stage that this one does not have."""
-    section, *rest = key.split(".")
-    if section == "guidance" and rest[0] == "stages":
-        return detector in KNOWN and rest[1] not in KNOWN[str(detector)].stages
-    return detector is not None and bool(rest) and section not in CORE and section != detector
+    parts = key.split(".")
+    if parts[:2] == ["guidance", "stages"] and len(parts) > 2:
+        return detector in KNOWN and parts[2] not in KNOWN[str(detector)].stages
+    return detector is not None and len(parts) > 1 and parts[0] not in CORE and parts[0] != detector
 
 
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from dtg_core.config import StageRule
-from dtg_core.engine.effective import BATCH, DENSE_ONLY, SILENT, SPARSE_ONLY, UNLABELED_ONLY, UNREAD, effective
+from dtg_core.engine.effective import BATCH, DENSE_ONLY, SILENT, SPARSE_ONLY, UNLABELED_ONLY, UNREAD, effective, of_another
 from dtg_core.engine.resume import FREE
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
@@ -35,6 +35,13 @@ def test_a_setting_that_nobody_knows_is_read_by_dense_and_sparse_guidance():
     for paradigm, read in (("dense", True), ("sparse", True), ("none", False)):
         settings = {"detector": "gfl", "guidance.stages.head.paradigm": paradigm, "guidance.stages.head.jitter": 3}
         assert ("guidance.stages.head.jitter" in effective(settings)) == read
+
+
+def test_a_section_that_was_emptied_by_hand_is_no_ones():
+    emptied = {"detector": "gfl", "guidance": None, "guidance.stages": None, "views.flip": 0.5}
+    assert [key for key in emptied if of_another(key, "gfl")] == []
+    assert of_another("guidance.stages.rpn.tau", "gfl")
+    assert of_another("faster_rcnn.channels", "gfl")
 
 
 def test_effective_settings_of_a_detector():
