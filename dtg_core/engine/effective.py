@@ -56,7 +56,7 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
             return False
         if key == "optim.momentum":
             return settings.get("optim.name") == "sgd"
-        if parts[:2] == ["guidance", "stages"]:
+        if parts[:2] == ["guidance", "stages"] and len(parts) > 2:
             return parts[2] in paradigms and reads(paradigms[parts[2]], key)
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
             return False

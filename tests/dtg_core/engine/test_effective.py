@@ -40,6 +40,7 @@ def test_a_setting_that_nobody_knows_is_read_by_dense_and_sparse_guidance():
 def test_a_section_that_was_emptied_by_hand_is_no_ones():
     emptied = {"detector": "gfl", "guidance": None, "guidance.stages": None, "views.flip": 0.5}
     assert [key for key in emptied if of_another(key, "gfl")] == []
+    assert effective(emptied).keys() == emptied.keys() - {"guidance", "guidance.stages"}  # nothing is guided
     assert of_another("guidance.stages.rpn.tau", "gfl")
     assert of_another("faster_rcnn.channels", "gfl")
 
