@@ -1,4 +1,4 @@
-"""Configuration: dataclasses whose defaults are the paper's values, where it gives them, and the ranges of valid values.
+"""Configuration: dataclasses whose defaults are the paper's values, where it gives them, with the ranges of valid values.
 
 YAML files may set existing fields only (``dtg_core.settings`` reads them). ``configs/*.yaml`` scale the paper's values down
 or fill in a setting.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from dtg_core.ranges import Count, NotNegative, OpenShare, PartialShare, Positive, PositiveShare, Seed, Share, Whole
 from dtg_core.settings import Renames, refuse
 
 Paradigm = Literal["dense", "sparse", "none"]
 Collisions = Literal["best", "all"]
 Hull = Literal["ellipse", "corners"]
+Side = Annotated[int, "[16, 16384]"]  # of an image, in pixels
+Patches = Annotated[int, "[0, 100]"]
 
 #: Key names of former versions; renaming a key takes a new table at the end, which makes the next version.
 RENAMED: Renames = ()
@@ -27,17 +30,17 @@ class StageRule:
 
     paradigm: Paradigm = "dense"
     # Inverse NMS Clustering (Sec. 3.2)
-    tau: float = 0.45  # a teacher sample is a candidate when its score is above tau
-    nms_iou: float = 0.5  # IoU of the teacher's NMS, which makes the clusters (A14)
+    tau: OpenShare = 0.45  # a teacher sample is a candidate when its score is above tau
+    nms_iou: PositiveShare = 0.5  # IoU of the teacher's NMS, which makes the clusters (A14)
     classification: bool = True  # INC class labels, Eq. 2
     box: bool = True  # INC box targets, Eq. 3
-    max_candidates: int = 1000  # at most per image, the best ones, the others being ignored; a safety limit (A16)
-    min_iou: float = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
+    max_candidates: Count = 1000  # at most per image, the best ones, the others being ignored; a safety limit (A16)
+    min_iou: PartialShare = 0.3  # of a moved teacher anchor with its student anchor, below which the pair is dropped (A5)
     collisions: Collisions = "best"  # of teacher samples on one student sample: the best teaches it, or all do (A6)
-    background_tau: float | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
+    background_tau: OpenShare | None = None  # at or below: background; between it and tau: ignored. None: tau (A7)
     # Samples per image: all candidates, and random background up to this number but never fewer than candidates. None: all
     # background (A8)
-    background_samples: int | None = None
+    background_samples: Whole | None = None
     # Reduction of class and box losses (A12). "cluster": Eqs. 2 and 3 literally, means over clusters of the means within them.
     # "stage": the stage's own reduction on labelled images, for whose scale alpha was chosen.
     normalization: Literal["cluster", "stage"] = "cluster"
@@ -46,18 +49,18 @@ class StageRule:
     quality: Literal["stage", "one", "teacher", "consensus"] = "stage"
     # Rank Matching (Eqs. 4 to 6)
     rank: bool = True
-    rank_weight: float = 3.0  # beta
-    temperature: float = 1.0  # T
+    rank_weight: NotNegative = 3.0  # beta
+    temperature: Annotated[float, "[1e-6, inf)"] = 1.0  # T
     # Not in the paper, for weak teachers whose scores are noise
-    member_iou: float = 0.0  # least IoU of a member's student sample with the box that it learns; below it the sample is ignored
-    consensus_rank: float | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
+    member_iou: PartialShare = 0.0  # least IoU of a member's student sample with the box that it learns; others are ignored
+    consensus_rank: Positive | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     soft_background: bool = False  # weigh background by 1 - the teacher's score (after Soft Teacher)
     # Step size, in logits, with which each class's threshold (tau, sparse: pseudo_score) adapts until the teacher finds as many
     # objects per unlabelled image as labelled images have. 0: fixed thresholds
-    tau_rate: float = 0.0
+    tau_rate: Share = 0.0
     # the sparse-to-dense baseline (Sec. 3.1)
-    pseudo_score: float = 0.5  # a detection of the teacher is a pseudo box when its score is above this
+    pseudo_score: PartialShare = 0.5  # a detection of the teacher is a pseudo box when its score is above this
     proposals: Literal["teacher", "student"] = "teacher"  # whose proposals the R-CNN is trained on (A30)
 
 
@@ -76,9 +79,9 @@ def paper_stages() -> dict[str, StageRule]:
 class GuidanceConfig:
     """Guidance on unlabelled images."""
 
-    alpha: float = 4.0  # weight of all unlabelled losses (Eq. 1)
-    start_step: int = 2000  # no unlabelled loss before this step (A28)
-    ramp_steps: int = 2000  # then its weight grows linearly from 0 to alpha over these steps
+    alpha: NotNegative = 4.0  # weight of all unlabelled losses (Eq. 1)
+    start_step: Whole = 2000  # no unlabelled loss before this step (A28)
+    ramp_steps: Whole = 2000  # then its weight grows linearly from 0 to alpha over these steps
     stages: dict[str, StageRule] = field(default_factory=paper_stages)
 
 
@@ -89,7 +92,7 @@ class BackboneConfig:
     name: str = "resnet50"
     pretrained: bool = True
     weights: str | None = None  # file (.safetensors, or .pt without pickled code) instead of an installed package or the hub
-    freeze_to_stride: int = 4  # layers up to and including the feature map of this stride are frozen; 0: none
+    freeze_to_stride: Whole = 4  # layers up to and including the feature map of this stride are frozen; 0: none
     batch_norm: Literal["frozen", "train"] = "frozen"
     options: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model as they are
 
@@ -98,8 +101,8 @@ class BackboneConfig:
 class DataRules:
     """What is tolerated in images and annotations."""
 
-    max_bad_annotations: float = 0.1  # share of a file's annotations that may be unusable; they are left out
-    max_bad_images: float = 0.01  # share of a file's images that may be missing or unreadable; they are left out
+    max_bad_annotations: Share = 0.1  # share of a file's annotations that may be unusable; they are left out
+    max_bad_images: Share = 0.01  # share of a file's images that may be missing or unreadable; they are left out
     box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused if it looks like another format
     # Boxes of a file whose images have since been enlarged or shrunk: scale them with the images, or keep them as they are
     resized: Literal["error", "scale", "keep"] = "error"
@@ -107,7 +110,7 @@ class DataRules:
     use_json_area: bool = False  # small, medium and large by the JSON's "area" (COCO: of masks), not the boxes'
     truncated: Literal["skip", "use", "error"] = "skip"  # image files that are cut off; use: what there is of them
     float_range: tuple[float, float] | None = None  # values of float, 32-bit and 16-bit images that become black and white
-    max_pixels: int = 89_478_485  # of an image; larger ones are not decoded
+    max_pixels: Count = 89_478_485  # of an image; larger ones are not decoded
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,13 @@ class DataConfig:
     images: str | None = None  # folder that the JSONs' file names are relative to
     val_images: str | None = None  # the same for val's file names; None: images
     unlisted: Literal["ignore", "unlabeled"] = "ignore"  # images next to the labelled ones that their JSON does not list
-    labeled_per_device: int = 1
-    unlabeled_per_device: int = 4
-    workers: int = 2  # loader processes per training process
-    shapes_labeled: int = 80  # size of the built-in synthetic data set
-    shapes_unlabeled: int = 1000
-    shapes_val: int = 300
-    shapes_seed: int = 0
+    labeled_per_device: Count = 1
+    unlabeled_per_device: Count = 4
+    workers: Annotated[int, "[0, 256]"] = 2  # loader processes per training process
+    shapes_labeled: Count = 80  # size of the built-in synthetic data set
+    shapes_unlabeled: Count = 1000
+    shapes_val: Count = 300
+    shapes_seed: Seed = 0
     rules: DataRules = field(default_factory=DataRules)
 
 
@@ -134,17 +137,17 @@ class DataConfig:
 class ViewsConfig:
     """Weak and strong views, Soft Teacher's recipe (Sec. 3.1)."""
 
-    short_edge: tuple[int, int] = (400, 1200)  # limits of the shorter side, drawn uniformly for each view
-    long_edge: int = 1333
-    test_short_edge: int = 800
-    flip: float = 0.5  # probability of a horizontal flip
+    short_edge: tuple[Side, Side] = (400, 1200)  # limits of the shorter side, drawn uniformly for each view
+    long_edge: Side = 1333
+    test_short_edge: Side = 800
+    flip: Share = 0.5  # probability of a horizontal flip
     color: bool = True  # one of nine colour operations, on labelled and strong views
-    geometric: float = 1.0  # probability of one of shift, rotation and shear, on strong views
-    rotate: float = 30.0  # limits in degrees
-    shear: float = 30.0
-    translate: float = 0.1  # limit as a share of the side
-    erase_patches: tuple[int, int] = (1, 4)  # number of patches erased from a strong view; (0, 0): none
-    erase_size: float = 0.2  # largest side of a patch as a share of the view's
+    geometric: Share = 1.0  # probability of one of shift, rotation and shear, on strong views
+    rotate: Annotated[float, "[0, 180]"] = 30.0  # limits in degrees
+    shear: Annotated[float, "[0, 80]"] = 30.0
+    translate: PartialShare = 0.1  # limit as a share of the side
+    erase_patches: tuple[Patches, Patches] = (1, 4)  # number of patches erased from a strong view; (0, 0): none
+    erase_size: Share = 0.2  # largest side of a patch as a share of the view's
     box_hull: Hull = "ellipse"  # box around a rotated object; Soft Teacher: corners
 
 
@@ -153,35 +156,35 @@ class OptimConfig:
     """SGD as in Sec. 4.2, or AdamW for short runs."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 500  # linear, from lr / 1000
-    milestones: tuple[int, ...] = (120_000, 160_000)  # steps at which lr is multiplied by gamma
-    gamma: float = 0.1
-    clip_norm: float | None = None
-    accumulate: int = 1  # micro-batches per step; more than one saves memory but costs an extra forward pass each
-    reference_batch: int = 40  # images per step that lr is meant for, unlabelled ones included; only --scale-lr reads it
-    ema: float = 0.999  # the teacher keeps min(ema, 1 - 1 / (step + 1)) of itself (A29)
+    lr: Positive = 0.01
+    momentum: PartialShare = 0.9
+    weight_decay: NotNegative = 1e-4
+    warmup_steps: Whole = 500  # linear, from lr / 1000
+    milestones: tuple[Count, ...] = (120_000, 160_000)  # steps at which lr is multiplied by gamma
+    gamma: PositiveShare = 0.1
+    clip_norm: Positive | None = None
+    accumulate: Count = 1  # micro-batches per step; more than one saves memory but costs an extra forward pass each
+    reference_batch: Count = 40  # images per step that lr is meant for, unlabelled ones included; only --scale-lr reads it
+    ema: PartialShare = 0.999  # the teacher keeps min(ema, 1 - 1 / (step + 1)) of itself (A29)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """The run itself."""
 
-    steps: int = 180_000
-    seed: int = 0
+    steps: Count = 180_000
+    seed: Seed = 0
     output: str | None = None  # run folder; None: runs/<detector>-<paradigm>-<data>-seed<seed>
     init: str | None = None  # weights file or run folder that teacher and student start from
     reset_head: bool = False  # initialise layers that depend on the classes afresh, instead of taking them from ``init``
-    log_every: int = 50
-    evaluate_every: int = 0  # 0: only at the end
-    checkpoint_every: int = 0
-    score_threshold: float = 0.05  # of evaluated detections (A29)
-    evaluate_batch: int = 8
+    log_every: Count = 50
+    evaluate_every: Whole = 0  # 0: only at the end
+    checkpoint_every: Whole = 0
+    score_threshold: PartialShare = 0.05  # of evaluated detections (A29)
+    evaluate_batch: Count = 8
     channels_last: bool = True
     compile: bool = False  # torch.compile of the backbone: takes minutes at the start and at new image sizes, for faster steps
-    max_skipped: int = 20  # steps in a row that may be skipped because they are not finite (a fp16 scaler needs up to 16)
+    max_skipped: Count = 20  # steps in a row that may be skipped because they are not finite (a fp16 scaler needs up to 16)
     trackers: tuple[str, ...] = ()  # of Accelerate, besides metrics.jsonl: tensorboard, wandb, ...
 
 
@@ -189,75 +192,13 @@ class RunConfig:
 class Config:
     """Everything but the detectors' own sections, which the command line adds."""
 
-    schema: int = SCHEMA  # version of these keys
+    schema: Annotated[int, f"[{SCHEMA}, {SCHEMA}]"] = SCHEMA  # version of these keys
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-#: The interval of each number; a round bracket excludes its end, a + requires at least one number. A pattern's * stands for any
-#: stage.
-RANGES = {
-    "schema": f"[{SCHEMA}, {SCHEMA}]",
-    "guidance.alpha": "[0, inf)",
-    "guidance.start_step": "[0, inf)",
-    "guidance.ramp_steps": "[0, inf)",
-    "guidance.stages.*.tau": "(0, 1)",
-    "guidance.stages.*.tau_rate": "[0, 1]",
-    "guidance.stages.*.nms_iou": "(0, 1]",
-    "guidance.stages.*.max_candidates": "[1, inf)",
-    "guidance.stages.*.min_iou": "[0, 1)",
-    "guidance.stages.*.background_tau": "(0, 1)",
-    "guidance.stages.*.member_iou": "[0, 1)",
-    "guidance.stages.*.background_samples": "[0, inf)",
-    "guidance.stages.*.rank_weight": "[0, inf)",
-    "guidance.stages.*.temperature": "[1e-6, inf)",
-    "guidance.stages.*.consensus_rank": "(0, inf)",
-    "guidance.stages.*.pseudo_score": "[0, 1)",
-    "backbone.freeze_to_stride": "[0, inf)",
-    "data.labeled_per_device": "[1, inf)",
-    "data.unlabeled_per_device": "[1, inf)",
-    "data.workers": "[0, 256]",
-    "data.shapes_labeled": "[1, inf)",
-    "data.shapes_unlabeled": "[1, inf)",
-    "data.shapes_val": "[1, inf)",
-    "data.shapes_seed": "[0, 4294967296)",
-    "data.rules.max_bad_annotations": "[0, 1]",
-    "data.rules.max_bad_images": "[0, 1]",
-    "data.rules.float_range": "(-inf, inf)",
-    "data.rules.max_pixels": "[1, inf)",
-    "views.short_edge": "[16, 16384]",
-    "views.long_edge": "[16, 16384]",
-    "views.test_short_edge": "[16, 16384]",
-    "views.flip": "[0, 1]",
-    "views.geometric": "[0, 1]",
-    "views.rotate": "[0, 180]",
-    "views.shear": "[0, 80]",
-    "views.translate": "[0, 1)",
-    "views.erase_patches": "[0, 100]",
-    "views.erase_size": "[0, 1]",
-    "optim.lr": "(0, inf)",
-    "optim.momentum": "[0, 1)",
-    "optim.weight_decay": "[0, inf)",
-    "optim.warmup_steps": "[0, inf)",
-    "optim.milestones": "[1, inf)",
-    "optim.gamma": "(0, 1]",
-    "optim.clip_norm": "(0, inf)",
-    "optim.accumulate": "[1, inf)",
-    "optim.reference_batch": "[1, inf)",
-    "optim.ema": "[0, 1)",
-    "run.steps": "[1, inf)",
-    "run.seed": "[0, 4294967296)",
-    "run.log_every": "[1, inf)",
-    "run.evaluate_every": "[0, inf)",
-    "run.checkpoint_every": "[0, inf)",
-    "run.score_threshold": "[0, 1)",
-    "run.evaluate_batch": "[1, inf)",
-    "run.max_skipped": "[1, inf)",
-}
 
 
 C = TypeVar("C", bound=Config)

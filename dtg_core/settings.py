@@ -1,7 +1,6 @@
 """Strict reading of configuration dataclasses; ``dtg_core.settings_text`` writes them.
 
     load_config    defaults, then a YAML file, then ``a.b=value`` overrides; every value is parsed by its declared type
-    check_ranges   refuses values outside their intervals; see ``dtg_core.config.RANGES``
 
 A file may say ``schema: N``, the version of its keys. Keys of an older version are renamed by tables; a newer version is refused.
 
@@ -11,7 +10,6 @@ can only set what the dataclasses declare: no anchors, tags, duplicate or unknow
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import math
 import re
 import types
@@ -88,47 +86,6 @@ def plain_yaml(text: str, name: str, renamed: Renames | None = None) -> Any:
         return None if node is None else reader.free(node, "")
     except RecursionError as error:
         raise UserError(f"{name}: nested too deeply") from error
-
-
-def check_ranges(config: Any, ranges: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
-    """Refuse values outside their interval.
-
-    Args:
-        config: a configuration dataclass.
-        ranges: {key pattern: interval}, e.g. ``{"guidance.stages.*.tau": "(0, 1)"}``; a round bracket excludes its end.
-            Every number of a tuple has to lie in it, and a + after the interval requires at least one; None passes.
-        origins: the keys' origins, for the message.
-
-    Raises:
-        UserError: naming the key, its origin, the interval and the value; also for a value that is not finite.
-    """
-    flat = flatten(config)
-    for key, value in flat.items():
-        if isinstance(value, float) and (problem := out_of(value, "(-inf, inf)")):
-            refuse(key, problem, origins)
-    for pattern, told in ranges.items():
-        interval = told.removesuffix("+")
-        for key in fnmatch.filter(flat, pattern):
-            values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
-            if not values and interval != told:
-                refuse(key, "is empty - give at least one number", origins)
-            for value in values:
-                if value is not None and (problem := out_of(value, interval)):
-                    refuse(key, problem, origins)
-
-
-def out_of(value: float, interval: str) -> str | None:
-    """What is wrong with a number outside an interval such as "(0, 1]", where a round bracket excludes its end; None: nothing."""
-    if not -math.inf < value < math.inf:
-        return f"is not a finite number (found {value})"
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value > low if interval[0] == "(" else value >= low
-    below = value < high if interval[-1] == ")" else value <= high
-    if above and below:
-        return None
-    lower = "" if low == -math.inf else f"{'more than' if interval[0] == '(' else 'at least'} {low:.12g}"
-    upper = "" if high == math.inf else f"{'less than' if interval[-1] == ')' else 'at most'} {high:.12g}"
-    return f"is out of range (found {value}) - use {' and '.join(part for part in (lower, upper) if part)}"
 
 
 def refuse(key: str, problem: str, origins: Mapping[str, str] | None = None) -> NoReturn:

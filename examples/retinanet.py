@@ -25,7 +25,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import box_iou
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.config import RANGES, Config
+from dtg_core.config import Config
 from dtg_core.data.plan import step_data, steps_loader
 from dtg_core.data.sources import open_sources
 from dtg_core.engine.loop import prepare, train_step
@@ -33,7 +33,8 @@ from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
 from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
-from dtg_core.settings import check_ranges, load_config
+from dtg_core.ranges import check_ranges
+from dtg_core.settings import load_config
 from dtg_core.structures import AnchorGrid, Assignment, Detections, Predictions, Samples, Targets, Unreduced, ViewBatch
 
 STRIDES, SCALE, RATIOS = (8, 16, 32), 4.0, (0.5, 1.0, 2.0)  # anchors of 32, 64 and 128 px, three at each location
@@ -134,5 +135,5 @@ def main(config: Config) -> list[dict[str, float]]:
 
 if __name__ == "__main__":
     config, origins = load_config(Config, Path(__file__).with_suffix(".yaml"), sys.argv[1:])
-    check_ranges(config, RANGES, origins)
+    check_ranges(config, origins)
     main(config)

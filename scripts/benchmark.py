@@ -43,6 +43,7 @@ from common import (
 
 from dtg_core.config import without_weights
 from dtg_core.errors import UserError
+from dtg_core.ranges import Count
 from dtg_core.settings_text import yaml_scalar
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def parser() -> Parser:
     add("--detector", type=one_of(DETECTORS), metavar="|".join(DETECTORS), help="required unless --data is given")
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: the paper's values)")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
-    add("--size", type=number(int, "[1, inf)"), metavar="PX", help="side of the square views (default: the config's)")
+    add("--size", type=number(Count), metavar="PX", help="side of the square views (default: the config's)")
     add("--images", metavar="L+U", help="labelled and unlabelled images per step (default: the config's)")
     add("--paradigm", type=one_of(PARADIGMS), default="dense", metavar="dense|sparse|supervised", help="default: dense")
     add("--against", type=one_of(("dense", "sparse")), metavar="dense|sparse", help="also time this paradigm's step, in turn")
-    add("--candidates", type=number(int, "[1, inf)"), default=100, metavar="N",
+    add("--candidates", type=number(Count), default=100, metavar="N",
         help="candidates per image in each stage (default: 100)")
-    add("--repeats", type=number(int, "[1, inf)"), default=20, metavar="N", help="timed repeats (default: 20)")
+    add("--repeats", type=number(Count), default=20, metavar="N", help="timed repeats (default: 20)")
     add("--json", metavar="FILE|-", help="write the figures; -: to standard output, instead of the table")
     add_overwrite(result)
     add("--data", action="store_true", help="measure the speed of making views instead")

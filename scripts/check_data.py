@@ -19,6 +19,7 @@ from common import Parser, add_overwrite, add_rules, main_guard, number, progres
 from dtg_core.config import DataConfig
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, counted, printable
+from dtg_core.ranges import Whole
 
 if TYPE_CHECKING:
     from dtg_core.data.index import CocoIndex
@@ -35,7 +36,7 @@ def parser() -> Parser:
     add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="unlabelled images, checked and compared with the others")
     add("--output", type=Path, metavar="FILE", help="write every finding as JSON")
     add_overwrite(result)
-    add("--workers", type=number(int, "[0, inf)"), default=2, metavar="N", help="processes that decode images (default: 2)")
+    add("--workers", type=number(Whole), default=2, metavar="N", help="processes that decode images (default: 2)")
     add_rules(result)
     return result
 

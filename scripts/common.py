@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, get_args
 
-from dtg_core.config import RANGES
 from dtg_core.detectors import KNOWN
 from dtg_core.drafts import require_writable, write_text, writing
 from dtg_core.errors import UserError, nearest, printable
-from dtg_core.settings import COMMAND_LINE, DEFAULT, check_ranges, load_config, out_of, overridden, refuse
+from dtg_core.ranges import Count, Seed, check_ranges, out_of
+from dtg_core.settings import COMMAND_LINE, DEFAULT, load_config, overridden, refuse
 from dtg_core.settings_text import dotted, flatten, yaml_scalar
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from dtg_core.protocol import Detector
 
 T = TypeVar("T")
-N = TypeVar("N", int, float)
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 RULES = "data.rules."  # the settings for reading data
 PARADIGMS = ("dense", "sparse", "supervised")
@@ -86,10 +85,11 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def number(kind: type[N], interval: str) -> Callable[[str], N]:
-    """An argparse type: a number in ``interval``, written like the ranges of settings."""
+def number(range_: Any) -> Callable[[str], Any]:
+    """An argparse type: a number of a range of ``dtg_core.ranges``, such as ``Count``."""
+    kind, interval = get_args(range_)
 
-    def parse(text: str) -> N:
+    def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
@@ -132,7 +132,7 @@ def rules_of(arguments: argparse.Namespace, rules: DataRules | None = None) -> D
     plain = Config()
     config = replace(plain, data=replace(plain.data, rules=rules or DataRules()))
     config = overridden(config, arguments.set)
-    check_ranges(config, RANGES)
+    check_ranges(config)
     cross_check(config, {})
     return config.data.rules
 
@@ -191,8 +191,8 @@ def train_parser() -> Parser:
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--paradigm", type=one_of(PARADIGMS), metavar="|".join(PARADIGMS), help="guidance of every stage")
     add("--backbone", metavar="TIMM_NAME", help="any timm model with feature maps (backbone.name)")
-    add("--steps", type=number(int, RANGES["run.steps"]), metavar="N", help="training steps (run.steps)")
-    add("--seed", type=number(int, RANGES["run.seed"]), metavar="N", help="seed of all random draws (run.seed)")
+    add("--steps", type=number(Count), metavar="N", help="training steps (run.steps)")
+    add("--seed", type=number(Seed), metavar="N", help="seed of all random draws (run.seed)")
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--unlabeled", metavar="DIR|ANNOTATIONS.json", help="unlabelled images (data.unlabeled)")
     add("--val", metavar="ANNOTATIONS.json", help="images to evaluate on (data.val)")
@@ -203,7 +203,7 @@ def train_parser() -> Parser:
     add("--reset-head", action="store_const", const=True, help="with --init: train the class layers from scratch (run.reset_head)")
     add("--resume", metavar="auto|CHECKPOINT", help="continue from the newest or the given checkpoint")
     add("--resume-with-changes", action="store_true", help="resume although settings or data have changed")
-    add("--stop-at", type=number(int, "[1, inf)"), metavar="N",
+    add("--stop-at", type=number(Count), metavar="N",
         help="write a checkpoint after N steps and stop there, to be resumed later")
     add("--overwrite", action="store_true", help="first delete what an earlier run has written into the folder")
     add("--scale-lr", action="store_true", help="multiply lr by this run's images per step / optim.reference_batch")
@@ -254,7 +254,7 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
     Raises:
         UserError: for whatever ``load_config``, the range checks and the detector's settings among each other find.
     """
-    from run_settings import DETECTOR_RANGES, RunSettings
+    from run_settings import RunSettings
 
     from dtg_core.config import RENAMED, cross_check
 
@@ -263,7 +263,7 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
     if missing := [stage for stage in STAGES[settings.detector] if stage not in settings.guidance.stages]:
         raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
     settings = _fill_paradigms(_at_home(settings), origins)
-    check_ranges(settings, RANGES | DETECTOR_RANGES, origins)
+    check_ranges(settings, origins)
     stages = {name: settings.guidance.stages[name] for name in STAGES[settings.detector]}  # no other can be wrong
     for name, rule in stages.items():
         if settings.paradigm == "supervised" and rule.paradigm != "none":

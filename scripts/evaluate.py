@@ -28,9 +28,9 @@ from common import (
     rules_of,
 )
 
-from dtg_core.config import RANGES
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError
+from dtg_core.ranges import Count, PartialShare, Whole
 
 if TYPE_CHECKING:
     from dtg_core.config import DataConfig
@@ -49,10 +49,10 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="where results.json and detections.json go")
     add_overwrite(result)
     add_rules(result)
-    add("--score", type=number(float, RANGES["run.score_threshold"]), metavar="S",
+    add("--score", type=number(PartialShare), metavar="S",
         help="lowest score of a box (default: the run's, 0.05; 0.001 gives a little more AP)")
-    add("--batch", type=number(int, "[1, inf)"), metavar="N", help="images at once (default: the run's)")
-    add("--workers", type=number(int, "[0, inf)"), metavar="N", help="processes that read the images (default: the run's)")
+    add("--batch", type=number(Count), metavar="N", help="images at once (default: the run's)")
+    add("--workers", type=number(Whole), metavar="N", help="processes that read the images (default: the run's)")
     return result
 
 

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from common import Parser, add_rules, add_weights, main_guard, number, one_of, rules_of
 from predict import find_images
 
 from dtg_core.drafts import require_writable, writing
 from dtg_core.errors import UserError, printable
+from dtg_core.ranges import Count, PartialShare
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,10 +40,10 @@ def parser() -> Parser:
     add_weights(result, device=False)
     add("--output", type=Path, required=True, metavar="DIR", help="where the files go")
     add("--format", type=one_of(tuple(FORMATS)), default="both", metavar="onnx|torch_export|both", help="default: both")
-    add("--size", type=number(int, "[32, 8192]"), nargs=2, metavar=("H", "W"),
+    add("--size", type=number(Annotated[int, "[32, 8192]"]), nargs=2, metavar=("H", "W"),
         help="size of the graph's image, px (default: a square of views.test_short_edge)")
-    add("--score", type=number(float, "[0, 1)"), metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
-    add("--opset", type=number(int, "[1, inf)"), default=18, metavar="N", help="ONNX opset (default: 18)")
+    add("--score", type=number(PartialShare), metavar="S", help="lowest score of a box (default: the run's run.score_threshold)")
+    add("--opset", type=number(Count), default=18, metavar="N", help="ONNX opset (default: 18)")
     add("--images", nargs="+", type=os.path.expanduser, metavar="PATH",
         help=f"images, folders or patterns to compare on, {IMAGES} at most (default: from the built-in synthetic data set)")
     add_rules(result)

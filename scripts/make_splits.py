@@ -23,6 +23,7 @@ from common import Parser, add_overwrite, add_rules, main_guard, number, one_of,
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
+from dtg_core.ranges import Count, Percent, Positive, Whole
 
 if TYPE_CHECKING:
     import argparse
@@ -43,12 +44,12 @@ def parser() -> Parser:
     add_overwrite(result)
     add("--protocol", type=one_of(PROTOCOLS), default=PROTOCOLS[0], metavar="|".join(PROTOCOLS),
         help="how images are drawn (default: softteacher)")
-    add("--percent", type=number(float, "(0, inf)"), nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
-    add("--count", type=number(int, "[1, inf)"), nargs="+", metavar="N", help="numbers of images, instead of shares")
-    add("--val", type=number(float, "(0, 100)"), metavar="P", help="first set P percent of the images aside as val.json")
+    add("--percent", type=number(Positive), nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
+    add("--count", type=number(Count), nargs="+", metavar="N", help="numbers of images, instead of shares")
+    add("--val", type=number(Percent), metavar="P", help="first set P percent of the images aside as val.json")
     add("--folds", default="1-5", metavar="A-B", help="numbers of the folds, also used as their seeds (default: 1-5)")
     add("--indices", type=Path, metavar="FILE", help="Unbiased Teacher's COCO_supervision.txt, for --protocol ubteacher")
-    add("--min-per-class", type=number(int, "[0, inf)"), default=0, metavar="K", help="add images until each class has K boxes")
+    add("--min-per-class", type=number(Whole), default=0, metavar="K", help="add images until each class has K boxes")
     add_rules(result)
     add("--group-by", metavar="KEY|REGEX", help="keep images together that share this key, or this part of their file name")
     return result

@@ -32,6 +32,7 @@ from common import Parser, add_overwrite, add_weights, main_guard, number, progr
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.errors import UserError, counted
+from dtg_core.ranges import Count, Whole
 
 if TYPE_CHECKING:
     from dtg_core.config import Config
@@ -59,10 +60,10 @@ def parser() -> Parser:
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (built-in synthetic data set: known)")
     add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="other unlabelled images than the run's")
-    add("--images", type=number(int, "[1, inf)"), default=128, metavar="N",
+    add("--images", type=number(Count), default=128, metavar="N",
         help="most images to measure on, each once (default: 128)")
-    add("--batch", type=number(int, "[1, inf)"), default=16, metavar="N", help="most images per gradient (default: 16)")
-    add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
+    add("--batch", type=number(Count), default=16, metavar="N", help="most images per gradient (default: 16)")
+    add("--step", type=number(Whole), default=0, metavar="N",
         help="draw images and views from this step on (default: 0)")
     add("--json", metavar="FILE|-", help="where the figures go; -: to stdout, instead of the table")
     add_overwrite(result)
@@ -163,16 +164,17 @@ def named(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def changed(settings: Config, keys: Sequence[str], stages: Sequence[str]) -> Config:
     """The config with a setting's keys, which are checked like those of a run."""
-    from dtg_core.config import RANGES, cross_check
+    from dtg_core.config import cross_check
     from dtg_core.engine.effective import reads
-    from dtg_core.settings import check_ranges, overridden
+    from dtg_core.ranges import check_ranges
+    from dtg_core.settings import overridden
 
     full = [key for short in keys for key in full_keys(short, stages)]
     if any(key.partition("=")[0].endswith("tau_rate") for key in full):
         raise UserError(f"--compare {' '.join(keys)}: tau_rate acts from step to step, and this looks at single ones - compare tau "
                         "and pseudo_score")
     result = overridden(settings, full)
-    check_ranges(result, RANGES)
+    check_ranges(result)
     cross_check(result, {})
     rules = [result.guidance.stages[stage] for stage in stages]
     if all(rule.paradigm == "none" for rule in rules):

@@ -38,6 +38,7 @@ from common import Parser, add_overwrite, add_rules, add_weights, main_guard, nu
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable
+from dtg_core.ranges import Count, PartialShare
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,8 +72,8 @@ def parser() -> Parser:
     add_overwrite(result)
     add("--annotations", type=Path, metavar="JSON", help="COCO JSON that has the images' ids (default: they are numbered)")
     add_rules(result)
-    add("--score", type=number(float, "[0, 1)"), default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
-    add("--batch", type=number(int, "[1, inf)"), default=8, metavar="N", help="images at once (default: 8)")
+    add("--score", type=number(PartialShare), default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
+    add("--batch", type=number(Count), default=8, metavar="N", help="images at once (default: 8)")
     add("--no-pictures", action="store_true", help="write the lists only")
     add("--strict", action="store_true", help="exit with status 1 when a file cannot be read")
     return result

@@ -22,6 +22,7 @@ from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, printable
+from dtg_core.ranges import Count, Whole
 
 if TYPE_CHECKING:
     from dtg_core.engine.explain import Tally
@@ -35,12 +36,12 @@ def parser() -> Parser:
     add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
     add_overwrite(result)
     add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this stage")
-    add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images on a sheet (default: 4)")
-    add("--step", type=number(int, "[0, inf)"), default=0, metavar="N",
+    add("--count", type=number(Count), default=4, metavar="N", help="images on a sheet (default: 4)")
+    add("--step", type=number(Whole), default=0, metavar="N",
         help="use the images and views of this training step (default: 0)")
     add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="other unlabelled images than the run's")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images, COCO format")
-    add("--measure", type=number(int, "[1, inf)"), default=100, metavar="N",
+    add("--measure", type=number(Count), default=100, metavar="N",
         help="images compared with the truth (default: 100)")
     return result
 

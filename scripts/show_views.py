@@ -12,9 +12,9 @@ from pathlib import Path
 
 from common import Parser, add_overwrite, load_settings, main_guard, number, require_new, train_parser
 
-from dtg_core.config import RANGES
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, printable
+from dtg_core.ranges import Count, Seed
 
 
 def parser() -> Parser:
@@ -23,9 +23,9 @@ def parser() -> Parser:
     add("--config", type=Path, metavar="FILE", help="YAML settings (default: configs/quickstart.yaml)")
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--images", metavar="DIR", help="folder that file names in the JSON are relative to (data.images)")
-    add("--seed", type=number(int, RANGES["run.seed"]), metavar="N", help="seed of all random draws (run.seed)")
+    add("--seed", type=number(Seed), metavar="N", help="seed of all random draws (run.seed)")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
-    add("--count", type=number(int, "[1, inf)"), default=4, metavar="N", help="images (default: 4)")
+    add("--count", type=number(Count), default=4, metavar="N", help="images (default: 4)")
     add("--output", type=Path, default=Path("views.png"), metavar="FILE", help="picture to write (default: views.png)")
     add_overwrite(result)
     return result

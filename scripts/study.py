@@ -23,6 +23,7 @@ from common import DETECTORS, RULES, Parser, load_settings, main_guard, number, 
 
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest
+from dtg_core.ranges import Count
 from dtg_core.settings_text import dotted, flatten, yaml_scalar
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def parser() -> Parser:
     result = Parser("Train a grid of runs, a few at a time, and compare them.")
     add = result.add_argument
     add("study", type=Path, metavar="STUDY.yaml", help="the study file; see configs/studies and docs/studies.md")
-    add("--jobs", type=number(int, "[1, inf)"), default=1, metavar="N",
+    add("--jobs", type=number(Count), default=1, metavar="N",
         help="runs at a time; each gets cores / N threads (default: 1)")
     add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
     add("--launcher", metavar="COMMAND",

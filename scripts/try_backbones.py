@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from common import DETECTORS, Parser, build_detector, load_settings, main_guard, number, one_of, train_parser
 
 from dtg_core.errors import UserError
+from dtg_core.ranges import Count
 
 if TYPE_CHECKING:
     from run_settings import RunSettings
@@ -34,7 +35,7 @@ def parser() -> Parser:
     result.add_argument("names", nargs="*", metavar="NAME", help="timm models (default: one of each of eleven families)")
     result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="|".join(DETECTORS),
                         help="detector on each backbone (default: gfl)")
-    result.add_argument("--steps", type=number(int, "[1, inf)"), default=20, metavar="N", help="steps for each (default: 20)")
+    result.add_argument("--steps", type=number(Count), default=20, metavar="N", help="steps for each (default: 20)")
     result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")
     return result
 

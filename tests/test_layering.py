@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Modules of the core from the ground up; each may import those before it, and its own folder.
 LAYERS = (
-    "errors", "drafts", "detectors", "settings_text", "settings", "config", "structures", "boxes", "anchors", "stateless", "focal", "protocol", "postprocess", "guidance", "losses",
+    "errors", "drafts", "detectors", "settings_text", "settings", "ranges", "config", "structures", "boxes", "anchors", "stateless", "focal", "protocol", "postprocess", "guidance", "losses",
     "models", "data", "engine",
 )
 #: What the detector packages may know of the core.
-OPEN_TO_DETECTORS = {"structures", "boxes", "anchors", "stateless", "focal", "losses", "protocol", "postprocess", "errors", "config",
+OPEN_TO_DETECTORS = {"structures", "boxes", "anchors", "stateless", "focal", "losses", "protocol", "postprocess", "errors", "config", "ranges",
                      "models.backbone"}  # fmt: skip
 #: Libraries that only some modules may import.
 RESERVED = {

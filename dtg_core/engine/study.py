@@ -30,19 +30,13 @@ from dtg_core.engine.effective import BATCH, effective
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, load_config, plain_yaml, refuse
+from dtg_core.ranges import Percent, Seed, Whole, check_ranges
+from dtg_core.settings import load_config, plain_yaml, refuse
 from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
 MARK = "study.yaml"  # in a study's folder
 OLD_MARKS = {"runs", "logs"}  # folders in studies that were made before the mark existed
-#: Intervals of a study's numbers, as in ``dtg_core.config.RANGES``.
-STUDY_RANGES = {
-    "seeds": "[0, 4294967296)",
-    "data.percents": "(0, 100)",
-    "data.folds": "[0, 4294967296)",
-    "data.min_per_class": "[0, inf)",
-}
 
 
 @dataclass(frozen=True)
@@ -55,9 +49,9 @@ class StudyData:
     unlabeled: str | None = None  # with ``labeled``; {fold} and {percent} too. None: the config's
     val: str | None = None  # None: the config's
     images: str | None = None  # folder that file names in the JSONs are relative to
-    percents: tuple[float, ...] = ()
-    folds: tuple[int, ...] = ()
-    min_per_class: int = 0  # add images to a share until each class has this many boxes
+    percents: tuple[Percent, ...] = ()
+    folds: tuple[Seed, ...] = ()
+    min_per_class: Whole = 0  # add images to a share until each class has this many boxes
     group_by: str | None = None  # keep images together, like ``make_splits.py --group-by``
 
 
@@ -68,7 +62,7 @@ class Study:
     config: str | None = None  # for all runs, relative to the study file; None: configs/quickstart.yaml
     detectors: tuple[str, ...] = ("gfl",)
     paradigms: tuple[Literal["dense", "sparse", "supervised"], ...] = ("supervised", "sparse", "dense")
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     data: StudyData = field(default_factory=StudyData)
     set: dict[str, Any] = field(default_factory=dict)  # settings of all runs, besides the config
     rows: dict[str, Any] = field(default_factory=dict)  # name: settings of a row, besides those; none: one row without any
@@ -184,7 +178,7 @@ def require_study_folder(folder: Path) -> None:
 def read_study(file: Path) -> Study:
     """Read a study file. Raises UserError naming the file, line and key."""
     study, origins = load_config(Study, file)
-    check_ranges(study, STUDY_RANGES, origins)
+    check_ranges(study, origins)
     for key in ("detectors", "paradigms", "seeds"):
         if not getattr(study, key):
             refuse(key, "is empty - give at least one", origins)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtg_core.config import RANGES, RENAMED, SCHEMA, Config, cross_check
+from dtg_core.config import RENAMED, SCHEMA, Config, cross_check
 from dtg_core.errors import UserError
-from dtg_core.settings import check_ranges, load_config, plain_yaml
+from dtg_core.ranges import check_ranges
+from dtg_core.settings import load_config, plain_yaml
 from dtg_core.settings_text import flatten, to_yaml, yaml_scalar
 
 
@@ -300,24 +301,9 @@ def test_one_letter_typos_get_the_right_key() -> None:
 )
 def test_ranges(override: str) -> None:
     config, origins = load_config(Config, None, [override])
-    text = message(check_ranges, config, RANGES, origins)
+    text = message(check_ranges, config, origins)
     assert text.startswith(f"command line: {override.partition('=')[0]}: is out of range (found")
     assert " - use " in text
-
-
-def test_every_number_has_a_range_and_every_range_a_number() -> None:
-    import fnmatch
-
-    numeric = [
-        key
-        for key, value in flatten(Config()).items()
-        if isinstance(value, (int, float, tuple)) and value is not True and value is not False and value != ()  # () is of names
-    ]
-    for key in numeric:
-        assert any(fnmatch.fnmatch(key, pattern) for pattern in RANGES), key
-    for pattern in RANGES:
-        assert fnmatch.filter(flatten(Config()), pattern), pattern
-    check_ranges(Config(), RANGES)
 
 
 def test_values_that_contradict_each_other() -> None:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
@@ -31,14 +31,14 @@ from common import (  # noqa: E402
     main_guard,
     train_parser,
 )
-from run_settings import DETECTOR_RANGES, RunSettings  # noqa: E402
+from run_settings import RunSettings  # noqa: E402
 
-from dtg_core.config import RANGES, paper_stages  # noqa: E402
+from dtg_core.config import paper_stages  # noqa: E402
 from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
 from dtg_core.engine.predict import find_weights, load_detector  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
-from dtg_core.settings import check_ranges, load_config  # noqa: E402
-from dtg_core.settings_text import flatten, to_yaml  # noqa: E402
+from dtg_core.settings import load_config  # noqa: E402
+from dtg_core.settings_text import to_yaml  # noqa: E402
 
 TINY = [
     "run.steps=5",
@@ -140,7 +140,7 @@ def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
 )
 def test_numbers_of_flags(kind: type, interval: str, text: str, told: float | str) -> None:
     parser = common.Parser("A script.")
-    parser.add_argument("--flag", type=common.number(kind, interval))
+    parser.add_argument("--flag", type=common.number(Annotated[kind, interval]))
     if not isinstance(told, str):
         assert (value := parser.parse(["--flag", text]).flag) == told
         assert type(value) is kind
@@ -314,16 +314,7 @@ def test_a_benchmark_reads_settings_as_training_does(tmp_path: Path, monkeypatch
 
 
 def test_tables_are_complete() -> None:
-    import fnmatch
-
     assert {stage for stages in STAGES.values() for stage in stages} == set(paper_stages())
-    flat = flatten(RunSettings())
-    for key, value in flat.items():
-        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and value != ():  # () is of names
-            assert any(fnmatch.fnmatch(key, pattern) for pattern in RANGES | DETECTOR_RANGES), key
-    for pattern in DETECTOR_RANGES:
-        assert fnmatch.filter(flat, pattern), pattern
-    check_ranges(RunSettings(), RANGES | DETECTOR_RANGES)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)

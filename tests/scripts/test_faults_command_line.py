@@ -23,7 +23,8 @@ from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Training
 from dtg_core.errors import UserError
 from dtg_core.models.backbone import build_pyramid
-from dtg_core.settings import check_ranges, load_config
+from dtg_core.ranges import check_ranges
+from dtg_core.settings import load_config
 
 
 @pytest.fixture(scope="module")
@@ -210,12 +211,10 @@ def test_overwriting_deletes_what_a_run_has_written_only(tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_faults_52_53_values_that_cannot_be(override: str, problem: str) -> None:
-    from dtg_core.config import RANGES
-
     config, origins = load_config(Config, None, [override])
 
     def check() -> None:
-        check_ranges(config, RANGES, origins)
+        check_ranges(config, origins)
         cross_check(config, origins)
 
     with pytest.raises(UserError, match=problem) as caught:
