@@ -122,6 +122,7 @@ class DataConfig:
     val: str | None = None  # COCO JSON
     images: str | None = None  # folder that the JSONs' file names are relative to
     val_images: str | None = None  # the same for val's file names; None: images
+    unlabeled_images: str | None = None  # and for those of unlabeled, if it is a JSON
     unlisted: Literal["ignore", "unlabeled"] = "ignore"  # images next to the labelled ones that their JSON does not list
     labeled_per_device: Count = 1
     unlabeled_per_device: Count = 4
@@ -178,7 +179,7 @@ class RunConfig:
     init: str | None = None  # weights file or run folder that teacher and student start from
     reset_head: bool = False  # initialise layers that depend on the classes afresh, instead of taking them from ``init``
     log_every: Count = 50
-    evaluate_every: Whole = 0  # 0: only at the end
+    evaluate_every: Whole = 0  # and once before guidance begins; 0: only at the end
     checkpoint_every: Whole = 0
     score_threshold: PartialShare = 0.05  # of evaluated detections (A29)
     evaluate_batch: Count = 8
@@ -217,7 +218,7 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     for key, (low, high) in (("views.short_edge", views.short_edge), ("views.erase_patches", views.erase_patches)):
         if low > high:
             refuse(key, f"the lower limit is over the upper one (found [{low}, {high}])", origins)
-    for key in ("unlabeled", "val", "images", "val_images", "unlisted") if config.data.labeled is None else ():
+    for key in ("unlabeled", "val", "images", "val_images", "unlabeled_images", "unlisted") if config.data.labeled is None else ():
         value = getattr(config.data, key)
         if value != getattr(DataConfig(), key):
             refuse(f"data.{key}", "is of no use without labelled images, as the built-in synthetic data set would be trained on "

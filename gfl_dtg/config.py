@@ -18,7 +18,7 @@ class GFLConfig:
     reg_max: Count = 16  # a box side lies 0 to reg_max strides from the anchor's centre, in reg_max + 1 bins
     prior: OpenShare = 0.01  # score of every class before training
     atss_topk: Count = 9  # anchors of each level that are candidates for an object
-    qfl_beta: NotNegative = 2.0  # focusing power of the quality focal loss
+    qfl_beta: Annotated[float, "[1, inf)"] = 2.0  # focusing power of the quality focal loss; below 1 its slope is infinite at 0
     quality_weight: NotNegative = 1.0  # of the quality focal loss
     giou_weight: NotNegative = 2.0  # of the GIoU loss
     dfl_weight: NotNegative = 0.25  # of the distribution focal loss

@@ -26,7 +26,7 @@ class GFLHead(nn.Module):
     def __init__(self, config: GFLConfig, num_classes: int) -> None:
         super().__init__()
         # 32 groups for 256 channels, and groups of at least 8 channels for fewer: a coarse level may be a single cell.
-        norm = partial(nn.GroupNorm, gcd(32, config.channels, config.channels // 8))
+        norm = partial(nn.GroupNorm, gcd(32, config.channels, max(config.channels // 8, 1)))
         depth, bins = config.tower_depth, 4 * (config.reg_max + 1)
         self.classification = FCOSClassificationHead(config.channels, 1, num_classes, depth, config.prior, norm)
         self.box = FCOSClassificationHead(config.channels, 1, bins, depth, 0.5, norm)

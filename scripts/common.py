@@ -34,6 +34,7 @@ T = TypeVar("T")
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 RULES = "data.rules."  # the settings for reading data
 PARADIGMS = ("dense", "sparse", "supervised")
+WHICH = ("teacher", "student", "best")  # the weights in a run folder
 
 
 # Detectors -------------------------------------------------------------------------------------------------------------
@@ -111,8 +112,8 @@ def add_weights(parser: Parser, device: bool = True, which: bool = True) -> None
     """What a trained detector is loaded from, as ``load_detector`` takes it."""
     parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="run folder, or a weights file of one")
     if which:
-        parser.add_argument("--which", type=one_of(("teacher", "student")), default="teacher", metavar="teacher|student",
-                            help="which detector of a run folder (default: teacher)")
+        parser.add_argument("--which", type=one_of(WHICH), default=WHICH[0], metavar="|".join(WHICH),
+                            help="which detector of a run folder (default: teacher); best: the teacher at its best evaluation")
     if device:
         parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: what is available)")
 
@@ -262,7 +263,8 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
     settings, origins = load_config(RunSettings, file, overrides, RENAMED, notes)
     if missing := [stage for stage in STAGES[settings.detector] if stage not in settings.guidance.stages]:
         raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
-    settings = _fill_paradigms(_at_home(settings), origins)
+    of_file = load_config(RunSettings, file, (), RENAMED)[0].paradigm
+    settings = _fill_paradigms(_at_home(settings), origins, settings.paradigm != of_file)
     check_ranges(settings, origins)
     stages = {name: settings.guidance.stages[name] for name in STAGES[settings.detector]}  # no other can be wrong
     for name, rule in stages.items():
@@ -290,14 +292,13 @@ def _stage_paradigm(paradigm: str) -> Paradigm:
     return "none" if paradigm == "supervised" else cast("Paradigm", paradigm)
 
 
-def _fill_paradigms(settings: RunSettings, origins: dict[str, str]) -> RunSettings:
-    """Give the run's paradigm to the stages without a more specific one, noting its origin. One from the command line overrides
-    the stages of a file, which may be a run's own config.yaml."""
-    told = origins["paradigm"] == COMMAND_LINE
+def _fill_paradigms(settings: RunSettings, origins: dict[str, str], changed: bool) -> RunSettings:
+    """Give the run's paradigm to the stages without a more specific one, noting its origin. If the command line has ``changed`` it,
+    those of the file, which may be a run's own config.yaml, are no longer valid."""
     stages = dict(settings.guidance.stages)
     for stage, rule in stages.items():
         key = f"guidance.stages.{stage}.paradigm"
-        if origins[key] == DEFAULT or (told and origins[key] != COMMAND_LINE):
+        if origins[key] == DEFAULT or (changed and origins[key] != COMMAND_LINE):
             stages[stage] = replace(rule, paradigm=_stage_paradigm(settings.paradigm))
             origins[key] = origins["paradigm"]
     return replace(settings, guidance=replace(settings.guidance, stages=stages))
@@ -311,7 +312,7 @@ def _at_home(settings: RunSettings) -> RunSettings:
         return replace(section, **{key: os.path.expanduser(value) for key, value in found.items()})  # type: ignore[type-var]
 
     return replace(
-        settings, data=expanded(settings.data, "labeled", "unlabeled", "val", "images", "val_images"),
+        settings, data=expanded(settings.data, "labeled", "unlabeled", "val", "images", "val_images", "unlabeled_images"),
         run=expanded(settings.run, "output", "init"), backbone=expanded(settings.backbone, "weights"),
     )  # fmt: skip
 

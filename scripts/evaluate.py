@@ -1,6 +1,6 @@
 """COCO metrics of a trained detector, over all classes and for each.
 
-    python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student] [--annotations JSON --images DIR] [--output DIR]
+    python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student|best] [--annotations JSON --images DIR] [--output DIR]
 
 Without ``--annotations`` it is evaluated on the validation set of its own run. ``results.json`` and ``detections.json``
 (COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` in the run folder or next to the

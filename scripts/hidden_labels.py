@@ -1,6 +1,7 @@
 """The unlabelled images of a run and their hidden labels, for the scripts that look at what a teacher teaches."""
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,9 @@ def unlabeled_data(config: DataConfig, other: str | None, run: Path) -> DataConf
     require_own_files(config, {"labeled": "", "images": ""} | ({} if other else {"unlabeled": "--unlabeled"}), run)
     if other:
         labeled = config.labeled or str(embedded(config).labeled)
-        config = replace(config, labeled=labeled, unlabeled=other, unlisted="ignore")
+        same = config.val is not None and os.path.realpath(other) == os.path.realpath(config.val)
+        images = config.val_images if same else config.unlabeled_images
+        config = replace(config, labeled=labeled, unlabeled=other, unlabeled_images=images, unlisted="ignore")
     if config.labeled is not None and config.unlabeled is None and config.unlisted == "ignore":
         raise UserError("--unlabeled: missing, and the run had no unlabelled images - give a folder of images")
     return replace(config, val=None)

@@ -7,8 +7,10 @@ keeps the paths relative to what was given; frame 1 of ``trip/clip.mp4`` is ``tr
 (COCO's results format) and ``DIR/detections.csv`` use the class names and ids of the training data.
 
 ``DIR/images.json`` is the COCO data set, without annotations, that ``detections.json`` belongs to: the classes and every image that
-was read, even without boxes. Image ids are those of ``--annotations``, a COCO JSON that lists them by name; otherwise their
-positions among all given images, in the order of the names in a folder, where each frame of a video counts as one.
+was read, even without boxes. ``DIR/annotations.json`` is the same with the boxes as annotations, for a labelling tool and then
+``train.py --labeled``; boxes that are cut to nothing at the image's border are left out of it. Image ids are those of
+``--annotations``, a COCO JSON that lists images by name, and those that it does not list are left out; otherwise their positions
+among all given images, in the order of the names in a folder, where each frame of a video counts as one.
 
 DIR is a new folder, or that of an earlier prediction, and not inside a given folder: drawn pictures among photos would be taken for
 more of them. ``--overwrite`` overwrites its files and deletes none, so pictures that are not made again stay. Ctrl-C keeps the
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from dtg_core.engine.predict import ImageDetections, Predictor
 
 T = TypeVar("T")
-LISTS = "detections.json", "detections.csv", "images.json"
+LISTS = "detections.json", "detections.csv", "images.json", "annotations.json"
 COLUMNS = ("file", "class", "category_id", "score", "x1", "y1", "x2", "y2")
 SAVED_AS_THEY_ARE = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # pictures of other formats become PNG
 
@@ -70,7 +72,7 @@ def parser() -> Parser:
     add("paths", nargs="+", type=os.path.expanduser, metavar="PATH", help="images, videos, folders, or quoted patterns")
     add("--output", type=Path, required=True, metavar="DIR", help="where pictures and lists go")
     add_overwrite(result)
-    add("--annotations", type=Path, metavar="JSON", help="COCO JSON that has the images' ids (default: they are numbered)")
+    add("--annotations", type=Path, metavar="JSON", help="COCO JSON with ids of the images to take (default: all, numbered)")
     add_rules(result)
     add("--score", type=number(PartialShare), default=0.3, metavar="S", help="lowest score of a box (default: 0.3)")
     add("--batch", type=number(Count), default=8, metavar="N", help="images at once (default: 8)")
@@ -88,7 +90,10 @@ def main(argv: Sequence[str]) -> int:
 
     require_apart(arguments.paths, arguments.output)
     names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
-    listed = listed_images(arguments.annotations, root, names) if arguments.annotations else {}
+    listed: dict[str, dict[str, Any]] = {}
+    if arguments.annotations:
+        listed = listed_images(arguments.annotations, root, names)
+        names = list(listed)
     require_own_folder(arguments.output)
     require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite,
                 inputs=[arguments.annotations])
@@ -181,12 +186,13 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
 
 def listed_images(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Entries of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` next to it.
+    Images that it does not list are left out with a warning: one folder may hold the images of several files.
 
     Args:
         annotations: the JSON; only its list of images is read. root: folder of ``names``, those of the images.
 
     Raises:
-        UserError: it has no such list, or one that leaves an id in doubt, or lacks an image.
+        UserError: it has no such list, or one that leaves an id in doubt or has none of the images.
     """
     from dtg_core.data.strict_json import read_json
 
@@ -209,9 +215,13 @@ def listed_images(annotations: Path, root: Path, names: Sequence[str]) -> dict[s
         keys = {name: os.path.normpath(os.path.join(way, name)) for name in names}
         found = max(found, {name: entries[key] for name, key in keys.items() if key in entries}, key=len)
     missing = [name for name in names if name not in found]
-    if missing:
+    if not found:
         raise UserError(f"{annotations}: does not list {missing[0]!r} ({len(missing)} of {counted(len(names), 'file')}) - give the "
                         "folder that its file names are relative to, or leave --annotations out")
+    if missing:
+        shown = f"{missing[0]!r}{', ...' if len(missing) > 1 else ''}"
+        told = f"{annotations}: does not list {len(missing)} of {counted(len(names), 'file')} ({shown}) - left out"
+        print(f"warning: {printable(told)}", file=sys.stderr)
     return found
 
 
@@ -244,12 +254,15 @@ def predict(
     drafts = [draft(path) for path in lists]  # renamed when they are complete
     with (
         open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table,
-        open(drafts[2], "w", encoding="utf-8") as seen, progress(total=total_of(names)) as bar,
+        open(drafts[2], "w", encoding="utf-8") as seen, open(drafts[3], "w", encoding="utf-8") as labels,
+        progress(total=total_of(names)) as bar,
     ):  # fmt: skip
         rows = csv.writer(table)
         rows.writerow(COLUMNS)
         results.write("[")
         seen.write('{"info": {"description": "what detections.json was found in"}, "images": [')
+        labels.write('{"info": {"description": "the boxes of detections.json, to be corrected"}, "annotations": [')
+        labelled = 0
         try:
             for some in batches(items, batch):
                 decoded = [image for _, _, image in some]
@@ -263,6 +276,9 @@ def predict(
                             append(results, entry, done.boxes == 0)
                             rows.writerow(row)
                             done.boxes += 1
+                            if all(entry["bbox"][2:]):
+                                append(labels, annotation(entry, labelled + 1), labelled == 0)
+                                labelled += 1
                         if pictures:
                             save_picture(draw_found(image, found, predictor.class_names), picture_path(output, name, every))
                     if stop.received:
@@ -271,8 +287,13 @@ def predict(
         except KeyboardInterrupt:
             done.interrupted = True
         results.write("\n]\n")
-        classes = [{"id": key, "name": name} for key, name in zip(predictor.category_ids, predictor.class_names)]
-        seen.write(f'\n], "annotations": [], "categories": {json.dumps(classes)}}}\n')
+        classes = json.dumps([{"id": key, "name": name} for key, name in zip(predictor.category_ids, predictor.class_names)])
+        seen.write(f'\n], "annotations": [], "categories": {classes}}}\n')
+        seen.flush()
+        labels.write('\n], "images": [\n')
+        with open(drafts[2], encoding="utf-8") as written:  # its images are not kept in memory, as frames of videos are many
+            labels.writelines(islice(written, 1, 1 + done.images))
+        labels.write(f'], "categories": {classes}}}\n')
     for made, path in zip(drafts, lists):
         os.replace(made, path)
 
@@ -311,6 +332,13 @@ def entries(
             "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)], "score": round(score, 6),
         }  # fmt: skip
         yield entry, (text(name), predictor.class_names[label], category, f"{score:.6f}", x1, y1, x2, y2)
+
+
+def annotation(entry: dict[str, Any], number: int) -> dict[str, Any]:
+    """An object of the JSON as an annotation of a COCO data set with the id ``number``."""
+    kept = {key: entry[key] for key in ("image_id", "category_id", "bbox", "score")}
+    _, _, width, height = entry["bbox"]
+    return {"id": number, **kept, "area": round(width * height, 3), "iscrowd": 0}
 
 
 def total_of(names: Sequence[str]) -> int | None:

@@ -21,7 +21,7 @@ from common import Parser, add_overwrite, add_weights, main_guard, number, one_o
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.drafts import writing
-from dtg_core.errors import UserError, printable
+from dtg_core.errors import UserError, counted, printable
 from dtg_core.ranges import Count, Whole
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ def main(argv: Sequence[str]) -> int:
     if truth is None:
         return 0
 
-    steps = range(arguments.step, arguments.step + -(-arguments.measure // arguments.count))
+    most = min(arguments.measure, len(images))  # each once, or nearly so
+    steps = range(arguments.step, arguments.step + -(-most // arguments.count))
     pairs = [unlabeled(data, step).to(teacher.device) for step in steps]
-    print(f"against the hidden labels of {len(pairs) * arguments.count} images, IoU 0.5:")
+    drawn = {name for pair in pairs for name in pair.teacher.image_ids}
+    print(f"against the hidden labels of {counted(len(drawn), 'image')}, IoU 0.5:")
     for name in stages:
         rule = settings.guidance.stages[name]
         limit = teacher.thresholds.get(name)

@@ -50,7 +50,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
 
-    from dtg_core.engine.study import plan, read_study, require_study_folder
+    from dtg_core.engine.study import plan, read_study, require_data, require_study_folder
 
     study = read_study(arguments.study)
     for detector in study.detectors:
@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     require_study_folder(folder)
     warnings: list[str] = []
     planned = plan(study, arguments.study, folder, arguments.set, lambda given: settings_of(given, warnings))
+    require_data(study, arguments.study, planned.runs)
     for warning in dict.fromkeys(warnings):
         _say(f"warning: {warning}")
     for copy, original in planned.copies.items():
@@ -155,9 +156,10 @@ def _split(study: Study, folder: Path, overrides: Sequence[str]) -> None:
     data = study.data
     manifest = folder / "manifest.json"
     assert data.source is not None
+    source = Path(data.source).expanduser()
     if manifest.is_file():
         told = json.loads(manifest.read_text(encoding="utf-8"))
-        wanted = {"sha256": make_splits.sha256(Path(data.source)), "min_per_class": data.min_per_class, "group_by": data.group_by}
+        wanted = {"sha256": make_splits.sha256(source), "min_per_class": data.min_per_class, "group_by": data.group_by}
         odd = [key for key, value in wanted.items() if told.get(key) != value]
         if odd:
             raise UserError(f"{folder}: made of another {data.source} or in another way ({', '.join(odd)}) - give another "
@@ -169,7 +171,7 @@ def _split(study: Study, folder: Path, overrides: Sequence[str]) -> None:
     settings = [f"{key}={yaml_scalar(value)}" for key, value in dotted(study.set).items()]
     rules = [text for text in (*settings, *overrides) if text.startswith(RULES)]
     make_splits.main([
-        "--annotations", data.source, "--output", str(folder), "--percent", *(f"{percent:g}" for percent in data.percents),
+        "--annotations", str(source), "--output", str(folder), "--percent", *(f"{percent:g}" for percent in data.percents),
         "--folds", f"{min(data.folds)}-{max(data.folds)}", "--min-per-class", str(data.min_per_class), "--overwrite", *group,
         *(["--set", *rules] if rules else []),
     ])  # fmt: skip

@@ -59,6 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ".": ("own.json", 9), "data/coco/train2017": ("instances_train2017.json", 120),
         "data/coco/val2017": ("instances_val2017.json", 3), "data/bccd": ("annotations/train.json", 30),
         "elsewhere": ("val.json", 3), "more_photos": ("list.json", 5),
+        "data/cards": ("annotations/train.json", 30),
     }  # fmt: skip
     for seed, (place, (name, count)) in enumerate(places.items()):
         made = folder / place / name
@@ -72,7 +73,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         boxes = [box for box in content["annotations"] if box["image_id"] in kept]
         (folder / name).write_text(json.dumps({**content, "images": content["images"][rows], "annotations": boxes}))
     (folder / "all.json").symlink_to("data/coco/train2017/instances_train2017.json")
-    (folder / "data/bccd/annotations/val.json").symlink_to(folder / "elsewhere/val.json")
+    for name in ("bccd", "cards"):
+        (folder / "data" / name / "annotations" / "val.json").symlink_to(folder / "elsewhere/val.json")
     splits = "scripts/make_splits.py --annotations {} --output {} --percent 10"
     for source, output in (("data/coco/train2017/instances_train2017.json", "data/splits/softteacher"),
                            ("data/bccd/annotations/train.json", "splits")):  # fmt: skip

@@ -21,6 +21,7 @@ import numpy as np
 from dtg_core.config import DataRules
 from dtg_core.data.files import (
     instead_of,
+    is_own,
     list_images,
     missing_files,
     nearest_name,
@@ -36,10 +37,13 @@ from dtg_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
+#: Labelling tools list every image of a job, also those that nobody has come to yet.
+EMPTY = "images have no annotation and count as background - if they are not labelled yet, take them out of the file"
 SAMPLE = 100  # images of a file whose real sizes are checked; checking all may take minutes
 NEARLY_ALL = 0.95  # of a file's boxes, for a guess at their format
 LARGEST = 1e9  # px; larger numbers are not coordinates
-GIVE_IMAGES = "give the images' folder by --images (data.images), that of --val by --val-images (data.val_images)"
+GIVE_IMAGES = ("give the images' folder by --images (data.images), that of --val by --val-images (data.val_images), that of an "
+               "unlabelled list by --set data.unlabeled_images=DIR")
 FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annotations without a bbox
 
 
@@ -191,6 +195,8 @@ def _with_objects(
     order = order[np.argsort(rows[order], kind="stable")]
     classes = np.bincount(labels[order][~crowd[order]], minlength=len(class_names))
     report.add(path, "classes have no box", (class_names[label] for label in np.nonzero(classes == 0)[0]))
+    empty = np.bincount(rows[rows >= 0], minlength=len(index)) == 0
+    report.add(path, EMPTY, (index.file_names[int(row)] for row in np.nonzero(empty)[0]))
     return replace(
         index,
         sizes=sizes,
@@ -523,6 +529,8 @@ def list_folder(folder: Path, rules: DataRules | None = None, report: Report | N
     if not folder.is_dir():
         kinds = {folder.suffix.lower()} if folder.exists() else set[str]()
         raise UserError(f"{folder}: {no_folder(folder)} - {instead_of(kinds, 'give a folder of images')}")
+    if is_own(folder.absolute()):
+        raise UserError(f"{folder}: boxes of a run or a prediction are drawn on its images - give the folder of the photos")
     names = list_images(folder, notes)
     if not names:
         kinds, told = passed_over(notes, folder)

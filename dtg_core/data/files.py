@@ -49,7 +49,7 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
             entries = list(os.scandir(where))
         except OSError as error:
             raise UserError(f"{where}: the folder cannot be read ({error.strerror}) - check its permissions") from error
-        if prefix and _is_own(where, {entry.name for entry in entries}):
+        if prefix and _holds_own(where, {entry.name for entry in entries}):
             skipped[OWN].append(prefix.rstrip("/"))
             continue
         for entry in entries:
@@ -73,7 +73,15 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SKIPPED
 
 
-def _is_own(where: str, names: set[str]) -> bool:
+def is_own(folder: Path) -> bool:
+    """Whether a folder holds a run, a study or a prediction, or the pictures of one, on which boxes are drawn."""
+    owners = (folder, folder.parent) if folder.name == "pictures" else (folder,)
+    with contextlib.suppress(OSError):
+        return any(_holds_own(str(owner), set(os.listdir(owner))) for owner in owners)
+    return False
+
+
+def _holds_own(where: str, names: set[str]) -> bool:
     """Whether this program has written the folder that holds ``names``: as a study, a prediction, even an unfinished one, or a run,
     whose config.yaml states the version of its keys."""
     if {"study.yaml", "logs"} <= names or all(name in names or f"{name}.tmp" in names for name in PREDICTION):

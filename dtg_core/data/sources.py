@@ -78,6 +78,7 @@ def _unlabeled(
         raise UserError("data.unlabeled: no unlabelled images given - add --unlabeled DIR, or use --paradigm supervised")
     path = Path(config.unlabeled or labeled.root)
     if path.suffix.lower() == ".json" and not path.is_dir():
+        images = Path(config.unlabeled_images) if config.unlabeled_images else images
         found = load_coco(path, images, need_labels=False, rules=config.rules, report=report)
     else:
         found = list_folder(path, config.rules, report)
@@ -104,4 +105,4 @@ def _embedded(config: DataConfig) -> DataConfig:
         seed=config.shapes_seed,
     )
     return replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None,
-                   val_images=None, unlisted="ignore")
+                   val_images=None, unlabeled_images=None, unlisted="ignore")

@@ -21,7 +21,7 @@ def read_frames(path: Path) -> Iterator[Image.Image]:
     try:
         import av
     except ImportError as error:
-        raise UserError(f"{path}: videos need the package av - pip install 'dtg-ssod[video]'") from error
+        raise UserError(f"{path}: videos need the package av - pip install av") from error
     count, frame = 0, None
     try:
         if path.exists() and not path.is_file():  # a FIFO or a device would never end

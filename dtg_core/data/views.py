@@ -29,6 +29,7 @@ NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)  # of 
 SMALLEST_SIDE = 1.0  # px of the view; smaller objects are left out
 HARD_SIDE = 8.0  # px of the view: a cell of the finest feature map of usual detectors
 HARD_SHARE = 0.2  # of all boxes, above which those below HARD_SIDE are reported
+HARD_CLASS = 0.5  # of a class' boxes, above which it is reported
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: R
     if hard.sum() > HARD_SHARE * len(hard):
         report.add(file, f"boxes of {len(hard)} are under {HARD_SIDE:g} px in every training view and hard to find - larger "
                          "views.short_edge, views.long_edge and views.test_short_edge may help", _places(index, hard))  # fmt: skip
+    total, small = (np.bincount(index.labels[rows], minlength=len(index.class_names)) for rows in (~index.crowd, hard))
+    report.add(file, f"classes have most of their boxes under {HARD_SIDE:g} px in every training view - larger views.short_edge, "
+                     "views.long_edge and views.test_short_edge may help",
+               (index.class_names[label] for label in np.flatnonzero(small > HARD_CLASS * total)))  # fmt: skip
 
 
 def _places(index: CocoIndex, boxes: np.ndarray) -> Iterator[str]:

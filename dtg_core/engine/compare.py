@@ -9,6 +9,7 @@ precision counts as a setting.
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +111,8 @@ def compare(
     differing = _differing(list(groups.values()), over)
     names = _names(list(groups.values()), differing, labels or {})
     rows = [Row(name, members) for name, members in zip(names, groups.values())]
-    notes = [
+    notes = [*_other_labels(runs)]
+    notes += [
         f"{row.name}: its seeds or folds are not those of {first.name}, so the difference holds their spread too"
         for row, first in ((row, reference(rows, row)) for row in rows)
         if {run.draw for run in row.runs} != {run.draw for run in first.runs}
@@ -325,6 +327,25 @@ def _refuse_changed_data(runs: Sequence[Run]) -> None:
             if _digest(other, which) not in (None, digest):
                 raise UserError(f"{run.path}: its {which} data are not those of {other.path}, though the files' names are the "
                                 "same - a mean over both would be of two things, so compare them apart")
+
+
+def _other_labels(runs: Sequence[Run]) -> Iterator[str]:
+    """A note on each file, or drawing of the built-in data, from which not all runs have read the same labels."""
+    first: dict[str, Run] = {}
+    told = set()
+    for run in runs:
+        digest, labeled = _digest(run, "labeled"), run.settings.get(LABELED)
+        if digest is None:
+            continue
+        data = ([run.settings.get(key) for key in (EMBEDDED_FOLD, "data.shapes_labeled")] if labeled is None
+                else os.path.abspath(labeled))  # fmt: skip
+        rules = {key: value for key, value in run.settings.items() if key.startswith("data.rules.")}  # told as settings that differ
+        key = json.dumps([data, rules], sort_keys=True)
+        other = first.setdefault(key, run)
+        if _digest(other, "labeled") != digest and (key, digest) not in told:
+            told.add((key, digest))
+            yield (f"{other.path} and {run.path}: their labels differ, though both are of {labeled or 'the built-in data'}, so "
+                   "differences in AP may be due to that - train the older again")
 
 
 def _refuse_copies(runs: Sequence[Run]) -> None:

@@ -30,8 +30,9 @@ SPARSE_ONLY = {"pseudo_score", "proposals"}
 UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions", "guidance.stages.rpn.proposals",
           "guidance.stages.head.proposals"}  # fmt: skip
 #: Settings that only matter where something is learnt from unlabelled images.
-UNLABELED_ONLY = {"data.unlabeled", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled", "views.geometric",
-                  "views.rotate", "views.shear", "views.translate", "views.erase_patches", "views.erase_size"}  # fmt: skip
+UNLABELED_ONLY = {"data.unlabeled", "data.unlabeled_images", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled",
+                  "views.geometric", "views.rotate", "views.shear", "views.translate", "views.erase_patches",
+                  "views.erase_size"}  # fmt: skip
 
 
 def of_another(key: str, detector: object) -> bool:

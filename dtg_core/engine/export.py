@@ -196,8 +196,8 @@ def _require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--format onnx: the package {error.name} is missing - pip install 'dtg-ssod[export]', or use --format "
-                        "torch_export") from error
+        raise UserError(f"--format onnx: the package {error.name} is missing - pip install onnx onnxscript onnxruntime, or use "
+                        "--format torch_export") from error
 
 
 def _nms_of_any_number(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

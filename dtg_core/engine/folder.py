@@ -6,7 +6,7 @@
     precision.json          the teacher's precision-recall curves at the last evaluation
     pictures/               what the teacher taught and found at each evaluation
     report.html             all of this to look at, one file
-    weights/*.safetensors   teacher and student at the last evaluation, self-contained
+    weights/*.safetensors   teacher and student at the last evaluation, and the teacher at its best one; self-contained
     checkpoints/            where ``--resume`` continues
     trackers/, evaluation*/  TensorBoard's files, if any; what evaluate.py has written
     nonfinite/              the step at which a run gave up, for ``--replay``
@@ -46,7 +46,7 @@ WRITTEN = re.compile(
 #: What some of these folders hold, by the first word of their name. ``trackers`` are Accelerate's, which choose their own names.
 WITHIN = {
     "pictures": re.compile(r"(guidance-\w+|predictions)-\d+\.jpg(\.tmp)?"),
-    "weights": re.compile(r"(teacher|student)\.safetensors(\.tmp)?"),
+    "weights": re.compile(r"(teacher|student|best)\.safetensors(\.tmp)?"),
     "checkpoints": re.compile(r"step_\d{8,}(\.tmp)?"),
     "nonfinite": re.compile(r"step_\d{8,}(\.tmp)?|step\.json"),
     "evaluation": re.compile(r"(results|detections)\.json(\.tmp)?"),

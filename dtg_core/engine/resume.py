@@ -27,8 +27,8 @@ FREE = (
     "schema", "run.init", "run.reset_head",
     "run.steps", "run.output", "run.log_every", "run.evaluate_every", "run.checkpoint_every", "run.evaluate_batch",
     "run.score_threshold", "run.max_skipped", "run.trackers", "data.labeled", "data.unlabeled", "data.val", "data.images",
-    "data.val_images", "data.unlisted", "data.workers", "data.*_per_device", "data.shapes_*", "optim.accumulate",
-    "optim.reference_batch", "backbone.pretrained", "backbone.weights",
+    "data.val_images", "data.unlabeled_images", "data.unlisted", "data.workers", "data.*_per_device", "data.shapes_*",
+    "optim.accumulate", "optim.reference_batch", "backbone.pretrained", "backbone.weights",
 )  # fmt: skip
 
 

@@ -239,6 +239,7 @@ class Fit:
             self.report.evaluation(done, results)
             self._write("precision.json", json.dumps(curves["teacher"]) + "\n")
             self._write("results.json", json.dumps(results, indent=1) + "\n")
+            self._keep_best(done, results["teacher"]["AP"])
             for warning in self.watch.evaluation(done, results["teacher"]["AP"]):
                 self._say(warning)
         self._show(done, found["teacher"])
@@ -387,8 +388,10 @@ class Fit:
     def _evaluate_and_save(self, done: int, signals: StopSignals, stop_at: int | None) -> None:
         """What is due after ``done`` steps. A checkpoint comes first, so that nothing is lost if the evaluation fails; where the
         run is to stop anyway it comes last, so that a run that goes on from there need not evaluate again."""
-        run = self.config.run
-        self.evaluation_due = bool(run.evaluate_every) and done % run.evaluate_every == 0
+        run, guided = self.config.run, self.sources.unlabeled is not None
+        # Before guidance begins, too: what it has brought, or spoilt, is seen against that.
+        before = guided and done == self.config.guidance.start_step
+        self.evaluation_due = bool(run.evaluate_every) and (done % run.evaluate_every == 0 or before)
         saved = bool(signals.agreed) or (bool(run.checkpoint_every) and done % run.checkpoint_every == 0 and done != stop_at)
         if saved:
             self._save(done)
@@ -423,17 +426,33 @@ class Fit:
 
     def _write_weights(self, done: int) -> None:
         """Write both detectors as they are after ``done`` steps. If that fails before the last one, training goes on."""
-        thresholds = {name: scores.tolist() for name, scores in self.training.thresholds.scores().items()}
-        followed = {"thresholds": thresholds} if thresholds else {}
         for which, detector in (("teacher", self.training.teacher), ("student", self.training.module.detector)):
             path = self.folder.path / "weights" / f"{which}.safetensors"
             try:
-                save_weights(path, detector, {**self.metadata, **followed, "which": which, "step": done})
+                save_weights(path, detector, self._metadata(which, done))
             except OSError as error:
                 if done < self.config.run.steps:
                     self._say(f"warning: {path}: not written ({error.strerror}) - training goes on")
                     return
                 raise UserError(f"{path}: not written ({error.strerror}) - make room{self._continues()}") from error
+
+    def _keep_best(self, done: int, ap: float | None) -> None:
+        """Write the teacher once more if no earlier evaluation on the same images has found as much AP."""
+        path, images = self.folder.path / "weights" / "best.safetensors", self.stamp["data"]["val"]
+        best: dict[str, Any] = {}
+        with contextlib.suppress(UserError):  # there is none yet
+            best = load_metadata(path)
+        if ap is None or (best.get("val") == images and best["AP"] >= ap):
+            return
+        try:
+            save_weights(path, self.training.teacher, {**self._metadata("teacher", done), "AP": ap, "val": images})
+        except OSError as error:
+            self._say(f"warning: {path}: not written ({error.strerror}) - training goes on")
+
+    def _metadata(self, which: str, done: int) -> dict[str, Any]:
+        """What a weights file says about itself."""
+        thresholds = {name: scores.tolist() for name, scores in self.training.thresholds.scores().items()}
+        return {**self.metadata, **({"thresholds": thresholds} if thresholds else {}), "which": which, "step": done}
 
     def _give_up(self, batches: Sequence[StepBatch], figures: Figures) -> int:
         """Write the last of too many non-finite steps, for ``--replay``."""

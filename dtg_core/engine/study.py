@@ -13,6 +13,7 @@ been trained from its first step. A phase's folder name contains a hash of all s
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,19 +25,27 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from dtg_core.config import RENAMED
-from dtg_core.engine.checkpoint import checkpoint_name
-from dtg_core.engine.effective import BATCH, effective
+from dtg_core.config import RENAMED, Config
+from dtg_core.data.files import no_folder
+from dtg_core.data.report import Report
+from dtg_core.data.sources import open_sources
+from dtg_core.engine.checkpoint import STATE, checkpoint_name
+from dtg_core.engine.effective import BATCH, effective, stage_paradigms
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
+from dtg_core.engine.resume import digest
 from dtg_core.errors import UserError
 from dtg_core.ranges import Percent, Seed, Whole, check_ranges
-from dtg_core.settings import load_config, plain_yaml, refuse
+from dtg_core.settings import load_config, overridden, plain_yaml, refuse
 from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
 MARK = "study.yaml"  # in a study's folder
 OLD_MARKS = {"runs", "logs"}  # folders in studies that were made before the mark existed
+#: What a run reads, and what has to be there.
+INPUTS = {"data.labeled": "file", "data.val": "file", "data.unlabeled": "file or folder", "data.images": "folder",
+          "data.val_images": "folder", "data.unlabeled_images": "folder"}  # fmt: skip
+SPLITS = {"data.labeled", "data.unlabeled"}  # a study with a source makes them itself
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,15 @@ class Phase:
     @property
     def finished(self) -> bool:
         return self.checkpoint.is_dir()
+
+    def read(self) -> Mapping[str, Any]:
+        """Digest of the labelled images that it has learnt from, as in a run's results; empty if it is not recorded. Its validation
+        images do not matter to the runs that go on from it."""
+        try:
+            state = json.loads((self.checkpoint / STATE).read_text(encoding="utf-8"))
+            return {"labeled": state["state"]["stamp"]["data"]["labeled"]}
+        except (OSError, ValueError, KeyError, TypeError):  # a damaged one is reported by train.py
+            return {}
 
     def command(self) -> list[str]:
         """Arguments of train.py."""
@@ -265,12 +283,13 @@ def plan(
         parse: arguments of train.py to all settings, {dotted key: JSON value}.
 
     Raises:
-        UserError: naming the run whose settings cannot be used, or whose folder was made with other ones.
+        UserError: naming the run whose settings cannot be used, or whose folder was made with other ones or other labels.
     """
     config = None if study.config is None else Path(os.path.relpath(file.parent / study.config))
     unique: dict[str, tuple[Cell, PlannedRun, str]] = {}
     copies: dict[str, str] = {}
     sharing: dict[str, list[tuple[Cell, PlannedRun]]] = {}
+    now: dict[str, dict[str, Any]] = {}
     for cell in cells(study):
         output = folder / "runs" / cell.name
         arguments = arguments_of(study, cell, config, folder, output, overrides)
@@ -278,15 +297,17 @@ def plan(
             settings = parse(arguments)
         except UserError as error:
             raise UserError(f"{file}: {cell.name}: {error}") from error
-        if settings["data.labeled"] is not None and settings["data.val"] is None:
-            raise UserError(f"{file}: {cell.name}: data.val: is not given, and a study compares AP - give a COCO JSON")
         acting = acting_settings(settings)
+        if problem := _problem_of_data(settings, guided=not set(stage_paradigms(acting).values()) <= {"none"}):
+            raise UserError(f"{file}: {cell.name}: {problem}")
         run = PlannedRun(cell.name, cell.row, output, tuple(arguments), acting, settings["run.steps"], (cell.fold or 0, cell.seed))
         key = json.dumps(acting, sort_keys=True)
         if key in unique:
             copies[cell.name] = unique[key][1].name
             continue
         _refuse_other_settings(run)
+        if run.finished:
+            _refuse_other_data(run.folder, RunFolder(run.folder).results().get("data") or {}, acting, now)
         unique[key] = cell, run, phase_key(settings)
         if study.share_supervised_phase and 0 < settings["guidance.start_step"] < run.steps:
             sharing.setdefault(unique[key][2], []).append((cell, run))
@@ -300,7 +321,21 @@ def plan(
             output = folder / "phases" / name
             arguments = arguments_of(study, replace(cell, paradigm="supervised"), config, folder, output, overrides)
             phases[key] = Phase(name, output, tuple(arguments), json.loads(key)["guidance.start_step"])
+            if not all(run.finished or run.started for _, run in members):
+                _refuse_other_data(output, phases[key].read(), run.settings, now)
     return Plan([replace(run, phase=phases.get(key)) for _, run, key in unique.values()], copies)
+
+
+def require_data(study: Study, file: Path, runs: Sequence[PlannedRun]) -> None:
+    """UserError naming the key and path of a file or folder that an unfinished run will read, maybe after hours of other runs, and
+    that is missing. The splits of a source are made later."""
+    if study.data.source:
+        _require(f"{file}: data.source", Path(study.data.source).expanduser(), "file")
+    for run in runs:
+        for key in () if run.finished else INPUTS:
+            path = run.settings.get(key)
+            if path is not None and not (study.data.source and key in SPLITS):
+                _require(f"{file}: {run.name}: {key}", Path(path), INPUTS[key])
 
 
 def phase_key(settings: Mapping[str, Any]) -> str:
@@ -339,6 +374,54 @@ def _refuse_other_settings(run: PlannedRun) -> None:
     if changes:
         raise UserError(f"{run.folder}: was made with other settings ({'; '.join(changes[:3])}) - give another --output, or "
                         "delete this folder")
+
+
+def _refuse_other_data(folder: Path, read: Mapping[str, Any], settings: Mapping[str, Any], now: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError when the files of a finished run, or phase, no longer hold what it has read from them. Files that are gone or
+    cannot be read are left to the runs that still need them.
+
+    Args:
+        folder: the run's. settings: its own. read: the digests that it has recorded.
+        now: digests of the files as they are, by their settings; filled here for the next call.
+    """
+    named = {key: value for key, value in settings.items()
+             if (key in INPUTS and "unlabeled" not in key) or key.startswith("data.rules.")}  # fmt: skip
+    if not read or named["data.labeled"] is None:
+        return
+    key = json.dumps(named, sort_keys=True)
+    if key not in now:
+        data = overridden(Config(), [f"{name}={yaml_scalar(value)}" for name, value in named.items()]).data
+        now[key] = {}
+        with contextlib.suppress(UserError):
+            sources = open_sources(data, supervised=True, report=Report())
+            now[key] = {"labeled": digest(sources.labeled), "val": digest(sources.val)}
+    for which, found in now[key].items():
+        if found and (read.get(which) or found)["sha256"] != found["sha256"]:
+            raise UserError(f"{folder}: has read other images, boxes or classes from {named[f'data.{which}']} than are in it now - "
+                            "give another --output, or delete this folder")
+
+
+def _problem_of_data(settings: Mapping[str, Any], guided: bool) -> str | None:
+    """What is wrong with the choice of data; None: nothing."""
+    if settings["data.labeled"] is None:
+        return None
+    if settings["data.val"] is None:
+        return "data.val: is not given, and a study compares AP - give a COCO JSON"
+    others, unlisted = settings["data.unlabeled"], settings["data.unlisted"]
+    if guided and others is None and unlisted == "ignore":
+        return ("data.unlabeled: is not given, and this run learns from unlabelled images - give a folder or COCO JSON, or set "
+                "data.unlisted: unlabeled")
+    if guided and others is not None and unlisted == "unlabeled":
+        return f"data.unlisted: is of no use beside data.unlabeled (found {others}) - leave one of the two out"
+    return None
+
+
+def _require(what: str, path: Path, kind: str) -> None:
+    """UserError unless ``path``, the value of ``what``, is there; ``kind`` is one of ``INPUTS``."""
+    if (path.is_file() and "file" in kind) or (path.is_dir() and "folder" in kind):
+        return
+    found = no_folder(path) if kind == "folder" else "is a folder, not a file" if path.is_dir() else f"there is no such {kind}"
+    raise UserError(f"{what}: {found} ({path.absolute()}) - correct the path, or put the data there")
 
 
 def _filled(pattern: str, cell: Cell) -> str:

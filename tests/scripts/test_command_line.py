@@ -233,6 +233,18 @@ def test_stages_may_differ() -> None:
     assert is_supervised(settings)
 
 
+@pytest.mark.parametrize(("flags", "stages"), [
+    ([], ["sparse", "dense"]), (["--paradigm", "dense"], ["sparse", "dense"]), (["--paradigm", "sparse"], ["sparse", "sparse"]),
+    (["--paradigm", "supervised"], ["none", "none"]),
+    (["--paradigm", "dense", "--set", "guidance.stages.rpn.paradigm=none"], ["none", "dense"]),
+])  # fmt: skip
+def test_a_stage_of_a_file_yields_to_another_paradigm_only(tmp_path: Path, flags: list[str], stages: list[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("guidance: {stages: {rpn: {paradigm: sparse}}}")
+    settings, _, _ = settings_of("--config", str(file), "--detector", "faster_rcnn", *flags)
+    assert [settings.guidance.stages[name].paradigm for name in ("rpn", "rcnn")] == stages
+
+
 def test_guidance_that_teaches_nothing_is_told() -> None:
     _, _, warnings = settings_of("--detector", "gfl", "--set", "guidance.alpha=0")
     assert ["guidance.alpha: 0, so nothing is learnt from unlabelled images" in text for text in warnings] == [True]

@@ -19,11 +19,12 @@ from conftest import ROOT, Terminal
 from looking import CLASSES, IDS, tiny_settings, write_weights
 from PIL import Image
 from pycocotools.coco import COCO
-from runs import write_coco
+from runs import TINY, write_coco
+from runs import run as train_in_fork
 from safetensors.torch import save_file
 
 from dtg_core.config import DataConfig, DataRules
-from dtg_core.data.coco import list_folder
+from dtg_core.data.coco import list_folder, load_coco
 from dtg_core.data.files import IMAGE_SUFFIXES
 from dtg_core.data.index import subset
 from dtg_core.data.report import Report
@@ -31,7 +32,7 @@ from dtg_core.data.video import read_frames
 from dtg_core.engine import pictures as drawing
 from dtg_core.engine.checkpoint import load_weights
 from dtg_core.engine.explain import Tally
-from dtg_core.engine.predict import Predictor
+from dtg_core.engine.predict import ImageDetections, Predictor
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -129,7 +130,7 @@ def test_predict_reads_by_the_rules_that_it_names(run, tmp_path, capsys):
         predict.main([*arguments, str(tmp_path / "three"), "--set", "optim.lr=1"])
 
 
-@pytest.mark.parametrize("name", ["detections.json", "detections.csv", "pictures/c.tif.png", "pictures/clip.mp4/000001.jpg"])
+@pytest.mark.parametrize("name", [*predict.LISTS, "pictures/c.tif.png", "pictures/clip.mp4/000001.jpg"])
 def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     (photos / "trip" / "day 2" / "clip.mp4").touch()
     own = tmp_path / "out" / name
@@ -143,11 +144,12 @@ def test_predict_writes_over_nothing(run, photos, tmp_path, monkeypatch, name):
     assert own.read_text() == "mine"
 
 
-def test_predict_does_not_write_over_the_ids_that_it_reads(run, photos, tmp_path):
+@pytest.mark.parametrize("name", ["images.json", "annotations.json"])
+def test_predict_does_not_write_over_the_ids_that_it_reads(run, photos, tmp_path, name):
     given = [str(run), str(photos), "--device", "cpu", "--output", str(tmp_path / "out")]
     assert predict.main(given) == 0
-    listed = tmp_path / "out" / "images.json"
-    with pytest.raises(UserError, match=r"images\.json: is read, too, and would be lost - give another --output"):
+    listed = tmp_path / "out" / name
+    with pytest.raises(UserError, match=f"{name}: is read, too, and would be lost - give another --output"):
         predict.main([*given, "--annotations", str(listed), "--overwrite"])
 
 
@@ -183,9 +185,11 @@ def lists_of(out: Path) -> tuple[set[str], set[str]]:
     """The files that the JSON and the CSV name."""
     with open(out / "detections.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(path.name for path in out.iterdir()) == ["detections.csv", "detections.json", "images.json", "pictures"]
-    with open(out / "images.json") as file:
-        assert {image["file_name"] for image in json.load(file)["images"]} == {row["file"] for row in rows}
+    assert sorted(path.name for path in out.iterdir()) == sorted([*predict.LISTS, "pictures"])
+    listed, labelled = (json.loads((out / name).read_text()) for name in ("images.json", "annotations.json"))
+    assert {image["file_name"] for image in listed["images"]} == {row["file"] for row in rows}
+    assert labelled["images"] == listed["images"]
+    assert {box["image_id"] for box in labelled["annotations"]} == {image["id"] for image in listed["images"]}
     return {entry["file_name"] for entry in json.loads((out / "detections.json").read_text())}, {row["file"] for row in rows}
 
 
@@ -360,7 +364,7 @@ def test_videos_need_an_extra(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "av", None)
     flags = [str(run), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert predict.main(flags) == 1  # nothing could be read
-    assert "clip.mp4: videos need the package av - pip install 'dtg-ssod[video]'" in capsys.readouterr().err
+    assert "clip.mp4: videos need the package av - pip install av" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == []
 
 
@@ -438,6 +442,78 @@ def test_ids_of_images_by_file_name(run, photos, tmp_path, place, above):
     assert {entry["image_id"] for entry in results} == {70, "b", 5}
 
 
+@pytest.mark.parametrize(("names", "told"), [
+    (["a.png"], "2 of 4 files ('trip/clip.mp4', ...)"), (["a.png", "trip/day 2/c.tif"], "1 of 4 files ('trip/clip.mp4')"),
+    (["trip/day 2/c.tif", "a.png", "trip/clip.mp4", "z.png"], ""),
+])  # fmt: skip
+def test_images_that_the_json_does_not_list_are_left_out(run, photos, tmp_path, capsys, names, told):
+    """As in COCO's test-dev, which is a part of the images of test2017."""
+    (photos / "trip" / "b.jpg").rename(photos / "z.png")
+    (photos / "trip" / "clip.mp4").touch()
+    names = [*names, "z.png", "elsewhere.jpg"] if told else [*names, "elsewhere.jpg"]
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"images": [{"id": 50 + number, "file_name": name} for number, name in enumerate(names)]}))
+    out = tmp_path / "out"
+    assert predict.main([str(run), str(photos), "--output", str(out), "--annotations", str(own), "--score", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr()
+    warnings = [line for line in shown.err.splitlines() if line.startswith("warning: ")]
+    assert warnings == ([f"warning: {own}: does not list {told} - left out"] if told else [])
+    assert ("skipped: " in shown.err) == ("trip/clip.mp4" in names)
+    taken = [name for name in ("a.png", "trip/day 2/c.tif", "z.png") if name in names]
+    assert f" in {len(taken)} images" in shown.out
+    pairs = [(50 + names.index(name), name) for name in taken]
+    assert [(image["id"], image["file_name"]) for image in json.loads((out / "images.json").read_text())["images"]] == pairs
+    found = json.loads((out / "detections.json").read_text())
+    assert list(dict.fromkeys((entry["image_id"], entry["file_name"]) for entry in found)) == pairs
+    assert len([path for path in (out / "pictures").rglob("*.*")]) == len(taken)
+
+
+def test_detections_can_be_corrected_and_trained_on(run, photos, tmp_path, monkeypatch, capsys):
+    """Also on images without boxes; not on boxes that are cut to nothing, which no reader takes."""
+    boxes = np.array([[1, 2, 11.25, 22], [64, 5, 64, 9], [10, 20, 50, 44.0004]], np.float32)
+    found = ImageDetections((48, 64), boxes, np.array([0.9, 0.8, 0.75], np.float32), np.array([1, 0, 3]))
+    none = ImageDetections((48, 64), boxes[:0], np.zeros(0, np.float32), np.zeros(0, np.int64))
+    answers = iter((found, none, found))
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "predict", lambda predictor, images, *rest: [next(answers) for _ in images])
+        arguments = [str(run), str(photos), "--output", str(tmp_path / "out"), "--batch", "2", "--device", "cpu"]
+        assert predict.main(arguments) == 0
+    file = tmp_path / "out" / "annotations.json"
+    written, listed = (json.loads((tmp_path / "out" / name).read_text()) for name in ("annotations.json", "images.json"))
+    assert (written["images"], written["categories"]) == (listed["images"], listed["categories"])
+    assert written["annotations"] == [
+        {"id": 1, "image_id": 1, "category_id": 2, "bbox": [1, 2, 10.25, 20], "score": 0.9, "area": 205, "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 4, "bbox": [10, 20, 40, 24], "score": 0.75, "area": 960, "iscrowd": 0},
+        {"id": 3, "image_id": 3, "category_id": 2, "bbox": [1, 2, 10.25, 20], "score": 0.9, "area": 205, "iscrowd": 0},
+        {"id": 4, "image_id": 3, "category_id": 4, "bbox": [10, 20, 40, 24], "score": 0.75, "area": 960, "iscrowd": 0},
+    ]
+    assert len(json.loads((tmp_path / "out" / "detections.json").read_text())) == 6
+    truth = COCO(str(file))
+    assert (truth.getImgIds(), truth.getCatIds(), truth.getAnnIds()) == ([1, 2, 3], IDS, [1, 2, 3, 4])
+    report = Report()
+    index = load_coco(file, photos, report=report)
+    assert not [line for line in report.lines() if re.search(r": \d+ (annotation|box)", line)]  # none is odd
+    assert np.diff(index.box_start).tolist() == [2, 0, 2]
+    np.testing.assert_allclose(index.boxes[:2], [[1, 2, 11.25, 22], [10, 20, 50, 44]])
+    flags = ["--detector", "gfl", "--labeled", str(file), "--images", str(photos), "--paradigm", "supervised", "--steps", "2"]
+    trained = train_in_fork([*flags, "--output", str(tmp_path / "trained"), "--set", *TINY], tmp_path / "logs")
+    assert trained.status == 0, trained.err
+
+
+@pytest.mark.parametrize("score", ["0", "0.999"])
+def test_annotations_of_any_number_of_boxes_are_a_data_set(run, photos, tmp_path, score):
+    Image.new("RGB", (30, 20)).save(photos / "z.png")
+    out = tmp_path / "out"
+    assert predict.main([str(run), str(photos), "--output", str(out), "--score", score, "--batch", "3", "--device", "cpu"]) == 0
+    written, listed, found = (json.loads((out / name).read_text()) for name in ("annotations.json", "images.json", "detections.json"))
+    assert (written["images"], written["categories"]) == (listed["images"], listed["categories"])
+    assert len(written["images"]) == 4
+    assert (len(found) > 4) == (score == "0")
+    kept = ("image_id", "category_id", "bbox", "score")
+    assert [[box[key] for key in kept] for box in written["annotations"]] == [[box[key] for key in kept] for box in found]
+    assert len(load_coco(out / "annotations.json", photos).boxes) <= len(found) == len(COCO(str(out / "annotations.json")).getAnnIds())
+
+
 def test_boxes_are_in_the_pixels_of_the_json(run, tmp_path, capsys):
     """Of an image that EXIF would turn, but whose size in the JSON is the stored one; another size than the file's stops it."""
     folder = tmp_path / "photos"
@@ -459,7 +535,8 @@ def test_boxes_are_in_the_pixels_of_the_json(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("images", "told"), [
-    ([{"id": 1, "file_name": "a.png"}], r"does not list 'trip/b\.jpg' \(2 of 3 files\) - give the folder .*, or leave --annotations out"),
+    ([{"id": 1, "file_name": "b.png"}], r"does not list 'a\.png' \(3 of 3 files\) - give the folder that its file names are relative to, "
+                                        "or leave --annotations out$"),
     ([], "no list of images in it"), ({"id": 1}, "no list of images in it"),
     ([{"id": 1, "file_name": "a.png"}, {"file_name": "b.png"}], r"images\[1\] has no 'id' or no 'file_name' - add it"),
     ([{"id": True, "file_name": "a.png"}], r"images\[0\] has no 'id'"), ([3], r"images\[0\] has no 'id'"),

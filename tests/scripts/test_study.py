@@ -184,6 +184,78 @@ def test_bad_study_files_are_one_line(tmp_path: Path, text: str, parts: list[str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("missing", "text", "problem"),
+    [
+        ("labeled_1.json", "", "gfl-supervised-fold1-seed0: data.labeled: there is no such file"),
+        ("val.json", "", "gfl-supervised-fold1-seed0: data.val: there is no such file"),
+        ("pictures", "", "gfl-supervised-fold1-seed0: data.images: there is no such folder"),
+        ("val_pictures", "set: {data.val_images: DIR/val_pictures}", "gfl-supervised-fold1-seed0: data.val_images: there is no such folder"),
+        ("others.json", "", "gfl-sparse-fold1-seed0: data.unlabeled: there is no such file or folder"),  # not of the supervised run
+        ("labeled_1.json", "paradigms: [dense]", "gfl-dense-fold1-seed0: data.labeled: there is no such file"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_missing_files_are_told_before_hours_of_training(tmp_path: Path, missing: str, text: str, problem: str, dry: list[str]) -> None:
+    for name in {"labeled_1.json", "val.json", "others.json"} - {missing}:
+        (tmp_path / name).touch()
+    if missing != "pictures":
+        (tmp_path / "pictures").mkdir()
+    files = f"labeled: '{tmp_path}/labeled_{{fold}}.json', unlabeled: {tmp_path}/others.json, val: {tmp_path}/val.json"
+    file = write_study(tmp_path, f"data: {{{files}, images: {tmp_path}/pictures, folds: [1]}}\n{text.replace('DIR', str(tmp_path))}\n")
+    with pytest.raises(UserError) as error:
+        script.main([str(file), "--output", str(tmp_path / "out"), *dry])
+    assert str(error.value) == f"{file}: {problem} ({tmp_path / missing}) - correct the path, or put the data there"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_and_what_it_needs_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before its splits are made. Ready-made studies say so, too, on a machine without their data."""
+    names = {"source": "all.json", "val": "val.json", "images": "pictures"}
+    places = ", ".join(f"{key}: {tmp_path / name}" for key, name in names.items())
+    file = write_study(tmp_path, f"data: {{{places}, percents: [10], folds: [1]}}\n")
+    arguments = [str(file), "--dry-run", "--output", str(tmp_path / "out")]
+    for key, name in names.items():
+        with pytest.raises(UserError, match=rf"data\.{key}: there is no such (file|folder) \({tmp_path / name}\)"):
+            script.main(arguments)
+        (tmp_path / name).mkdir() if key == "images" else (tmp_path / name).touch()
+    assert script.main(arguments) == 0
+    (tmp_path / "all.json").unlink()
+    (tmp_path / "all.json").mkdir()
+    with pytest.raises(UserError, match=r"data\.source: is a folder, not a file"):
+        script.main(arguments)
+
+
+def test_ready_made_studies_without_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in STUDIES:
+        if "source:" in file.read_text():
+            with pytest.raises(UserError, match=rf"{file.name}: data.source: there is no such file \({tmp_path}/data/"):
+                script.main([str(file), "--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "gfl-sparse-seed0: data.unlabeled: is not given, and this run learns from unlabelled images - give a folder"),
+        ("set: {data: {unlabeled: ., unlisted: unlabeled}}", "gfl-sparse-seed0: data.unlisted: is of no use beside data.unlabeled"),
+        ("paradigms: [supervised]", None),
+        ("paradigms: [dense]\nset: {guidance.stages.head.paradigm: none}", None),
+        ("set: {data.unlisted: unlabeled}", None),
+        ("rows: {a: {data.unlisted: unlabeled}}", None),
+        ("set: {data.unlabeled: .}", None),
+    ],
+)
+def test_guided_runs_have_unlabelled_images(tmp_path: Path, text: str, problem: str | None) -> None:
+    file = write_study(tmp_path, f"data: {{labeled: a.json, val: b.json}}\n{text}\n")
+    if problem is None:
+        assert planned(file).runs
+        return
+    with pytest.raises(UserError) as error:
+        planned(file)
+    assert str(error.value).startswith(f"{file}: {problem}")
+
+
 def test_bad_command_lines(tmp_path: Path) -> None:
     file = write_study(tmp_path, "")
     for arguments, part in (
@@ -242,6 +314,45 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(data: TinyData, tmp
         planned(file, *TINY, "run.steps=2")
     with pytest.raises(UserError, match=r"other settings \(images_of_a_step.labeled: \[1, 1\] -> \[2, 1\]\)"):
         planned(file, *TINY, "run.steps=1", "data.labeled_per_device=2")
+
+
+def test_a_run_on_other_labels_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Nor is a shared phase. Files that are gone are not needed by what is finished."""
+    data = TinyData.write(tmp_path / "data")
+    file = write_study(tmp_path, "paradigms: [supervised, dense]\n", data)
+    settings = (*TINY, "run.steps=2")
+    first = planned(file, *settings)
+    (phase,), (supervised, dense) = first.phases, first.runs
+    for work in (phase, supervised):
+        assert fork(work.command(), tmp_path / "logs").status == 0
+    assert planned(file, *settings).runs[0].finished
+
+    def refused(path: Path, text: str, folder: Path) -> None:
+        before = path.read_text()
+        path.write_text(text)
+        with pytest.raises(UserError) as error:
+            planned(file, *settings)
+        assert str(error.value) == (f"{folder}: has read other images, boxes or classes from {path} than are in it now - give another "
+                                    "--output, or delete this folder")
+        path.write_text(before)
+        planned(file, *settings)
+
+    content = json.loads(data.labeled.read_text())
+    content["annotations"][0]["category_id"] = 3 - content["annotations"][0]["category_id"]
+    refused(data.labeled, json.dumps(content), supervised.folder)
+    fewer = json.loads(data.val.read_text())
+    fewer["annotations"].pop()
+    refused(data.val, json.dumps(fewer), supervised.folder)
+    data.labeled.write_text(json.dumps(json.loads(data.labeled.read_text()), indent=1))  # the same labels
+    planned(file, *settings)
+    kept = supervised.folder.rename(tmp_path / "kept")
+    refused(data.labeled, json.dumps(content), phase.folder)
+    kept.rename(supervised.folder)
+    assert fork(dense.command(), tmp_path / "logs").status == 0
+    data.labeled.unlink()
+    assert all(work.finished for work in planned(file, *settings).runs)
+    (tmp_path / "out" / "study.yaml").touch()
+    assert script.main([str(file), "--dry-run", "--output", str(tmp_path / "out"), "--set", *settings]) == 0
 
 
 # Whole studies ---------------------------------------------------------------------------------------------------------

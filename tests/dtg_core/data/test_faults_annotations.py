@@ -246,6 +246,7 @@ WARNS: list[tuple[int, str, Change, str, int, int, int]] = [
      "from their polygon", 1, 12, 24),
     (25, "class twice", lambda content: content["categories"].append({"id": 9, "name": " " + content["categories"][0]["name"].upper()}), "classes are like another one but for case or spaces", 2, 12, 24),
     (25, "class without a box", lambda content: content["categories"].append({"id": 9, "name": "yak"}), "classes have no box", 1, 12, 24),
+    (25, "images not labelled yet", lambda content: content.update(annotations=content["annotations"][:-4]), "images have no annotation", 2, 12, 20),
 ]  # fmt: skip
 
 

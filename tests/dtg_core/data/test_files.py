@@ -43,6 +43,19 @@ def write_run(folder: Path) -> None:
     touch(folder / "metrics.jsonl", folder / "pictures" / "predictions-000004.jpg")
 
 
+@pytest.mark.parametrize("chosen", ["run", "run/pictures", "prediction", "prediction/pictures"])
+def test_pictures_with_boxes_drawn_on_them_are_no_photos(tmp_path: Path, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run")
+    touch(*(tmp_path / "prediction" / name for name in ("detections.json", "detections.csv", "pictures/a.jpg")))
+    touch(tmp_path / "trip" / "pictures" / "a.jpg")
+    with pytest.raises(UserError, match="boxes of a run or a prediction are drawn on its images"):
+        list_folder(tmp_path / chosen)
+    monkeypatch.chdir(tmp_path / chosen)
+    with pytest.raises(UserError, match="are drawn on its images"):
+        list_folder(Path())
+    assert list_folder(tmp_path / "trip" / "pictures").file_names == ["a.jpg"]
+
+
 def test_what_this_program_has_written_is_passed_over(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a")
     write_run(tmp_path / "runs" / "a" / "abandoned-1")  # in a run, so not counted

@@ -188,6 +188,19 @@ def test_many_small_boxes_are_told_of(height: int, told: list[str]) -> None:
     assert [line.split(" and ")[0] for line in report.lines()] == told
 
 
+def test_a_class_of_small_boxes_is_told_of() -> None:
+    """Though they are few among all; classes without a box, and with just half of them small, are not."""
+    boxes = np.array([(0, 0, 300, 70), (0, 0, 300, 90)] + [(0, 0, 70, 300)] * 2 + [(0, 0, 300, 300)] * 30, np.float32)
+    labels = np.array([0, 0, 1, 1] + [2] * 30)
+    index = CocoIndex(Path(), ["a"], ["a.png"], np.array(((1600, 1600),), np.int32), boxes, labels, np.array((0, 34)), labels < 0,
+                      ("cell", "mote", "car", "none"), [1, 2, 3, 4])  # fmt: skip
+    report = Report()
+    note_small_boxes(index, "own.json", PLAIN, report)
+    (line,) = report.lines()
+    assert line.startswith("own.json: 1 class has most of its boxes under 8 px in every training view")
+    assert line.endswith("(mote)")
+
+
 def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 68: wholly or but for a sliver; a patch over an object leaves its box."""
     for distance, left in ((79.5, []), (60.0, [2]), (500.0, [])):

@@ -213,6 +213,38 @@ def test_data_are_judged_by_what_was_read(tmp_path):
         compare([first, elsewhere])
 
 
+def test_rows_that_learnt_from_other_labels_are_told(tmp_path):
+    """A baseline, trained before the labels of the same file were corrected; once for each file."""
+    def run(name: str, digest: str, labeled: str | None = "a.json", **more: Any) -> Path:
+        return write_run(tmp_path / name, 20, labeled=labeled, made=read_from(labeled=digest, val="1"), **more)
+
+    before = [run(f"before{seed}", "1", paradigm="supervised", seed=seed) for seed in (0, 1)]
+    after = [run(f"after{seed}", "2", seed=seed, labeled="./a.json") for seed in (0, 1)]
+    note = (f"{before[0]} and {after[0]}: their labels differ, though both are of ./a.json, so differences in AP may be due to that - "
+            "train the older again")
+    assert compare([*before, *after]).notes == [note]
+    assert f"- {note}.\n" in to_markdown(compare([*before, *after]))
+    assert "their labels differ" in to_html(compare([*before, *after]))
+    same = run("same", "1", paradigm="sparse")
+    other = run("other", "3", labeled="b.json", paradigm="sparse", seed=1)
+    unrecorded = write_run(tmp_path / "unrecorded", 20, labeled="a.json", paradigm="sparse", seed=2, made=read_from(val="1"))
+    assert not [note for note in compare([before[0], same, other, unrecorded]).notes if "labels" in note]
+
+
+def test_rows_that_learnt_from_other_drawings_are_told(tmp_path):
+    """The built-in data as another version of the program draws them; other folds and sizes are other data."""
+    runs = [write_run(tmp_path / f"{paradigm}{fold}", 20, paradigm=paradigm, fold=fold, made=read_from(labeled=f"{digest}{fold}"))
+            for paradigm, digest in (("sparse", "a"), ("dense", "b")) for fold in (0, 1)]
+    notes = compare(runs).notes
+    assert [note.split(":")[0] for note in notes] == [f"{runs[0]} and {runs[2]}", f"{runs[1]} and {runs[3]}"]
+    assert "both are of the built-in data, so" in notes[0]
+    assert not compare(runs[:2]).notes
+    for run in runs[2:]:
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("shapes_labeled: 80", "shapes_labeled: 20"))
+    assert not compare(runs).notes
+
+
 def test_folds_of_the_embedded_data_have_their_own_validation_images(tmp_path):
     dense, sparse = ([write_run(tmp_path / f"{paradigm}{fold}", ap + 10 * fold, paradigm=paradigm, fold=fold, made=read_from(val=str(fold)))
                       for fold in range(2)] for paradigm, ap in (("dense", 22), ("sparse", 20)))  # fmt: skip

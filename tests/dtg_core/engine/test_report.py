@@ -26,7 +26,7 @@ def data(tmp_path_factory) -> TinyData:
     return TinyData.write(tmp_path_factory.mktemp("data"))
 
 
-EVALUATED = ("run.evaluate_every=3", "run.checkpoint_every=3")
+EVALUATED = ("run.evaluate_every=3", "run.checkpoint_every=3", "guidance.start_step=0")
 
 
 @pytest.fixture(scope="module")
