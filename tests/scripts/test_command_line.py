@@ -275,7 +275,8 @@ def test_what_the_core_logs_is_told_as_a_warning(tmp_path: Path) -> None:
         (["--detector", "gfl", "--paradigm", "sparse"], ["guidance.stages.head.tau=0.5"], "guidance.stages.head.tau"),
         (["--detector", "gfl"], ["guidance.stages.head.pseudo_score=0.5"], "guidance.stages.head.pseudo_score"),
         (["--detector", "faster_rcnn"], ["guidance.stages.rcnn.tau=0.5", "data.workers=0", "paradigm=dense"], None),
-        (["--detector", "faster_rcnn"], ["guidance.stages.rcnn.min_iou=0.5", "guidance.stages.rpn.min_iou=0.5"],
+        (["--detector", "faster_rcnn"],
+         ["guidance.stages.rpn.paradigm=dense", "guidance.stages.rcnn.min_iou=0.5", "guidance.stages.rpn.min_iou=0.5"],
          "guidance.stages.rcnn.min_iou"),
         (["--detector", "gfl"], ["optim.name=adamw", "optim.momentum=0.5"], "optim.momentum"),
         (["--detector", "gfl"], ["optim.name=sgd", "optim.momentum=0.5"], None),
@@ -312,6 +313,7 @@ def test_a_stage_without_a_rule_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_stages_of_the_other_detector_are_not_checked_among_each_other() -> None:
     off = [f"guidance.stages.rpn.{loss}=false" for loss in ("classification", "box", "rank")]
+    off.append("guidance.stages.rpn.paradigm=dense")
     settings_of("--detector", "gfl", "--set", *off)
     with pytest.raises(UserError, match=r"rpn\.classification: all losses of the stage are off"):
         settings_of("--detector", "faster_rcnn", "--set", *off)

@@ -307,4 +307,5 @@ def test_groups_that_leave_no_other_image(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     split(source, "--count", 4, "--folds", 1, "--group-by", "city")
     split(source, "--count", 9, "--folds", 1, "--group-by", "city")  # not much more than asked for
-    assert capsys.readouterr().err == "warning: fold1_4images: 10 labelled images instead of 4 (--group-by 'city' makes 4 groups)\n"
+    told = [line for line in capsys.readouterr().err.splitlines() if "images have no annotation" not in line]
+    assert told == ["warning: fold1_4images: 10 labelled images instead of 4 (--group-by 'city' makes 4 groups)"]
