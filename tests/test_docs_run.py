@@ -42,8 +42,8 @@ RUNS = {  # folder in runs/: flags of its training
     "gfl-dense-seed0": "--paradigm dense", "gfl-sparse-seed0": "--paradigm sparse", "screen": "--paradigm supervised",
     "screen-rcnn": "--paradigm supervised --detector faster_rcnn",
     "gfl-supervised-own-seed0": f"--paradigm supervised {OWN}",
-    "bccd/runs/gfl-supervised-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
-    "bccd/runs/faster_rcnn-supervised-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",
+    "bccd/runs/gfl-supervised-adaptive-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
+    "bccd/runs/faster_rcnn-supervised-adaptive-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",
 }  # fmt: skip
 RUN_HERE = [command for _, command in COMMANDS if not SKIPPED.match(command)]
 RUN_HERE += [command for _, command in INLINE if re.match(r"\S+ torchrun|python scripts/make_splits", command)]
