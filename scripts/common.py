@@ -260,11 +260,11 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
     from dtg_core.config import RENAMED, cross_check
 
     notes: list[str] = []
-    settings, origins = load_config(RunSettings, file, overrides, RENAMED, notes)
+    of_file, origins = load_config(RunSettings, file, (), RENAMED, notes)
+    settings = overridden(of_file, overrides, origins)
     if missing := [stage for stage in STAGES[settings.detector] if stage not in settings.guidance.stages]:
         raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
-    of_file = load_config(RunSettings, file, (), RENAMED)[0].paradigm
-    settings = _fill_paradigms(_at_home(settings), origins, settings.paradigm != of_file)
+    settings = _fill_paradigms(_at_home(settings), origins, settings.paradigm != of_file.paradigm)
     check_ranges(settings, origins)
     stages = {name: settings.guidance.stages[name] for name in STAGES[settings.detector]}  # no other can be wrong
     for name, rule in stages.items():

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,16 @@ SMALL = GFLConfig(channels=16, tower_depth=1, strides=(8, 16, 32), anchor_scale=
 def tiny(classes: int = 3, config: GFLConfig = SMALL) -> GFL:
     torch.manual_seed(0)
     return GFL(TinyPyramid(config.channels, config.strides), config, classes)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(2, 1), (4, 1), (8, 1), (12, 1), (16, 2), (64, 8), (256, 32), (512, 32)])
+def test_groups_of_the_norms_are_not_of_single_channels(channels: int, groups: int) -> None:
+    """On a level of a single cell they would leave nothing of the image, and with one image they cannot be computed."""
+    detector = tiny(config=replace(SMALL, channels=channels)).eval()
+    norms = [module for module in detector.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {groups}
+    views = views_of(noise(1, (32, 32)), no_targets())  # the coarsest level, of stride 32, is one cell
+    assert detector.run(views)["head"][1].logits.isfinite().all()
 
 
 def noise(number: int, canvas: tuple[int, int] = (64, 96), seed: int = 0) -> Tensor:

@@ -602,6 +602,8 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     assert f"{stages[0]}, thresholds that training has come to: {CLASSES[0]} 0.25, {CLASSES[1]} 0.50" in shown
     assert ("rpn, thresholds that training has come to: object 0.50" in shown) == ("rpn" in stages)
     assert all(f"{stage}, {kind} over their threshold" in shown for stage in stages for kind in ("clusters", "pseudo boxes"))
+    assert show_guidance.main([str(run), "--output", str(tmp_path / "all"), "--count", "2", "--device", "cpu"]) == 0
+    assert "hidden labels of 4 images" in capsys.readouterr().out  # there are no more, though it would take 100
     one = tmp_path / "cache" / "one.json"
     one.write_text((next((tmp_path / "cache").glob("shapes*")) / "val.json").read_text().replace("val/", ""))
     with pytest.raises(UserError, match="unlabelled images are not in it"):

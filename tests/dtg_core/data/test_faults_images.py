@@ -9,6 +9,7 @@ import re
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 
 import check_data  # noqa: E402
 from common import main_guard  # noqa: E402
+from hidden_labels import unlabeled_data  # noqa: E402
 
 from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
 from dtg_core.data import images as images_module  # noqa: E402
@@ -413,3 +415,24 @@ def test_fault_48_names_in_messages_of_the_command(
     assert err.startswith(f"error: {path}: 1 of 4 images cannot be used (first a\\x1b[31m\\udce9.png: ")
     assert all(line.isprintable() for line in [*out.splitlines(), *err.splitlines()])
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("which", ["val", "other"])
+def test_a_list_of_unlabelled_images_may_have_a_folder_of_its_own(tmp_path: Path, which: str) -> None:
+    """Also the validation set, whose folder is known, as the scripts that look at guidance take it."""
+    (tmp_path / "train").mkdir()
+    path, run = labeled(tmp_path / "train"), tmp_path / "run"
+    photos = tmp_path / "deep" / "photos"
+    photos.mkdir(parents=True)
+    noise().save(photos / "new.png")
+    content = json.loads(path.read_text())
+    content["images"], content["annotations"] = [{"id": 7, "file_name": "new.png"}], []
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps(content))
+    config = DataConfig(labeled=str(path), unlabeled=str(listed))
+    with pytest.raises(UserError, match=r"new\.png.*data\.unlabeled_images=DIR"):
+        open_sources(config, supervised=False)
+    assert open_sources(replace(config, unlabeled_images=str(photos)), supervised=False).unlabeled.root == photos
+    known = {"val": {"val": str(listed), "val_images": str(photos)}, "other": {"unlabeled_images": str(photos)}}[which]
+    data = unlabeled_data(DataConfig(labeled=str(path), **known), os.path.relpath(listed), run)
+    assert open_sources(data, supervised=False).unlabeled.file_names == ["new.png"]
