@@ -41,7 +41,8 @@ APS = (("teacher", "AP"), ("student", "AP"), ("teacher", "AP50"), ("teacher", "A
 GUIDANCE = {
     "candidates": "Candidates in an image", "clusters": "Clusters in an image", "cluster_size": "Candidates in a cluster",
     "matched": "Share of candidates that reach the student", "background": "Background samples in an image",
-    "pseudo_boxes": "Boxes in an image over the pseudo score",
+    "pseudo_boxes": "Boxes in an image over the pseudo score", "lowest_threshold": "Lowest adaptive threshold of a class",
+    "highest_threshold": "Highest adaptive threshold of a class",
 }  # fmt: skip
 CAPTIONS = {
     "predictions": f"the teacher's boxes over a score of {SCORE} in colors, labels in white",

@@ -85,7 +85,7 @@ class Fit:
         self.skipped_in_a_row = 0
         self.unsaved_in_a_row = 0  # checkpoints that could not be written; counted in the main process
         self.recent: Sequence[StepBatch] = ()
-        self.watch = Watch(config.guidance, float(objects.sum()), self._score_histogram)
+        self.watch = Watch(config.guidance, float(objects.sum()), sources.labeled.class_names, self._score_histogram)
         self.report: RunReport | None = None
         self.given_up: set[str] = set()  # which of pictures and report.html have failed
 
@@ -195,13 +195,16 @@ class Fit:
         losses = {branch: {name: value for name, value in means.items() if name.startswith(f"{branch}/")}
                   for branch in ("labeled", "unlabeled")}  # fmt: skip
         branches = {branch: weigh(found, self.config.guidance.stages, 1.0) for branch, found in losses.items() if found}
+        limits = {stage: scores.tolist() for stage, scores in self.training.thresholds.scores().items()}
         means["lr"] = learning_rate(done - 1, self.config.optim)
         if branches.get("unlabeled"):
             means["unlabeled_weight"] = unlabeled_weight(done - 1, self.config.guidance)
             means["loss_ratio"] = branches["unlabeled"] / max(branches["labeled"], 1e-12)
+            for stage, scores in limits.items():
+                means |= {f"guidance/{stage}/lowest_threshold": min(scores), f"guidance/{stage}/highest_threshold": max(scores)}
         shown = branches | {"skipped": means["skipped"]}
         self.report.line(done, means | times, {name: value for name, value in shown.items() if value} | guidance_figures(means))
-        for warning in self.watch.line(done, steps, means):
+        for warning in self.watch.line(done, steps, means) + self.watch.thresholds(limits):
             self._say(warning)
 
     def _evaluate(self, done: int, signals: StopSignals) -> bool:

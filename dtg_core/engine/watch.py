@@ -4,15 +4,17 @@ They read the numbers of the log lines, so that watching costs the device nothin
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dtg_core.config import GuidanceConfig
+from dtg_core.guidance.thresholds import LOWEST
 
 PATIENCE = 200  # steps without a candidate or pseudo box before that is reported
 FEW, MANY = 0.02, 30.0  # objects found by the teacher per labelled one; outside this range it has collapsed
 SHRUNK = 1 / 3  # share of the most objects per image that the teacher has seen; below it, thresholds are too high
 MINOR, MAJOR = 1e-3, 20.0  # weighted unlabelled loss per unit of labelled loss
+NAMED = 5  # classes
 FALL = 0.8  # share of the supervised phase's AP that the teacher should keep
 
 
@@ -20,12 +22,14 @@ class Watch:
     """Looks at log lines and evaluations.
 
     Args:
-        guidance: the run's settings of it. objects: mean boxes per labelled image.
+        guidance: the run's settings of it. objects: mean boxes per labelled image. classes: their names.
         histogram: text about the teacher's scores on recent images; called when it never finds anything.
     """
 
-    def __init__(self, guidance: GuidanceConfig, objects: float, histogram: Callable[[str], str]) -> None:
-        self.guidance, self.objects, self.histogram = guidance, objects, histogram
+    def __init__(
+        self, guidance: GuidanceConfig, objects: float, classes: Sequence[str], histogram: Callable[[str], str],
+    ) -> None:
+        self.guidance, self.objects, self.classes, self.histogram = guidance, objects, classes, histogram
         self.told: list[str] = []  # kinds of warnings given
         self.quiet_since: dict[str, int] = {}  # last step at which a stage's teacher had found something
         self.level: dict[str, tuple[float, float]] = {}  # objects per image in the last steps, and the most so far; by stage
@@ -61,6 +65,23 @@ class Watch:
         elif 0 < ratio < MINOR and not self.quiet_since:
             text = f"the unlabelled losses are {ratio:.3g} times the labelled ones and hardly count"
             warnings += self._once("minor", f"{text} - raise guidance.alpha")
+        return warnings
+
+    def thresholds(self, scores: Mapping[str, Sequence[float]]) -> list[str]:
+        """Warnings about adaptive thresholds that have sunk as far as they may, by stage: [C], or [1] if it knows only objects.
+
+        They sink where the teacher finds fewer objects than labelled images have, because it misses them or there are none.
+        """
+        warnings = []
+        for stage, limits in scores.items():
+            names = self.classes if len(limits) == len(self.classes) else ("objects",)
+            sunk = [name for name, limit in zip(names, limits) if limit < 1.01 * LOWEST]
+            if sunk and getattr(self.guidance.stages[stage], self._key(stage)) > LOWEST:  # otherwise it has begun there
+                named = ", ".join(sunk[:NAMED] + ["..."] * (len(sunk) > NAMED))
+                text = f"{stage}'s adaptive thresholds have sunk to {LOWEST:g} for {named}"
+                why = "the teacher finds fewer of them in an unlabelled image than labelled ones have"
+                advice = f"if fewer are there, set guidance.stages.{stage}.tau_rate=0, or what is none will be taught"
+                warnings += self._once(f"sunk/{stage}", f"{text}: {why} - {advice}")
         return warnings
 
     def end(self, done: int) -> list[str]:

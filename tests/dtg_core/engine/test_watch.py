@@ -18,12 +18,12 @@ FINE = {"guidance/head/candidates": 20.0, "guidance/head/clusters": 3.0, "loss_r
 
 def watch(start_step: int = 100, paradigm: Literal["dense", "sparse"] = "dense") -> Watch:
     stages = {name: replace(rule, paradigm=paradigm) for name, rule in GuidanceConfig().stages.items()}
-    return Watch(GuidanceConfig(start_step=start_step, stages=stages), 2.0, lambda stage: f"scores of {stage}")
+    return Watch(GuidanceConfig(start_step=start_step, stages=stages), 2.0, ["dot", "bar"], lambda stage: f"scores of {stage}")
 
 
 def supervised_watch() -> Watch:
     rule = replace(GuidanceConfig().stages["head"], paradigm="none")
-    return Watch(GuidanceConfig(start_step=500, stages={"head": rule}), 2.0, str)
+    return Watch(GuidanceConfig(start_step=500, stages={"head": rule}), 2.0, ["dot", "bar"], str)
 
 
 def test_a_good_course_is_silent() -> None:
@@ -88,23 +88,23 @@ def test_collapse_is_told_once(found: float, way: str) -> None:
 def test_shrinking_guidance_is_told_once(paradigm: str, kind: str, key: str) -> None:
     """As measured on blood cells with too high a threshold: 8.8 boxes of 13 sink to 1, and AP with them."""
     rule = replace(GuidanceConfig().stages["head"], paradigm=paradigm)
-    one = Watch(GuidanceConfig(stages={"head": rule}), 13.3, str)
+    one = Watch(GuidanceConfig(stages={"head": rule}), 13.3, ["dot", "bar"], str)
     found = [8.8, 8.0, 6.7, 5.6, 3.63, 2.0, 1.26, 1.1, 1.07, 1.0, 1.0, 0.9]
     told = {step: text for step, value in enumerate(found) for text in one.line(50 * step, 50, {f"guidance/head/{kind}": value})}
     ((step, text),) = told.items()
     assert 6 <= step <= 10
     assert f"after {max(found)} before, labelled have 13.3" in text
     assert f"lower guidance.stages.head.{key}" in text
-    again = Watch(GuidanceConfig(stages={"head": rule}), 13.3, str)
+    again = Watch(GuidanceConfig(stages={"head": rule}), 13.3, ["dot", "bar"], str)
     again.restore(json.loads(json.dumps(one.state())))
     assert not again.line(700, 50, {f"guidance/head/{kind}": 0.5})
 
 
 def test_noise_and_what_the_paradigm_does_not_use_are_not_taken_for_shrinking() -> None:
-    one = Watch(GuidanceConfig(), 2.0, str)
+    one = Watch(GuidanceConfig(), 2.0, ["dot", "bar"], str)
     for step in range(1000):  # every step a line
         assert not one.line(step, 1, {**FINE, "guidance/head/clusters": [3.0, 0.1][step % 2], "guidance/head/pseudo_boxes": 3 - step / 400})
-    enough = Watch(GuidanceConfig(), 2.0, str)
+    enough = Watch(GuidanceConfig(), 2.0, ["dot", "bar"], str)
     assert not [text for step in range(100) for text in enough.line(step, 50, {"guidance/head/clusters": max(9.0 - step, 1.0)})]
 
 
@@ -115,10 +115,27 @@ def test_what_to_do_about_a_threshold(paradigm: str) -> None:
     told = []
     for rate in (0.0, 0.05):
         rule = replace(GuidanceConfig().stages["head"], paradigm=paradigm, tau_rate=rate)
-        one = Watch(GuidanceConfig(stages={"head": rule}), 2.0, str)
+        one = Watch(GuidanceConfig(stages={"head": rule}), 2.0, ["dot", "bar"], str)
         told += one.line(50, 50, {**FINE, f"guidance/head/{kind}": 999.0})
     assert f"raise guidance.stages.head.{key}, let it adapt (guidance.stages.head.tau_rate=0.05), or lower" in told[0]
     assert f"raise guidance.stages.head.tau_rate, or set it to 0 and raise {key}, or lower guidance.alpha" in told[1]
+
+
+def test_thresholds_that_have_sunk_are_told_once_by_class() -> None:
+    stages = {**GuidanceConfig().stages, "rcnn": replace(GuidanceConfig().stages["rcnn"], tau=0.3, tau_rate=0.05)}
+    one = Watch(GuidanceConfig(stages=stages), 2.0, ["dot", "bar"], str)
+    assert not one.thresholds({"rcnn": [0.3, 0.11], "rpn": [0.9]})
+    (text,) = one.thresholds({"rcnn": [0.3, 0.1]})
+    assert "rcnn's adaptive thresholds have sunk to 0.1 for bar:" in text
+    assert "set guidance.stages.rcnn.tau_rate=0" in text
+    assert not one.thresholds({"rcnn": [0.1, 0.1]})
+    (text,) = one.thresholds({"rpn": [0.1]})
+    assert "for objects:" in text
+
+
+def test_a_threshold_that_begins_low_has_not_sunk() -> None:
+    stages = {"head": replace(GuidanceConfig().stages["head"], tau=0.05, tau_rate=0.05)}
+    assert not Watch(GuidanceConfig(stages=stages), 2.0, ["dot", "bar"], str).thresholds({"head": [0.05, 0.05]})
 
 
 @pytest.mark.parametrize(("ratio", "advice"), [(6.0, "lower guidance.alpha"), (1e-4, "raise guidance.alpha")])
@@ -172,6 +189,18 @@ def test_the_histogram_is_of_the_run_itself(tmp_path: Path) -> None:
         for stage in stages:
             assert ended.err.count(f"the teacher's {stage} has found nothing") == 1
         assert "by tenths: 0.0: " in ended.err or "by tenths: 0.4: " in ended.err, ended.err
+
+
+def test_a_run_reports_its_adaptive_thresholds(tmp_path: Path) -> None:
+    """Random weights find nothing over 0.3, so that the thresholds sink from there as far as they may."""
+    settings = ["guidance.stages.head.tau=0.3", "guidance.stages.head.tau_rate=1"]
+    ended = run(command(TinyData.write(tmp_path / "data"), "gfl", tmp_path / "run", *settings), tmp_path / "logs")
+    assert ended.status == 0, ended.err
+    assert ended.err.count("head's adaptive thresholds have sunk to 0.1 for") == 1
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "guidance/head/lowest_threshold" in line]
+    assert lines
+    assert all(0.09 < line["guidance/head/lowest_threshold"] <= line["guidance/head/highest_threshold"] <= 0.3 for line in lines)
+    assert "Lowest adaptive threshold" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_lines_that_will_come_again_are_dropped(tmp_path: Path) -> None:
