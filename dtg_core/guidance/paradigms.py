@@ -78,8 +78,6 @@ def teach(
         else:
             assert detections is not None
             supervision[name], told = _sparse(detections, samples, grid, pair, rule, threshold)
-        if threshold is not None:
-            told |= {"threshold": threshold.mean()}
         figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
     return supervision, figures
 
