@@ -5,12 +5,31 @@ and takes the features' dtype; each of these moves anchors, so the few lines are
 """
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dtg_core.structures import AnchorGrid
+
+Made = TypeVar("Made", Tensor, AnchorGrid)
+
+
+def kept(most: int) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
+    """``lru_cache`` for tensors: none of a graph that is being traced, which are no numbers; all can be used in training."""
+    def decorate(make: Callable[..., Made]) -> Callable[..., Made]:
+        cached = lru_cache(most)(torch.inference_mode(False)(make))
+
+        @wraps(make)
+        def found(*given: object) -> Made:
+            return make(*given) if torch.compiler.is_compiling() else cached(*given)
+
+        found.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+        return found
+
+    return decorate
 
 
 def cell_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
@@ -20,7 +39,7 @@ def cell_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
     return torch.stack((-half_width, -half_height, half_width, half_height), 1).float()
 
 
-@lru_cache(maxsize=32)
+@kept(32)
 def _cells(size: float, ratios: tuple[float, ...], device: torch.device) -> Tensor:
     """``cell_anchors`` on the device: the only numbers that a grid takes from the host, once per run."""
     return cell_anchors(size, ratios).to(device)
@@ -28,7 +47,7 @@ def _cells(size: float, ratios: tuple[float, ...], device: torch.device) -> Tens
 
 # Holds the views of a few steps. Training with random sizes sees hundreds of canvases, so a grid has to be cheap to make: the host
 # only launches its kernels.
-@lru_cache(maxsize=8)
+@kept(8)
 def anchor_grid(
     canvas: tuple[int, int], strides: tuple[int, ...], scale: float, ratios: tuple[float, ...], device: torch.device
 ) -> AnchorGrid:

@@ -52,7 +52,8 @@ def dense_terms(
         del terms["box"]
     if rule.rank:
         logits = predictions.logits[assignment.image, assignment.sample, assignment.label]
-        divergence = rank_matching(logits, dense.teacher_logit, dense.cluster, dense.num_clusters, rule.temperature)
+        ranks = dense.teacher_logit if dense.rank_target is None else dense.rank_target
+        divergence = rank_matching(logits, ranks, dense.cluster, dense.num_clusters, rule.temperature)
         divergence = divergence if dense.trust is None else dense.trust * divergence
         terms["rank"] = LossTerm(divergence.sum(), dense.live_clusters)
     return terms

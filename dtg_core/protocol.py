@@ -1,7 +1,8 @@
 """What a detector package provides to the core: stages, and a detector that runs them in order.
 
 A stage turns samples (anchors or proposals) into predictions, assigns objects to its samples by its own rule, and says how
-wrong its predictions are under an assignment. It knows nothing of teachers, paradigms or loss weights.
+wrong its predictions are under an assignment. It knows nothing of teachers, paradigms or the weights of
+Eqs. 1 and 6.
 """
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class Stage(Protocol):
 
 
 class Detector(nn.Module):
-    """A backbone and its stages."""
+    """A backbone and its stages. ``detect`` returns tensors without gradients."""
 
     stages: Mapping[str, Stage]
     pyramid: nn.Module  # of ``dtg_core.models.backbone.build_pyramid``; an exported file tells its mean and deviation
@@ -61,8 +62,8 @@ class Detector(nn.Module):
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
         """Samples and predictions of every stage or, with ``supervision``, of the stages that it names.
 
-        Supervision matters to a stage that chooses its samples from proposals: ``Supervision.proposals`` if these are given,
-        otherwise its own. With ``Supervision.targets`` it draws its training samples from them; without, it uses them all.
+        A stage on proposals takes ``Supervision.proposals`` if these are given, otherwise the detector's own. If there are
+        ``Supervision.targets``, it draws its training samples from these proposals; otherwise all of them are its samples.
         """
         raise NotImplementedError
 

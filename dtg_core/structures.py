@@ -225,9 +225,10 @@ class DenseGuidance:
     cluster: Tensor  # [P] int64 in 0..J-1
     num_clusters: int  # J as NMS returned it; clusters may have lost all their members on the way to the student
     candidate: Tensor  # [P] int64 row of the teacher's candidates
-    teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4), or what ranks the members instead
+    teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4)
     weight: Tensor  # [P] 1 / N_j with the N_j members that reached the student: the mean of Eqs. 2 and 3
     live_clusters: Tensor  # [] number of clusters with a member
+    rank_target: Tensor | None = None  # [P] what ranks the members instead of the teacher's logit
     quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
     members: Members | None = None  # in the student's view, if ``quality`` is to be their consensus
     trust: Tensor | None = None  # [J] weight of each cluster's losses; None: 1
@@ -266,8 +267,9 @@ class Supervision:
 class Unreduced:
     """A stage's losses, and the divisors of its ordinary (labelled) reduction.
 
-    Relative weights within a loss (GFL's GIoU against DFL) are already applied. A factor that only offsets the ordinary divisor
-    (10 in the R-CNN, whose class loss is divided by all samples) goes into that divisor: means over clusters must not include it.
+    Relative weights within a loss (GFL's GIoU against DFL) are already applied. ``classification_count`` may be less than the
+    number of samples: an R-CNN with focal loss multiplies its mean by 10, which is written as a tenth of the divisor, so that
+    means over clusters do not include it.
     """
 
     classification: Tensor  # [P]

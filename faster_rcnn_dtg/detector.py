@@ -61,6 +61,7 @@ class FasterRCNN(Detector):
             outputs["rcnn"] = proposals, self.rcnn(pyramid, proposals)
         return {name: output for name, output in outputs.items() if name in wanted}
 
+    @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes in the views' pixels: R-CNN scores above the threshold, class-wise NMS, the best of each image."""
         config, stage = self.config.rcnn, self.stages["rcnn"]

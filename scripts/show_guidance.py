@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, add_weights, main_guard, number, one_of, require_new
+from common import Parser, add_overwrite, add_weights, main_guard, number, require_new
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
 
 from dtg_core.drafts import writing
@@ -35,7 +35,7 @@ def parser() -> Parser:
     add_weights(result, which=False)
     add("--output", type=Path, required=True, metavar="DIR", help="where the sheets go, one PNG for each stage")
     add_overwrite(result)
-    add("--stage", type=one_of(("head", "rpn", "rcnn")), metavar="head|rpn|rcnn", help="only this stage")
+    add("--stage", metavar="NAME", help="only this stage of the detector, such as head, rpn or rcnn")
     add("--count", type=number(Count), default=4, metavar="N", help="images on a sheet (default: 4)")
     add("--step", type=number(Whole), default=0, metavar="N",
         help="use the images and views of this training step (default: 0)")

@@ -51,6 +51,14 @@ def check_step(detector: torch.nn.Module, losses: dict[str, torch.Tensor], stage
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+def test_final_boxes_have_no_gradient(name):
+    detector, views = eager(tiny_detector(name)).eval(), make_views(1, 64, 64)
+    found = detector.detect(detector.run(views), views, 0.3)
+    assert len(found.boxes)
+    assert not any(tensor.requires_grad for tensor in (found.boxes, found.scores))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_same_view_and_weights_are_their_own_teacher(name):
     detector = eager(tiny_detector(name)).eval()
     pair, stage_rules = make_pair(2, 64, 64), rules(tau=0.5, background_samples=None)

@@ -132,7 +132,7 @@ def coco_results(index: CocoIndex, found: SetDetections) -> list[dict[str, Any]]
     ]
 
 
-@torch.no_grad()  # not inference mode: anchors are cached, and training could not use those made in it
+@torch.no_grad()
 def find(
     detector: Detector, index: CocoIndex, batches: Iterable[ViewBatch | None], device: torch.device, score_threshold: float,
     accelerator: Accelerator | None = None,

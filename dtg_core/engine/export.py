@@ -127,7 +127,6 @@ def export(
     graph = DetectorGraph(predictor.detector, score_threshold).eval().requires_grad_(False)
     inputs = [on_canvas(picture, *size) for picture in pictures]
     with torch.no_grad():
-        # Before the graph is traced, also because tables that detectors cache per canvas must hold numbers by then.
         expected = [graph(*prepared) for prepared in inputs]
         count = sum(len(boxes) for boxes, _, _ in expected)
         if not count:

@@ -118,7 +118,9 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
 
     norm = accelerator.clip_grad_norm_(student.parameters(), config.optim.clip_norm or float("inf"))
     finite = bool(torch.as_tensor(norm).isfinite())  # sync: a step that is not finite must not reach the weights
-    if finite or accelerator.scaler is not None:  # a scaler skips such a step by itself, and lowers its scale
+    if not finite:  # nothing moves without gradients, not even by momentum
+        training.optimizer.zero_grad(set_to_none=True)
+    if finite or accelerator.scaler is not None:  # a scaler has to be told of the step, to lower its scale
         training.optimizer.step()
     share_statistics(detector, accelerator)
     healthy = finite and is_finite(detector)

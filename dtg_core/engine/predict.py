@@ -110,7 +110,7 @@ def load_detector(path: str | Path, device: str | None = None, which: str = "tea
 
     Args:
         path: a file of ``weights/`` in a run folder, or the run folder. device: None: an accelerator, or else the CPU.
-        which: "teacher" or "student" of a run folder.
+        which: "teacher", "student" or "best" of a run folder.
 
     Raises:
         UserError: not a weights file of this project, damaged, with settings that no longer exist, or no such device.
@@ -130,7 +130,7 @@ def load_detector(path: str | Path, device: str | None = None, which: str = "tea
 
 
 def find_weights(path: Path, which: str = "teacher") -> Path:
-    """The weights file of a run folder, its teacher or student, UserError if there is none; a file's path is returned
+    """The weights file of a run folder: its teacher, student or best teacher. UserError if there is none. A file's path is returned
     unchanged, whether it exists or not."""
     if not path.is_dir():
         return path

@@ -10,20 +10,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import paired_iou
+from dtg_core.boxes import paired_iou, row_blocks
 from dtg_core.protocol import Stage
 from dtg_core.structures import Assignment, Members, Predictions, Samples
 
 
 def consensus(boxes: Tensor, cluster: Tensor, members: Members) -> Tensor:
-    """[P] score-weighted mean IoU of boxes [P, 4] with all members of their clusters [P]; memory: a few [P, M] matrices."""
-    return _mean_iou(boxes, members.box, members.score * (cluster.unsqueeze(1) == members.cluster))
+    """[P] score-weighted mean IoU of boxes [P, 4] with all members of their clusters [P]."""
+    return _mean_iou(boxes, cluster, members, with_itself=True)
 
 
 def peer_consensus(members: Members) -> Tensor:
     """[M] score-weighted mean IoU of each member with the others of its cluster; 0 for one that is alone."""
-    weight = members.score * (members.cluster.unsqueeze(1) == members.cluster)
-    return _mean_iou(members.box, members.box, weight.fill_diagonal_(0))
+    return _mean_iou(members.box, members.cluster, members, with_itself=False)
 
 
 def cluster_trust(members: Members, num_clusters: int) -> Tensor:
@@ -43,7 +42,16 @@ def consensus_quality(stage: Stage, samples: Samples, predictions: Predictions, 
     return replace(assignment, dense=replace(dense, quality=consensus(boxes, dense.cluster, dense.members)))
 
 
-def _mean_iou(boxes: Tensor, others: Tensor, weight: Tensor) -> Tensor:
-    """[P] mean IoU of boxes [P, 4] with others [M, 4] under weights [P, M]; 0 where all weights are 0."""
-    overlap = paired_iou(boxes.unsqueeze(1), others)
-    return (weight * overlap).sum(1) / weight.sum(1).clamp(min=1e-6)
+def _mean_iou(boxes: Tensor, cluster: Tensor, members: Members, with_itself: bool) -> Tensor:
+    """[P] score-weighted mean IoU of boxes [P, 4] with the members of their clusters [P]; 0 where there is none.
+
+    ``with_itself`` False: the boxes are the members, and none counts for itself. Memory: a few [P, M] matrices, in blocks.
+    """
+    parts = []
+    for rows in row_blocks(len(boxes), len(members.box)):
+        weight = members.score * (cluster[rows].unsqueeze(1) == members.cluster)
+        if not with_itself:
+            weight.diagonal(rows.start).zero_()
+        overlap = paired_iou(boxes[rows].unsqueeze(1), members.box)
+        parts.append((weight * overlap).sum(1) / weight.sum(1).clamp(min=1e-6))
+    return torch.cat(parts)

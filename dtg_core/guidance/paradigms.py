@@ -84,7 +84,7 @@ def teach(
 
 @dataclass(frozen=True)
 class DenseLabels:
-    """What the teacher's dense predictions become on the way to the student, before the rule's options."""
+    """What the teacher's dense predictions become on the way to the student, before class targets and weights."""
 
     candidates: Candidates
     clusters: Clusters
@@ -194,7 +194,7 @@ def _with_consensus(
         dense = replace(dense, trust=cluster_trust(members, clusters.num_clusters))
     if rule.consensus_rank is not None:
         agreed = consensus(members.box, members.cluster, members)
-        dense = replace(dense, teacher_logit=agreed[dense.candidate] / rule.consensus_rank)
+        dense = replace(dense, rank_target=agreed[dense.candidate] / rule.consensus_rank)
     return dense
 
 

@@ -301,8 +301,11 @@ def _require_hub(name: str) -> None:
     """Fail at once where timm would retry for most of a minute without a network."""
     import huggingface_hub
 
-    repository = cast(Any, timm.get_pretrained_cfg(name)).hf_hub_id
+    source = cast(Any, timm.get_pretrained_cfg(name))
+    repository = source and source.hf_hub_id
     if not repository:
+        if not (source and source.url):
+            raise UserError(f"backbone {name!r}: timm has no weights for it - {WITHOUT_NETWORK}")
         return
     if isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
         return

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +52,23 @@ def test_anchors_are_cells_at_each_place_of_each_level(
     assert [tensor.dtype for tensor in (grid.anchors, grid.level, *grid.tables)] == [
         torch.float32, torch.int64, torch.float32, torch.int64, torch.int64
     ]  # fmt: skip
+
+
+def test_what_is_kept_serves_training() -> None:
+    """Grids that a trace or inference mode asks for first: the one's hold no numbers, the other's take no part in training."""
+    class Grid(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + anchor_grid((40, 72), (8, 16), 7.0, (1.0,), x.device).anchors.sum()
+
+    program = torch.export.export(Grid(), (torch.zeros(1),))
+    grid = anchor_grid((40, 72), (8, 16), 7.0, (1.0,), torch.device("cpu"))
+    assert type(grid.anchors) is Tensor
+    assert float(program.module()(torch.zeros(1))) == pytest.approx(float(grid.anchors.sum()))
+    with torch.inference_mode():
+        anchor_grid((40, 40), (8, 16), 6.0, (1.0,), torch.device("cpu"))
+    grid = anchor_grid((40, 40), (8, 16), 6.0, (1.0,), torch.device("cpu"))
+    assert not any(tensor.is_inference() for tensor in (grid.anchors, *grid.cells))
+    (grid.anchors * torch.ones(1, requires_grad=True)).sum().backward()
 
 
 def test_a_new_canvas_takes_nothing_from_the_host() -> None:

@@ -277,6 +277,21 @@ def test_a_loss_scale_that_is_too_large_comes_down() -> None:
     assert any(not torch.equal(tensor, before[key]) for key, tensor in parts.weights().items())
 
 
+def test_a_norm_that_overflows_moves_nothing_under_a_scaler() -> None:
+    """Each gradient is finite, which is all that a scaler looks at, but not the sum of their squares."""
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", 1.0)
+    parts = Parts("gfl", config(lr=0.01, clip_norm=None), accelerator)
+    assert not parts.step([four_images()])["skipped"]  # there is momentum
+    before = parts.weights()
+    for parameter in parts.detector.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad: torch.full_like(grad, 1e25))
+    assert parts.step([four_images(1)])["skipped"] == 1
+    for key, tensor in parts.weights().items():
+        assert torch.equal(tensor, before[key]), key
+
+
 def test_the_teacher_does_not_follow_a_student_that_overflows() -> None:
     accelerator = Accelerator(cpu=True)
     parts = Parts("gfl", config(lr=3e38), accelerator)

@@ -58,6 +58,14 @@ def test_equals_a_loop(seed):
         assert peer_consensus(members)[p].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    members, other = random_members(1), random_members(2)
+    whole = peer_consensus(members), consensus(other.box, other.cluster, members)
+    monkeypatch.setattr("dtg_core.boxes.BLOCK", 70)  # two rows of 30 at once
+    for mine, theirs in zip(whole, (peer_consensus(members), consensus(other.box, other.cluster, members)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_nothing_and_boxes_without_area():
     nothing = Members(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
     assert peer_consensus(nothing).shape == consensus(nothing.box, nothing.cluster, nothing).shape == (0,)
@@ -127,12 +135,12 @@ def test_each_option_changes_its_own_part_only(name, stage):
     for option, value in CURES.items():
         *_, cured = lesson(name, stage, **{option: value})
         ours, theirs = vars(cured.assignment.dense), vars(plain.assignment.dense)
-        changed = {"consensus_rank": "teacher_logit", "cluster_trust": "trust", "soft_background": "background_weight"}.get(option, "members")
+        changed = {"consensus_rank": "rank_target", "cluster_trust": "trust", "soft_background": "background_weight"}.get(option, "members")
         for field in ours:
             same = ours[field] is theirs[field] or (ours[field] is not None and theirs[field] is not None and torch.equal(
                 torch.as_tensor(ours[field]), torch.as_tensor(theirs[field])))  # fmt: skip
             assert same == (field != changed), field
-        assert theirs[changed] is None or changed == "teacher_logit"
+        assert theirs[changed] is None
         assert torch.equal(cured.assignment.background, plain.assignment.background)
 
 
@@ -155,7 +163,7 @@ def test_options_against_loops(name, stage):
 
     in_teacher = Members(boxes, members.score, members.cluster)
     peers, agreed = peer_consensus(in_teacher), consensus(boxes, members.cluster, in_teacher)
-    torch.testing.assert_close(dense.teacher_logit, agreed[dense.candidate] / 0.1, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(dense.rank_target, agreed[dense.candidate] / 0.1, atol=1e-3, rtol=1e-3)
     for j in range(dense.num_clusters):
         assert dense.trust[j].item() == pytest.approx(peers[members.cluster == j].mean().item(), abs=1e-4)
     assert torch.equal(members.cluster[dense.candidate], dense.cluster)

@@ -11,7 +11,7 @@ from conftest import make_views
 
 from dtg_core.config import BackboneConfig
 from dtg_core.errors import UserError
-from dtg_core.models.backbone import build_pyramid
+from dtg_core.models.backbone import build_pyramid, require_available
 from dtg_core.models.simple_pyramid import SimplePyramid
 
 CONFIG = BackboneConfig(pretrained=False)
@@ -107,6 +107,11 @@ def test_unsuitable_models_are_named(name: str, options: dict[str, object], prob
         build_pyramid(replace(CONFIG, name=name, options=options), 8, (8, 16, 32), "conv")
     assert "\n" not in str(caught.value)
     assert "backbone" in str(caught.value)
+
+
+def test_a_model_that_has_no_weights_anywhere_is_told_of() -> None:
+    with pytest.raises(UserError, match=r"'cspresnet50d': timm has no weights for it - .*backbone\.pretrained=false"):
+        require_available(replace(CONFIG, name="cspresnet50d", pretrained=True))
 
 
 def test_missing_weights_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
