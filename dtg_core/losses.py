@@ -16,6 +16,7 @@ from dtg_core.guidance.rank_matching import rank_matching
 from dtg_core.structures import Assignment, DenseGuidance, LossTerm, Predictions, Unreduced
 
 Scalar = TypeVar("Scalar", Tensor, float)
+T = TypeVar("T")
 
 
 def ordinary_terms(unreduced: Unreduced) -> dict[str, LossTerm]:
@@ -67,6 +68,11 @@ def _weighted(unreduced: Unreduced, dense: DenseGuidance) -> Unreduced:
     if dense.background_weight is not None:
         unreduced = replace(unreduced, background=dense.background_weight * unreduced.background)
     return unreduced
+
+
+def losses_of(figures: Mapping[str, T]) -> dict[str, T]:
+    """The losses among the figures of a step; others are "guidance/..." and single words."""
+    return {name: value for name, value in figures.items() if name.startswith(("labeled/", "unlabeled/"))}
 
 
 def weigh(losses: Mapping[str, Scalar], rules: Mapping[str, StageRule], unlabeled_weight: float) -> Scalar:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.processes import main_first, on_main
     from dtg_core.engine.reach import missed_classes
-    from dtg_core.engine.run import Fit
+    from dtg_core.engine.trainer import Trainer
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
     # A checkpoint replaces all initial weights, whose files may be gone by then.
@@ -90,8 +90,8 @@ def main(argv: Sequence[str]) -> int:
 
     on_main(accelerator, lambda: folder.open(resume=arguments.resume is not None, overwrite=arguments.overwrite))
     accelerator.print(f"{folder.path}: {_size(settings, accelerator.num_processes)}")
-    fit = Fit(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
-    status = fit.run(arguments.resume, arguments.resume_with_changes, arguments.stop_at)
+    trainer = Trainer(settings, detector, sources, folder, accelerator, _metadata(settings, sources))
+    status = trainer.run(arguments.resume, arguments.resume_with_changes, arguments.stop_at)
     stopped = arguments.stop_at is not None and arguments.stop_at < settings.run.steps
     if status == 0 and not stopped:
         accelerator.print(f"done: {folder.path}")
@@ -217,18 +217,17 @@ def _size(settings: RunSettings, processes: int) -> str:
 
 
 def _metadata(settings: RunSettings, sources: Sources) -> dict[str, Any]:
-    """What a weights file says about itself."""
+    """What a weights file says about itself, besides its settings."""
     return {
         "detector": settings.detector,
         "class_names": list(sources.labeled.class_names),
         "category_ids": list(sources.labeled.category_ids),
-        "config": to_yaml(settings),
     }
 
 
 def _replay(arguments: argparse.Namespace, settings: RunSettings, sources: Sources, accelerator: Accelerator) -> int:
     from dtg_core.engine.replay import replay
-    from dtg_core.engine.run import GAVE_UP
+    from dtg_core.engine.trainer import GAVE_UP
 
     detector = build_detector(without_weights(settings), len(sources.labeled.class_names))
     again, lines = replay(arguments.replay, settings, detector, sources, accelerator)

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import common  # noqa: E402
 import train  # noqa: E402
 
-import dtg_core.engine.run  # noqa: E402, F401 - imported before a fork, not in each
+import dtg_core.engine.trainer  # noqa: E402, F401 - imported before a fork, not in each
 import faster_rcnn_dtg  # noqa: E402, F401
 import gfl_dtg  # noqa: E402, F401
 

@@ -336,6 +336,14 @@ def load_metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a whole weights file - train again") from error
 
 
+def weights_step(folder: Path) -> int | None:
+    """The step of which the weights in a run's folder are; None: there are none."""
+    try:
+        return load_metadata(folder / "weights" / "teacher.safetensors").get("step")
+    except UserError:
+        return None
+
+
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a weights file on the CPU, and its metadata ({} if it has none of ours).
 

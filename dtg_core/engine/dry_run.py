@@ -21,6 +21,7 @@ from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.losses import losses_of
 from dtg_core.protocol import Detector
 
 CHECKPOINTS = 3  # kept at once while a new one is written
@@ -98,7 +99,7 @@ def forecast(training: float, reading: float, parts: int, config: Config) -> tup
 def _broken(figures: Figures, scaled: bool) -> bool:
     """Whether a step went wrong. Under an fp16 scaler only the losses show it, because its first gradients overflow until it has
     found its scale."""
-    losses = [float(value) for name, value in figures.items() if name.startswith(("labeled/", "unlabeled/"))]
+    losses = [float(value) for value in losses_of(figures).values()]
     return bool(figures["skipped"]) and not (scaled and all(map(math.isfinite, losses)))
 
 

@@ -74,6 +74,11 @@ class RunFolder:
         return False
 
     @property
+    def how_to_continue(self) -> str:
+        """The end of a message if there is a checkpoint to continue from."""
+        return "; --resume auto continues" if self.has_checkpoint else ""
+
+    @property
     def nonfinite(self) -> Path:
         return self.path / "nonfinite"
 

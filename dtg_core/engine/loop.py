@@ -56,6 +56,11 @@ class Training:
     thresholds: Thresholds
 
     @property
+    def detectors(self) -> dict[str, Detector]:
+        """What is evaluated and kept, by name."""
+        return {"teacher": self.teacher, "student": self.module.detector}
+
+    @property
     def plain_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer itself, whose state a checkpoint holds."""
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))

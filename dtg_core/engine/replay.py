@@ -18,16 +18,18 @@ from dtg_core.engine.checkpoint import load_checkpoint
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
+from dtg_core.losses import losses_of
 from dtg_core.protocol import Detector
 from dtg_core.structures import StepBatch, ViewBatch
 
 
-def describe(batches: Sequence[StepBatch], losses: Figures, accelerator: Accelerator) -> dict[str, Any]:
+def describe(batches: Sequence[StepBatch], figures: Figures, accelerator: Accelerator) -> dict[str, Any]:
     """JSON values that describe a step: seeds and image ids of every micro-batch of every process, and the losses."""
     parts = [
         {"labeled": _images(batch.labeled), "unlabeled": _images(batch.unlabeled.teacher) if batch.unlabeled else []}
         for batch in batches
     ]
+    losses = losses_of(figures)
     values = torch.tensor([float(value) for value in losses.values()], device=accelerator.device)
     if accelerator.num_processes > 1:
         parts = gather_object(parts)
@@ -70,7 +72,7 @@ def replay(
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
     training.student.train()
     figures = train_step(training, [batch.to(accelerator.device) for batch in batches])
-    shown = [f"{name} {float(value):.6g}" for name, value in figures.items() if name.count("/") == 2]
+    shown = [f"{name} {float(value):.6g}" for name, value in losses_of(figures).items()]
     return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
 
 

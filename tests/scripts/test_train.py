@@ -18,7 +18,7 @@ from conftest import DETECTORS
 from runs import ROOT, TinyData, command, lines, run, start_many, weights
 from torch import nn
 
-import dtg_core.engine.run
+import dtg_core.engine.evaluator
 from dtg_core.engine.checkpoint import load_weights
 from dtg_core.engine.predict import load_detector
 from dtg_core.structures import LossTerm
@@ -37,13 +37,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 
 def test_the_best_teacher_is_kept(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of AP 5, 9, 9, 7, the first 9; on other validation images it starts anew."""
-    real, given = dtg_core.engine.run.metrics_and_curves, iter([5, 1, 9, 1, 9, 1, 7, 1, 6, 1])  # of teacher and student in turn
+    real, given = dtg_core.engine.evaluator.metrics_and_curves, iter([5, 1, 9, 1, 9, 1, 7, 1, 6, 1])  # of teacher and student in turn
 
     def metrics(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         figures, curves = real(*arguments)
         return {**figures, "AP": float(next(given))}, curves
 
-    monkeypatch.setattr(dtg_core.engine.run, "metrics_and_curves", metrics)
+    monkeypatch.setattr(dtg_core.engine.evaluator, "metrics_and_curves", metrics)
     arguments = command(data, "gfl", tmp_path / "run", "run.evaluate_every=1", "guidance.start_step=0", steps=4)
     assert run(arguments, tmp_path / "logs").status == 0
     folder = tmp_path / "run" / "weights"
@@ -207,7 +207,7 @@ def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> No
     def prepare() -> None:
         import torch
 
-        from dtg_core.engine import run as engine
+        from dtg_core.engine import trainer as engine
 
         step = engine.train_step
 
@@ -238,7 +238,7 @@ def test_out_of_memory_in_an_evaluation_costs_no_step(data: TinyData, tmp_path: 
     def prepare() -> None:
         import torch
 
-        from dtg_core.engine import run as engine
+        from dtg_core.engine import evaluator as engine
 
         def full(*_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.14 GiB")
@@ -332,6 +332,7 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     assert [{kind: len(images) for kind, images in part.items()} for part in told["parts"]] == [{"labeled": 2, "unlabeled": 2}] * 2
     assert set(told["parts"][0]["labeled"][0]) == {"image_id", "seed"}
     assert [name for name, loss in told["losses"].items() if loss == "nan"] == ["labeled/rpn/box"]
+    assert {name.split("/")[0] for name in told["losses"]} == {"labeled", "unlabeled"}  # no counts of guidance
     assert not (output / "weights").exists()
 
     replayed = run(["--replay", str(output / "nonfinite" / "step.json")], tmp_path / "logs", prepare=prepare)

@@ -68,7 +68,7 @@ def test_validation_images_that_cannot_be_read_are_counted(data: TinyData, tmp_p
 
 def full_disk(first: int) -> Callable[[], None]:
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.checkpointer as module
 
         save = module.save_checkpoint
 
@@ -105,7 +105,7 @@ def test_fault_63_a_full_disk_at_the_end_does_not_keep_the_weights_back(data: Ti
 
 def test_fault_63_no_room_for_weights(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.evaluator as module
 
         def full(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -166,7 +166,7 @@ def test_data_that_fail_cost_no_step(data: TinyData, tmp_path: Path, workers: in
 
 def test_an_evaluation_that_fails_costs_no_step(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.evaluator as module
 
         def broken(*_: object) -> None:
             raise UserError("val.png: cannot be read - fix it")

@@ -135,7 +135,7 @@ def test_micro_batches_on_the_command_line(data: TinyData, tmp_path: Path) -> No
 
 def test_all_processes_stop_when_one_is_told(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.trainer as module
 
         train_step = module.train_step
 
@@ -176,7 +176,7 @@ def test_a_mistake_of_the_main_process_ends_all(data: TinyData, tmp_path: Path) 
 
 def test_a_failing_evaluation_of_the_main_process_ends_all(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        from dtg_core.engine import run as engine
+        from dtg_core.engine import evaluator as engine
 
         def broken(*_: object) -> object:
             raise ValueError("the evaluator is broken")
@@ -237,7 +237,7 @@ def test_giving_up_names_the_losses_of_every_process(data: TinyData, tmp_path: P
 
 def test_all_processes_have_the_same_teacher_when_batch_statistics_train(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.trainer as module
 
         train_step = module.train_step
 

@@ -13,8 +13,7 @@ from PIL import Image
 from runs import TinyData
 
 from dtg_core.data.coco import load_coco
-from dtg_core.engine import report
-from dtg_core.engine import run as run_module
+from dtg_core.engine import recorder, report
 from dtg_core.engine.evaluate import SetDetections
 from dtg_core.engine.pictures import GAP, TILE, predictions_sheet
 from dtg_core.engine.report import found_in, sample_rows, write_report
@@ -93,7 +92,7 @@ def refuse(*_: object) -> None:
 
 
 def fill_the_disk() -> None:
-    run_module.save_pictures = refuse
+    recorder.save_pictures = refuse
 
 
 def test_a_failure_is_one_warning_and_changes_nothing(data, finished, tmp_path):

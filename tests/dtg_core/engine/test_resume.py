@@ -44,7 +44,7 @@ def die_after(step: int, moment: str) -> Callable[[], None]:
     """Kill the process at a checkpoint's ``moment``: "before", "inside" or "after" it is written at ``step``."""
 
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.checkpointer as module
 
         save, write = module.save_checkpoint, checkpoint._write
 
@@ -518,7 +518,7 @@ def send_to_group_after(step: int, number: int) -> Callable[[], None]:
     """In a group of its own, send a signal to the training process and its loader's workers, as a terminal does."""
 
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.trainer as module
 
         os.setpgid(0, 0)
         train_step = module.train_step
@@ -538,7 +538,7 @@ def test_a_signal_breaks_off_an_evaluation(data: TinyData, tmp_path: Path) -> No
     """The checkpoint says that the evaluation is still due, so the resumed run has the same metrics."""
 
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.evaluator as module
 
         find = module.find
 
@@ -565,7 +565,7 @@ def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
     """Unless it comes so soon that it is the same request: schedulers and torchrun signal the same process."""
 
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.trainer as module
 
         train_step = module.train_step
 
@@ -593,7 +593,7 @@ def test_a_second_signal_ends_at_once(data: TinyData, tmp_path: Path) -> None:
 
 def test_a_full_disk_at_a_checkpoint_does_not_stop_training(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        import dtg_core.engine.run as module
+        import dtg_core.engine.checkpointer as module
 
         save = module.save_checkpoint
 
