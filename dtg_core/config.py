@@ -6,7 +6,7 @@ The labels A1 to A30 mark choices that the paper leaves open; docs/method.md giv
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -83,6 +83,10 @@ class GuidanceConfig:
     start_step: Whole = 2000  # no unlabelled loss before this step (A28)
     ramp_steps: Whole = 2000  # then its weight grows linearly from 0 to alpha over these steps
     stages: dict[str, StageRule] = field(default_factory=paper_stages)
+
+    def only(self, stages: Iterable[str]) -> GuidanceConfig:
+        """The same for a detector with these stages; the others are those of other detectors, and nothing reads them."""
+        return replace(self, stages={name: self.stages[name] for name in stages})
 
 
 @dataclass(frozen=True)

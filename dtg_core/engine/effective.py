@@ -76,9 +76,10 @@ def reads(paradigm: Any, key: str) -> bool:
 
 
 def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How each stage was guided, from settings by dotted key; those of other detectors are included if the settings name them."""
+    """How each stage of the detector was guided, from settings by dotted key."""
     return {key.split(".")[2]: value for key, value in settings.items()
-            if key.startswith("guidance.stages.") and key.endswith(".paradigm")}  # fmt: skip
+            if key.startswith("guidance.stages.") and key.endswith(".paradigm")
+            and not of_another(key, settings.get("detector"))}  # fmt: skip
 
 
 def paradigm_of(stages: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ class Recorder:
         self.config, self.accelerator = training.config, training.accelerator
         labeled = sources.labeled
         self.watch = Watch(
-            self.config.guidance, float(labeled.objects_per_image().sum()), labeled.class_names,
+            self.config.guidance.only(training.teacher.stages), float(labeled.objects_per_image().sum()), labeled.class_names,
             self._score_histogram,
         )
         self.report: RunReport | None = None  # the main process's, while it trains

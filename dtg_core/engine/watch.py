@@ -22,7 +22,8 @@ class Watch:
     """Looks at log lines and evaluations.
 
     Args:
-        guidance: the run's settings of it. objects: mean boxes per labelled image. classes: their names.
+        guidance: the run's settings of it, with its detector's stages only. objects: mean boxes per labelled image.
+        classes: their names.
         histogram: text about the teacher's scores on recent images; called when it never finds anything.
     """
 

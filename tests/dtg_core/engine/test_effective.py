@@ -9,7 +9,17 @@ import pytest
 from conftest import ROOT
 
 from dtg_core.config import StageRule
-from dtg_core.engine.effective import BATCH, DENSE_ONLY, SILENT, SPARSE_ONLY, UNLABELED_ONLY, UNREAD, effective, of_another
+from dtg_core.engine.effective import (
+    BATCH,
+    DENSE_ONLY,
+    SILENT,
+    SPARSE_ONLY,
+    UNLABELED_ONLY,
+    UNREAD,
+    effective,
+    of_another,
+    stage_paradigms,
+)
 from dtg_core.engine.resume import FREE
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
@@ -43,6 +53,12 @@ def test_a_section_that_was_emptied_by_hand_is_no_ones():
     assert effective(emptied).keys() == emptied.keys() - {"guidance", "guidance.stages"}  # nothing is guided
     assert of_another("guidance.stages.rpn.tau", "gfl")
     assert of_another("faster_rcnn.channels", "gfl")
+
+
+def test_paradigms_are_those_of_the_own_stages():
+    settings = {"guidance.stages.head.paradigm": "none", "guidance.stages.rcnn.paradigm": "dense"}
+    assert stage_paradigms({**settings, "detector": "gfl"}) == {"head": "none"}
+    assert stage_paradigms({**settings, "detector": "mine"}) == {"head": "none", "rcnn": "dense"}  # which nobody knows
 
 
 def test_effective_settings_of_a_detector():

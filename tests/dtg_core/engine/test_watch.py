@@ -225,3 +225,20 @@ def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.Cap
 def test_overfitting_without_guidance_is_no_matter_of_guidance() -> None:
     one = supervised_watch()
     assert not [text for step, figure in ((500, 40.0), (1500, 20.0)) for text in one.evaluation(step, figure)]
+
+
+@pytest.mark.parametrize("paradigm", ["none", "dense"])
+def test_stages_of_other_detectors_do_not_guide(tmp_path: Path, paradigm: str) -> None:
+    """All settings hold a dense R-CNN, which GFL does not have."""
+
+    def falling() -> None:
+        import dtg_core.engine.evaluator as module
+
+        real, given = module.metrics_and_curves, iter([90, 90, 10, 10])  # of teacher and student in turn
+        module.metrics_and_curves = lambda *arguments: ({**real(*arguments)[0], "AP": float(next(given))}, real(*arguments)[1])
+
+    settings = [f"guidance.stages.head.paradigm={paradigm}", "guidance.start_step=1", "run.evaluate_every=1"]
+    arguments = command(TinyData.write(tmp_path / "data"), "gfl", tmp_path / "run", *settings, steps=2)
+    ended = run(arguments, tmp_path / "logs", prepare=falling)
+    assert ended.status == 0, ended.err
+    assert ("the teacher's AP has fallen to 10.0 from 90.0 before it guided" in ended.err) == (paradigm == "dense")
