@@ -27,19 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import (
-    DETECTORS,
-    PARADIGMS,
-    Parser,
-    add_overwrite,
-    build_detector,
-    main_guard,
-    number,
-    one_of,
-    require_new,
-    settings_from,
-    write_json,
-)
+from command_line import Parser, main_guard, number, one_of
+from read_settings import DETECTORS, PARADIGMS, build_detector, settings_from
+from shared_flags import add_overwrite, require_new, write_json
 
 from dtg_core.config import without_weights
 from dtg_core.errors import UserError

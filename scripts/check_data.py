@@ -14,7 +14,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, add_rules, main_guard, number, progress, require_new, rules_of
+from command_line import Parser, main_guard, number, progress
+from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
 from dtg_core.config import DataConfig
 from dtg_core.drafts import write_text, writing

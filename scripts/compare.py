@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common import Parser, add_overwrite, main_guard, require_new
+from command_line import Parser, main_guard
+from shared_flags import add_overwrite, require_new
 
 
 def parser() -> Parser:

@@ -15,18 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import (
-    Parser,
-    add_overwrite,
-    add_rules,
-    add_weights,
-    main_guard,
-    number,
-    progress,
-    require_new,
-    require_own_files,
-    rules_of,
-)
+from command_line import Parser, main_guard, number, progress
+from shared_flags import add_overwrite, add_rules, add_weights, require_new, require_own_files, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError

@@ -17,8 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from common import Parser, add_rules, add_weights, main_guard, number, one_of, rules_of
+from command_line import Parser, main_guard, number, one_of
 from predict import find_images
+from shared_flags import add_rules, add_weights, rules_of
 
 from dtg_core.drafts import require_writable, writing
 from dtg_core.errors import UserError, printable

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import require_own_files
+from shared_flags import require_own_files
 
 from dtg_core.errors import UserError
 

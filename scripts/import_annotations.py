@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Parser, add_overwrite, add_rules, main_guard, one_of, require_new, rules_of
+from command_line import Parser, main_guard, one_of
+from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted

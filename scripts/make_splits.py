@@ -19,7 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, add_rules, main_guard, number, one_of, require_new, rules_of
+from command_line import Parser, main_guard, number, one_of
+from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted

@@ -28,8 +28,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Parser, add_overwrite, add_weights, main_guard, number, progress, require_new, write_json
+from command_line import Parser, main_guard, number, progress
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
+from shared_flags import add_overwrite, add_weights, require_new, write_json
 
 from dtg_core.errors import UserError, counted
 from dtg_core.ranges import Count, Whole

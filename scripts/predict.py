@@ -36,7 +36,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from common import Parser, add_overwrite, add_rules, add_weights, main_guard, number, progress, require_new, rules_of
+from command_line import Parser, main_guard, number, progress
+from shared_flags import add_overwrite, add_rules, add_weights, require_new, rules_of
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import Parser, add_overwrite, add_weights, main_guard, number, require_new
+from command_line import Parser, main_guard, number
 from hidden_labels import hidden_labels, unlabeled, unlabeled_data
+from shared_flags import add_overwrite, add_weights, require_new
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, counted, printable

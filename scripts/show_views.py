@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common import Parser, add_overwrite, load_settings, main_guard, number, require_new, train_parser
+from command_line import Parser, main_guard, number
+from read_settings import load_settings, train_parser
+from shared_flags import add_overwrite, require_new
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, printable

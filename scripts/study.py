@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import DETECTORS, RULES, Parser, load_settings, main_guard, number, train_parser
+from command_line import Parser, main_guard, number
+from read_settings import DETECTORS, load_settings, train_parser
+from shared_flags import RULES
 
 from dtg_core.drafts import write_text, writing
 from dtg_core.errors import UserError, nearest

@@ -9,18 +9,15 @@ signal has stopped it, after a checkpoint.
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
-import os
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import build_detector, check_devices, is_supervised, load_settings, main_guard, train_parser, without_effect
+from command_line import main_guard
+from launch import fit_to_processes, start_accelerator
+from read_settings import build_detector, is_supervised, load_settings, train_parser, without_effect
 
 from dtg_core.config import without_weights
 from dtg_core.drafts import require_writable
@@ -47,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
         print(to_yaml(settings, origins))
         return 0
 
-    accelerator = _accelerator(settings.optim.accumulate)
+    accelerator = start_accelerator(settings.optim.accumulate)
     if accelerator.is_main_process:
         _warn(remarks)
-    settings = _fit_to_processes(settings, accelerator, arguments.scale_lr)
+    settings = fit_to_processes(settings, accelerator, arguments.scale_lr)
 
     import torch
 
@@ -154,44 +151,6 @@ def default_folder(settings: RunSettings) -> Path:
     labeled = settings.data.labeled
     parts = (settings.detector, settings.paradigm, *([Path(labeled).stem] if labeled else []), f"seed{settings.run.seed}")
     return Path("runs", "-".join(parts))
-
-
-def _accelerator(accumulate: int) -> Accelerator:
-    import torch
-    from accelerate import Accelerator
-
-    atexit.register(_leave_process_group)
-    if not torch.accelerator.is_available() or torch.cuda.is_available():
-        check_devices(os.environ, torch.cuda.device_count())
-    try:
-        with warnings.catch_warnings():
-            # The number of threads that it chooses for several processes on CPUs is fine, so its advice is not needed.
-            warnings.filterwarnings("ignore", "OMP_NUM_THREADS", UserWarning)
-            return Accelerator(gradient_accumulation_steps=accumulate)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"accelerate: cannot start ({error}) - see accelerate config") from error
-
-
-def _leave_process_group() -> None:
-    """End Gloo's threads, one of which may still hold a tensor: releasing it while Python exits would abort the process."""
-    import torch
-
-    gc.collect()  # the student's DistributedDataParallel, in a cycle, holds the group
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bool) -> RunSettings:
-    """The settings with what the launcher decides: its micro-batches override ours, and --scale-lr needs to know them."""
-    from dtg_core.engine.schedules import scale_lr
-
-    settings = replace(settings, optim=replace(settings.optim, accumulate=accelerator.gradient_accumulation_steps))
-    accelerator.gradient_accumulation_steps = 1  # train_step does the division itself, and exactly
-    if scale:
-        before = settings.optim.lr
-        settings = replace(settings, optim=scale_lr(settings, accelerator.num_processes))
-        accelerator.print(f"--scale-lr: optim.lr {before:g} -> {settings.optim.lr:g}")
-    return settings
 
 
 def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[Detector, list[str]]:

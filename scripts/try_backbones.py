@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common import DETECTORS, Parser, build_detector, load_settings, main_guard, number, one_of, train_parser
+from command_line import Parser, main_guard, number, one_of
+from read_settings import DETECTORS, build_detector, load_settings, train_parser
 
 from dtg_core.errors import UserError
 from dtg_core.ranges import Count

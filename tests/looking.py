@@ -13,7 +13,7 @@ from dtg_core.engine.checkpoint import save_weights
 from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
-import common  # noqa: E402
+import read_settings  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
 CLASSES, IDS = ["ellipse", "rectangle", "triangle", "star", "cross", "ring", "heart"], [1, 2, 3, 4, 5, 6, 7]
@@ -42,7 +42,7 @@ def write_weights(folder: Path, detector: str = "gfl", settings: RunSettings | N
     settings = settings or tiny_settings(detector)
     for seed, which in enumerate(("teacher", "student")):
         torch.manual_seed(seed)
-        model = common.build_detector(settings, len(CLASSES))
+        model = read_settings.build_detector(settings, len(CLASSES))
         with torch.no_grad():  # scores of an untrained head hardly differ
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts")]
 
-import common  # noqa: E402
+import command_line  # noqa: E402
 import train  # noqa: E402
 
 import dtg_core.engine.trainer  # noqa: E402, F401 - imported before a fork, not in each
@@ -165,7 +165,7 @@ def start(
         sys.argv = [f"{main.__module__}.py", *arguments]
         if prepare:
             prepare()
-        common.main_guard(main)
+        command_line.main_guard(main)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts")]
 
-import common  # noqa: E402
+import read_settings  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
 from dtg_core.settings_text import flatten  # noqa: E402
@@ -113,7 +113,7 @@ def script(name: str, words: list[str], command: str, whole: bool) -> None:
             check_file(word)
     if name == "train.py" and not options.replay:
         options.config = options.config and ROOT / options.config
-        common.load_settings(options)
+        read_settings.load_settings(options)
 
 
 def check_file(name: str) -> None:
@@ -144,7 +144,7 @@ def braces(word: str) -> list[str]:
 @cache
 def parser_of(name: str) -> ArgumentParser:
     if name == "train.py":
-        return common.train_parser()
+        return read_settings.train_parser()
     return importlib.import_module(name.removesuffix(".py")).parser()
 
 
@@ -177,7 +177,7 @@ def test_commands_are_found():
     "python scripts/predict.py runs/a missing/b.json --output DIR",
 ])  # fmt: skip
 def test_a_wrong_command_is_noticed(command, capsys):
-    with pytest.raises((AssertionError, SystemExit, common.UserError)):
+    with pytest.raises((AssertionError, SystemExit, read_settings.UserError)):
         parsed(command, whole=True)
 
 

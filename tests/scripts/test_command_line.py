@@ -19,18 +19,12 @@ sys.path[:0] = [str(ROOT / "scripts")]
 
 import benchmark  # noqa: E402
 import check_data  # noqa: E402
-import common  # noqa: E402
+import command_line  # noqa: E402
 import evaluate  # noqa: E402
 import predict  # noqa: E402
-from common import (  # noqa: E402
-    DETECTORS,
-    STAGES,
-    build_detector,
-    is_supervised,
-    load_settings,
-    main_guard,
-    train_parser,
-)
+import read_settings  # noqa: E402
+from command_line import main_guard  # noqa: E402
+from read_settings import DETECTORS, STAGES, build_detector, is_supervised, load_settings, train_parser  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
 from dtg_core.config import paper_stages  # noqa: E402
@@ -139,8 +133,8 @@ def test_wrong_command_lines(arguments: list[str], parts: list[str]) -> None:
     ],
 )
 def test_numbers_of_flags(kind: type, interval: str, text: str, told: float | str) -> None:
-    parser = common.Parser("A script.")
-    parser.add_argument("--flag", type=common.number(Annotated[kind, interval]))
+    parser = command_line.Parser("A script.")
+    parser.add_argument("--flag", type=command_line.number(Annotated[kind, interval]))
     if not isinstance(told, str):
         assert (value := parser.parse(["--flag", text]).flag) == told
         assert type(value) is kind
@@ -201,7 +195,7 @@ def test_flags_set_their_keys() -> None:
     assert (data.labeled, data.unlabeled, data.val, data.images) == ("a b: [1].json", "u", "#v", "null")
     assert (config.run.output, config.optim.lr, config.optim.gamma, config.run.log_every) == ("o", 1.0, 1.0, 7)
     assert origins["run.steps"] == "command line"
-    assert origins["guidance.alpha"].startswith(str(common._shortest(common.QUICKSTART)))
+    assert origins["guidance.alpha"].startswith(str(read_settings._shortest(read_settings.QUICKSTART)))
 
 
 @pytest.mark.parametrize(("paradigm", "stage"), [("dense", "dense"), ("sparse", "sparse"), ("supervised", "none")])
@@ -286,7 +280,7 @@ def test_what_the_core_logs_is_told_as_a_warning(tmp_path: Path) -> None:
 )
 def test_settings_without_effect_are_told(flags: list[str], given: list[str], idle: str | None) -> None:
     settings, _, _ = settings_of(*flags, "--set", *given)
-    notes = common.without_effect(given, settings)
+    notes = read_settings.without_effect(given, settings)
     assert notes == ([f"--set {idle}: without effect, as this detector and paradigm do not read it"] if idle else [])
 
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import DETECTORS, full_disk
 from runs import TINY, TinyData, command, errors, run, weights, write_coco
 
-from common import check_devices, require_new  # isort: skip
+from launch import check_devices  # isort: skip
+from shared_flags import require_new  # isort: skip
 
 from dtg_core.config import SCHEMA, BackboneConfig, Config, DataConfig, OptimConfig, RunConfig, cross_check
 from dtg_core.drafts import require_writable

@@ -20,7 +20,7 @@ from runs import run as fork
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import study as script  # noqa: E402
-from common import train_parser  # noqa: E402
+from read_settings import train_parser  # noqa: E402
 
 from dtg_core.engine.study import Plan, acting_settings, plan, read_study  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402

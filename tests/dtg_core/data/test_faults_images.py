@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import check_data  # noqa: E402
-from common import main_guard  # noqa: E402
+from command_line import main_guard  # noqa: E402
 from hidden_labels import unlabeled_data  # noqa: E402
 
 from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import import_annotations  # noqa: E402
-from common import main_guard  # noqa: E402
+from command_line import main_guard  # noqa: E402
 
 from dtg_core.data.coco import load_coco  # noqa: E402
 from dtg_core.data.index import CocoIndex  # noqa: E402
