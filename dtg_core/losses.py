@@ -1,25 +1,21 @@
 """From unreduced losses to the terms of Eqs. 1 to 6.
 
 A term keeps its sum and its divisor apart until the divisors are summed over processes and micro-batches, so that N processes
-compute what one process with all their images would. Names are ``labeled|unlabeled/<stage>/cls|background|box|rank``.
+compute what one process with all their images would.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor
 
 from dtg_core.config import StageRule
 from dtg_core.guidance.rank_matching import rank_matching
-from dtg_core.structures import Assignment, DenseGuidance, LossTerm, Predictions, Unreduced
-
-Scalar = TypeVar("Scalar", Tensor, float)
-T = TypeVar("T")
+from dtg_core.structures import Assignment, DenseGuidance, Losses, LossKind, LossTerm, Predictions, Unreduced
 
 
-def ordinary_terms(unreduced: Unreduced) -> dict[str, LossTerm]:
+def ordinary_terms(unreduced: Unreduced) -> dict[LossKind, LossTerm]:
     """The detector's own reduction, for ground truth and for sparse pseudo boxes."""
     count = unreduced.classification_count
     return {
@@ -31,7 +27,7 @@ def ordinary_terms(unreduced: Unreduced) -> dict[str, LossTerm]:
 
 def dense_terms(
     unreduced: Unreduced, predictions: Predictions, assignment: Assignment, rule: StageRule
-) -> dict[str, LossTerm]:
+) -> dict[LossKind, LossTerm]:
     """Dense guidance: means over clusters of the means within them (Eqs. 2, 3 and 5), and the background.
 
     The background sum is divided by the number of assigned samples. ``rule.normalization`` "stage" reduces classes, boxes and
@@ -70,20 +66,14 @@ def _weighted(unreduced: Unreduced, dense: DenseGuidance) -> Unreduced:
     return unreduced
 
 
-def losses_of(figures: Mapping[str, T]) -> dict[str, T]:
-    """The losses among the figures of a step; others are "guidance/..." and single words."""
-    return {name: value for name, value in figures.items() if name.startswith(("labeled/", "unlabeled/"))}
-
-
-def weigh(losses: Mapping[str, Scalar], rules: Mapping[str, StageRule], unlabeled_weight: float) -> Scalar:
+def weigh(losses: Losses, rules: Mapping[str, StageRule], unlabeled_weight: float) -> Tensor:
     """The total of Eq. 1, L^l + alpha L^u, with L^u = L_cls + L_reg + beta L_RM of each stage (Eq. 6).
 
     Args:
-        losses: at least one, by name. rules: for beta, by stage. unlabeled_weight: alpha times its warm-up.
+        losses: at least one. rules: for beta, by stage. unlabeled_weight: alpha times its warm-up.
     """
     weighted = []
-    for name, loss in losses.items():
-        branch, stage, kind = name.split("/")
+    for (branch, stage, kind), loss in losses.items():
         weight = unlabeled_weight if branch == "unlabeled" else 1.0
         weighted.append((weight * rules[stage].rank_weight if kind == "rank" else weight) * loss)
     return sum(weighted[1:], weighted[0])

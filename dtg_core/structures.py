@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -278,6 +278,25 @@ class Unreduced:
     box_weight: Tensor  # [P] weight of the box loss in the ordinary reduction, detached
     classification_count: Tensor  # [] divisor of the classification and background losses
     box_count: Tensor  # [] divisor of the weighted box loss
+
+
+#: A stage's losses: of classes, of background, of boxes, and rank matching.
+LossKind = Literal["cls", "background", "box", "rank"]
+
+
+class LossName(NamedTuple):
+    """Which of a step's losses a number is; as text, its name in ``metrics.jsonl``."""
+
+    branch: Literal["labeled", "unlabeled"]
+    stage: str
+    kind: LossKind
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+#: The losses of a step.
+Losses = dict[LossName, Tensor]
 
 
 @dataclass(frozen=True)

@@ -84,15 +84,15 @@ def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
     detector = build_detector(settings, len(sources.labeled.class_names))
     made = prepare(settings, detector, sources.labeled.objects_per_image(), accelerator)
     data = step_data(settings, sources, 0, 1)
-    losses, times = [], []
+    labeled, times = [], []
     made.student.train()
     for step in range(settings.run.steps):
         batch = data[step].to(accelerator.device)
         began = time.perf_counter()
-        figures = train_step(made, [batch])
-        losses.append(sum(float(value) for key, value in figures.items() if key.startswith("labeled/")))
+        losses, _ = train_step(made, [batch])
+        labeled.append(sum(float(loss) for name, loss in losses.items() if name.branch == "labeled"))
         times.append(time.perf_counter() - began)
-    return sum(parameter.numel() for parameter in made.module.parameters()), statistics.median(times), losses
+    return sum(parameter.numel() for parameter in made.module.parameters()), statistics.median(times), labeled
 
 
 if __name__ == "__main__":

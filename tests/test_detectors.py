@@ -15,6 +15,7 @@ from dtg_core.guidance import teach
 from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher
+from dtg_core.structures import LossName
 
 OBJECTS = [[[4.0, 4, 30, 34]], [[20.0, 10, 60, 50], [2, 30, 20, 60]]]
 LABELS = [[0], [1, 2]]
@@ -33,14 +34,14 @@ def eager(detector: torch.nn.Module) -> torch.nn.Module:
     return detector
 
 
-def losses_of(detector: torch.nn.Module, labeled, pair, stage_rules) -> tuple[dict[str, torch.Tensor], dict]:
+def losses_of(detector: torch.nn.Module, labeled, pair, stage_rules) -> tuple[dict[LossName, torch.Tensor], dict]:
     student, teacher = StudentModule(detector, stage_rules).train(), make_teacher(detector)
     supervision, figures = teach(teacher, pair, stage_rules)
     terms = student(labeled, pair.student, supervision)
     return {name: term.total / term.count.clamp(min=1) for name, term in terms.items()}, figures
 
 
-def check_step(detector: torch.nn.Module, losses: dict[str, torch.Tensor], stage_rules) -> None:
+def check_step(detector: torch.nn.Module, losses: dict[LossName, torch.Tensor], stage_rules) -> None:
     weigh(losses, stage_rules, 2.0).backward()
     for name, loss in losses.items():
         assert loss.isfinite(), name
@@ -72,7 +73,7 @@ def test_same_view_and_weights_are_their_own_teacher(name):
         assignment, (_, predictions) = told.assignment, outputs[stage]
         rows = predictions.logits[assignment.image, assignment.sample, assignment.label]
         torch.testing.assert_close(rows, assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
-        rank = terms[f"unlabeled/{stage}/rank"]
+        rank = terms["unlabeled", stage, "rank"]
         assert (rank.total / rank.count).item() == pytest.approx(0, abs=1e-5)
         assert not assignment.background[assignment.image, assignment.sample].any()
 
@@ -89,7 +90,7 @@ def test_dense_step_is_finite_and_reaches_every_parameter(name):
     check_step(detector, losses, stage_rules)
     for stage in detector.stages:
         for kind in ("cls", "box", "background", "rank"):
-            assert losses[f"unlabeled/{stage}/{kind}"] > 0, kind
+            assert losses["unlabeled", stage, kind] > 0, kind
 
 
 EMPTY_CASES = {
@@ -123,13 +124,13 @@ def test_without_anything_found_only_background_is_taught(name, paradigm):
     detector = eager(tiny_detector(name))
     stage_rules = rules(paradigm=paradigm, tau=0.999, pseudo_score=0.999)
     losses, figures = losses_of(detector, make_views(2, 64, 64, OBJECTS, LABELS), make_pair(2, 64, 64), stage_rules)
-    nothing = {key: loss for key, loss in losses.items() if key.startswith("unlabeled/") and not key.endswith("/background")}
-    assert {key.rpartition("/")[2] for key in nothing} == ({"cls", "box", "rank"} if paradigm == "dense" else {"cls", "box"})
+    nothing = {name: loss for name, loss in losses.items() if name.branch == "unlabeled" and name.kind != "background"}
+    assert {name.kind for name in nothing} == ({"cls", "box", "rank"} if paradigm == "dense" else {"cls", "box"})
     for key, loss in nothing.items():
         assert loss.item() == 0, key
         assert loss.requires_grad, key
     for stage in detector.stages:
-        assert losses[f"unlabeled/{stage}/background"] > 0
+        assert losses["unlabeled", stage, "background"] > 0
         assert figures[f"guidance/{stage}/{'candidates' if paradigm == 'dense' else 'pseudo_boxes'}"] == 0
 
 
@@ -143,8 +144,8 @@ def test_all_stage_mixes_have_their_losses_and_no_others(rpn, rcnn):
     stage_rules = rules(tau=0.5, pseudo_score=0.5)
     stage_rules["rpn"], stage_rules["rcnn"] = replace(stage_rules["rpn"], paradigm=rpn), replace(stage_rules["rcnn"], paradigm=rcnn)
     losses, _ = losses_of(detector, make_views(2, 64, 64, OBJECTS, LABELS), make_pair(2, 64, 64), stage_rules)
-    found = {name for name in losses if name.startswith("unlabeled/")}
-    expected = {f"unlabeled/{stage}/{kind}" for stage in ("rpn", "rcnn") for kind in dense_kinds(stage_rules[stage])}
+    found = {name for name in losses if name.branch == "unlabeled"}
+    expected = {LossName("unlabeled", stage, kind) for stage in ("rpn", "rcnn") for kind in dense_kinds(stage_rules[stage])}
     assert found == expected
     check_step(detector, losses, stage_rules)
 
@@ -235,7 +236,8 @@ def test_proposals_that_teach_nothing_are_not_looked_at():
     everything = {"rcnn": replace(supervision["rcnn"], proposals=replace(proposals, valid=whole))}
     student, labeled = StudentModule(detector, stage_rules).eval(), make_views(1, 64, 64)
     few, many = (student(labeled, pair.student, {"rcnn": told["rcnn"]}) for told in (supervision, everything))
-    for name in ("unlabeled/rcnn/cls", "unlabeled/rcnn/background", "unlabeled/rcnn/box", "unlabeled/rcnn/rank"):
+    for kind in ("cls", "background", "box", "rank"):
+        name = LossName("unlabeled", "rcnn", kind)
         assert many[name].total > 0, name
         torch.testing.assert_close(few[name].total, many[name].total)
         assert few[name].count == many[name].count

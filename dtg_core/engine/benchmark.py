@@ -80,7 +80,7 @@ def benchmark(
     other = None if against is None else training(against, copy.deepcopy(detector))
     main = training(paradigm, detector)
     step = partial(loop.train_step, main, [batch])
-    figures = step()
+    _, figures = step()
     memory = peak_memory(device)
     # AdamW keeps its step counts on the host.
     with device_work([state["step"] for state in main.plain_optimizer.state.values() if "step" in state]) as work:

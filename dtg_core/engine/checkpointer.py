@@ -30,10 +30,9 @@ from dtg_core.engine.replay import describe
 from dtg_core.engine.resume import changed_course, check_stamp, other_validation
 from dtg_core.engine.run_state import RunState
 from dtg_core.errors import UserError
-from dtg_core.guidance.paradigms import Figures
 from dtg_core.models.teacher import copy_frozen
 from dtg_core.settings_text import flatten
-from dtg_core.structures import StepBatch
+from dtg_core.structures import Losses, StepBatch
 
 MOST_UNSAVED = 3  # failed checkpoints in a row before the run stops, rather than training for days without one
 #: Settings that only matter to a run's first step.
@@ -158,10 +157,10 @@ class Checkpointer:
             again = "; --resume auto --resume-with-changes continues" if self.folder.has_checkpoint else ""
             raise UserError(f"{error}{again}") from error
 
-    def save_nonfinite(self, batches: Sequence[StepBatch], figures: Figures) -> None:
+    def save_nonfinite(self, batches: Sequence[StepBatch], losses: Losses) -> None:
         """Write the last of too many non-finite steps, for ``--replay``, and say what was not finite."""
         step, folder = batches[0].step, self.folder.nonfinite
-        told, contents = describe(batches, figures, self.accelerator), self._contents()
+        told, contents = describe(batches, losses, self.accelerator), self._contents()
         if not self.accelerator.is_main_process:
             return
         try:

@@ -21,8 +21,8 @@ from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.losses import losses_of
 from dtg_core.protocol import Detector
+from dtg_core.structures import Losses
 
 CHECKPOINTS = 3  # kept at once while a new one is written
 
@@ -56,8 +56,8 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
         batch = data[step]
         reading = time.perf_counter() - began
         moved = [batch.to(accelerator.device)] * parts
-        figures = train_step(made, moved)
-        broken |= _broken(figures, accelerator.scaler is not None)  # sync: a step is over when its figures have arrived
+        losses, figures = train_step(made, moved)
+        broken |= _broken(losses, figures, accelerator.scaler is not None)  # sync: a step is over when its figures have arrived
         training = time.perf_counter() - began - reading
     training, reading, whole = forecast(training, reading, parts, config)
     size = _checkpoint_bytes(made.module, made.teacher, made.optimizer)
@@ -96,11 +96,11 @@ def forecast(training: float, reading: float, parts: int, config: Config) -> tup
     return training, reading, step * config.run.steps
 
 
-def _broken(figures: Figures, scaled: bool) -> bool:
+def _broken(losses: Losses, figures: Figures, scaled: bool) -> bool:
     """Whether a step went wrong. Under an fp16 scaler only the losses show it, because its first gradients overflow until it has
     found its scale."""
-    losses = [float(value) for value in losses_of(figures).values()]
-    return bool(figures["skipped"]) and not (scaled and all(map(math.isfinite, losses)))
+    numbers = [float(loss) for loss in losses.values()]
+    return bool(figures["skipped"]) and not (scaled and all(map(math.isfinite, numbers)))
 
 
 def _checkpoint_bytes(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> int:

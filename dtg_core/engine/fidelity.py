@@ -28,7 +28,7 @@ from dtg_core.losses import weigh
 from dtg_core.models.backbone import Pyramid
 from dtg_core.models.student import learn, loss_terms
 from dtg_core.protocol import Detector, Stage
-from dtg_core.structures import Assignment, LossTerm, PairBatch, Samples, Supervision, Targets, ViewBatch
+from dtg_core.structures import Assignment, LossName, LossTerm, PairBatch, Samples, Supervision, Targets, ViewBatch
 
 #: The loss terms of a gradient, and which gradient of the labelled loss it is compared with.
 KINDS = {"class": (("cls", "background"), "class"), "box": (("box",), "box"), "rank": (("rank",), "class")}
@@ -106,11 +106,11 @@ def measure(
     found = {name: Measured() for name in settings}
     for pair, truth in batches:
         learnt = learn(student, pair.student, {stage: Supervision(truth) for stage in names})
-        true = gradients(loss_terms(student, learnt, {}), {}, parameters)
+        true = gradients(loss_terms(student, learnt, {}, "unlabeled"), {}, parameters)
         for name, rules in settings.items():
             supervision, figures = teach(teacher, pair, rules)
             learnt = learn(student, pair.student, supervision)
-            own = gradients(loss_terms(student, learnt, rules), rules, parameters)
+            own = gradients(loss_terms(student, learnt, rules, "unlabeled"), rules, parameters)
             found[name].add_gradients(own, true)
             for stage, (samples, _, assignment) in learnt.items():
                 counts = count_labels(student.stages[stage], samples, assignment, truth, pair.student)
@@ -129,17 +129,17 @@ def head_parameters(student: nn.Module) -> list[nn.Parameter]:
 
 
 def gradients(
-    terms: Mapping[str, LossTerm], rules: Mapping[str, StageRule], parameters: Sequence[nn.Parameter]
+    terms: Mapping[LossName, LossTerm], rules: Mapping[str, StageRule], parameters: Sequence[nn.Parameter]
 ) -> dict[Key, Tensor]:
-    """Flat gradients [D] of the losses ``<stage>/<kind>`` of one batch, by stage and kind of ``KINDS``, and their sums.
+    """Flat gradients [D] of the losses of one batch, by stage and kind of ``KINDS``, and their sums.
 
     Sums are those of a stage, (stage, ALL), and of all stages, (ALL, ALL). Rank matching is weighted by beta of its rule.
     """
-    losses = {f"unlabeled/{name}": term.total / term.count.clamp(min=1) for name, term in terms.items()}
+    losses = {name: term.total / term.count.clamp(min=1) for name, term in terms.items()}
     found: dict[Key, Tensor] = {}
-    for stage in dict.fromkeys(name.split("/")[0] for name in terms):
+    for stage in dict.fromkeys(name.stage for name in terms):
         for kind, (parts, _) in KINDS.items():
-            chosen = {name: loss for name, loss in losses.items() if name in {f"unlabeled/{stage}/{part}" for part in parts}}
+            chosen = {name: loss for name, loss in losses.items() if name.stage == stage and name.kind in parts}
             if chosen:
                 gradient = _flat_gradient(weigh(chosen, rules, 1.0), parameters)
                 found[stage, kind] = gradient

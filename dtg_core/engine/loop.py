@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,9 @@ from dtg_core.models.backbone import compile_backbones
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher, update_teacher
 from dtg_core.protocol import Detector
-from dtg_core.structures import LossTerm, StepBatch, Supervision
+from dtg_core.structures import Losses, LossName, LossTerm, StepBatch, Supervision
+
+Name = TypeVar("Name")
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -86,7 +88,7 @@ def prepare(config: Config, detector: Detector, objects: ArrayLike, accelerator:
     return Training(config, accelerator, module, student, teacher, optimizer, thresholds)
 
 
-def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
+def train_step(training: Training, batches: Sequence[StepBatch]) -> tuple[Losses, Figures]:
     """One step of Eq. 1, from a batch to the updated student and teacher.
 
     Args:
@@ -94,10 +96,10 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
         batches: the micro-batches of one step, usually one: labelled views, and pairs of unlabelled views or None.
 
     Returns:
-        Losses and guidance figures by name, still on the device. "skipped" is 1 if the loss, the gradient or the updated
-        weights were not finite; the teacher is then unchanged, and in the first two cases so is the student, except for the
-        statistics of trained batch norms. "overflowed" is set if the weights themselves are not finite, which no later step can
-        repair.
+        The losses, and other figures by name: guidance, and the totals of both branches; all still on the device. "skipped" is
+        1 if the loss, the gradient or the updated weights were not finite; the teacher is then unchanged, and in the first two
+        cases so is the student, except for the statistics of trained batch norms. "overflowed" is set if the weights themselves
+        are not finite, which no later step can repair.
     """
     config, accelerator, student, teacher = training.config, training.accelerator, training.student, training.teacher
     step, detector = batches[0].step, training.module.detector
@@ -108,6 +110,7 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
     first = accelerator.process_index * len(batches)  # index of this process's first part of the step
     lessons = [_teach(training, batch, part, guided=weight > 0) for part, batch in enumerate(batches, first)]
     counts = _count_ahead(training, lessons) if len(lessons) > 1 else None
+    summed: dict[LossName, Any] = {}
     figures: Figures = {}
     for lesson in lessons:
         # Gradients of the processes are averaged once, in the last backward pass of a step.
@@ -118,7 +121,7 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
             # Gradients are averaged over processes, and the divisors are sums over processes.
             losses = {name: loss * accelerator.num_processes for name, loss in losses.items()}
             accelerator.backward(weigh(losses, config.guidance.stages, weight))
-        add_up(figures, {name: loss.detach() for name, loss in losses.items()})
+        add_up(summed, {name: loss.detach() for name, loss in losses.items()})
         add_up(figures, {name: value / len(lessons) for name, value in lesson.figures.items()})
 
     norm = accelerator.clip_grad_norm_(student.parameters(), config.optim.clip_norm or float("inf"))
@@ -137,7 +140,10 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> Figures:
         if finite and not is_finite(detector):
             figures["overflowed"] = 1.0
     training.optimizer.zero_grad(set_to_none=True)
-    return figures | {"skipped": float(not healthy)}
+    for branch in dict.fromkeys(name.branch for name in summed):
+        of_branch = {name: loss for name, loss in summed.items() if name.branch == branch}
+        figures[f"loss/{branch}"] = weigh(of_branch, config.guidance.stages, 1.0)
+    return summed, figures | {"skipped": float(not healthy)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def _found(lessons: Sequence[Lesson], accelerator: Accelerator) -> tuple[dict[st
     return found, images * accelerator.num_processes
 
 
-def _forward(training: Training, student: nn.Module, lesson: Lesson) -> dict[str, LossTerm]:
+def _forward(training: Training, student: nn.Module, lesson: Lesson) -> dict[LossName, LossTerm]:
     """The student's loss terms. Dropout and the like depend only on the seed, the step and the part."""
     batch, supervision = lesson.batch, lesson.supervision
     torch.manual_seed((training.config.run.seed * 1_000_003 + batch.step) * 1_009 + lesson.part)
@@ -184,7 +190,7 @@ def _forward(training: Training, student: nn.Module, lesson: Lesson) -> dict[str
 
 
 @torch.no_grad()
-def _count_ahead(training: Training, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+def _count_ahead(training: Training, lessons: Sequence[Lesson]) -> Losses:
     """The divisors of all micro-batches, which have to be known before the first backward pass.
 
     They depend on the student's predictions, so this costs an extra forward pass of each micro-batch, without gradients. In
@@ -192,7 +198,7 @@ def _count_ahead(training: Training, lessons: Sequence[Lesson]) -> dict[str, Ten
     """
     buffers = list(training.module.buffers())
     before = [buffer.clone() for buffer in buffers]
-    counts: dict[str, Any] = {}
+    counts: dict[LossName, Any] = {}
     for lesson in lessons:
         add_up(counts, _counts(_forward(training, training.module, lesson)))
     for buffer, old in zip(buffers, before):
@@ -200,11 +206,11 @@ def _count_ahead(training: Training, lessons: Sequence[Lesson]) -> dict[str, Ten
     return _over_processes(counts, training.accelerator)
 
 
-def _counts(terms: Mapping[str, LossTerm]) -> dict[str, Tensor]:
+def _counts(terms: Mapping[LossName, LossTerm]) -> Losses:
     return {name: term.count.detach().float() for name, term in terms.items()}
 
 
-def _over_processes(counts: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+def _over_processes(counts: Losses, accelerator: Accelerator) -> Losses:
     """The divisor of each loss, in one reduction: its count in all processes, at least 1."""
     total = cast(Tensor, accelerator.reduce(torch.stack(list(counts.values())), "sum"))
     return dict(zip(counts, total.clamp(min=1).unbind()))
@@ -239,7 +245,7 @@ def heal_statistics(detector: nn.Module, teacher: nn.Module) -> None:
             own.copy_(torch.where(own.isfinite(), own, averaged))
 
 
-def add_up(sums: dict[str, Any], figures: Mapping[str, Tensor | float]) -> None:
+def add_up(sums: dict[Name, Any], figures: Mapping[Name, Tensor | float]) -> None:
     """Add each figure to the sum of its name."""
     for name, value in figures.items():
         sums[name] = sums.get(name, 0.0) + value
@@ -252,10 +258,12 @@ class Window:
     sums: Figures = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, figures: Figures) -> None:
-        """Add the figures of a step; for a skipped step, only the fact that it was skipped."""
-        if figures.get("skipped"):
+    def add(self, losses: Losses, figures: Figures) -> None:
+        """Add what a step gives; of a skipped step, only the fact that it was skipped."""
+        if figures["skipped"]:
             figures = {"skipped": figures["skipped"]}
+        else:
+            figures = {**{str(name): loss for name, loss in losses.items()}, **figures}
         add_up(self.sums, figures)
         for name in figures:
             self.counts[name] = self.counts.get(name, 0) + 1

@@ -23,8 +23,8 @@ from dtg_core.engine.run_state import RunState
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.watch import Watch
 from dtg_core.guidance.paradigms import Figures
-from dtg_core.losses import weigh
 from dtg_core.settings_text import flatten, to_yaml
+from dtg_core.structures import Losses
 
 
 class Recorder:
@@ -53,9 +53,9 @@ class Recorder:
         if self.report:
             self.report.close()
 
-    def step(self, figures: Figures) -> None:
-        """Take in the figures of a step."""
-        self.state.window.add(figures)
+    def step(self, losses: Losses, figures: Figures) -> None:
+        """Take in what a step gives."""
+        self.state.window.add(losses, figures)
         if self.report:
             self.report.progress.advance()
 
@@ -67,9 +67,7 @@ class Recorder:
         times = clock.lap(done)
         if self.report is None:
             return
-        losses = {branch: {name: value for name, value in means.items() if name.startswith(f"{branch}/")}
-                  for branch in ("labeled", "unlabeled")}  # fmt: skip
-        branches = {branch: weigh(found, guidance.stages, 1.0) for branch, found in losses.items() if found}
+        branches = {branch: means[f"loss/{branch}"] for branch in ("labeled", "unlabeled") if f"loss/{branch}" in means}
         limits = {stage: scores.tolist() for stage, scores in self.training.thresholds.scores().items()}
         means["lr"] = learning_rate(done - 1, self.config.optim)
         if branches.get("unlabeled"):

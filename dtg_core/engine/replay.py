@@ -17,24 +17,22 @@ from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import load_checkpoint
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.errors import UserError
-from dtg_core.guidance.paradigms import Figures
-from dtg_core.losses import losses_of
 from dtg_core.protocol import Detector
-from dtg_core.structures import StepBatch, ViewBatch
+from dtg_core.structures import Losses, StepBatch, ViewBatch
 
 
-def describe(batches: Sequence[StepBatch], figures: Figures, accelerator: Accelerator) -> dict[str, Any]:
+def describe(batches: Sequence[StepBatch], losses: Losses, accelerator: Accelerator) -> dict[str, Any]:
     """JSON values that describe a step: seeds and image ids of every micro-batch of every process, and the losses."""
     parts = [
         {"labeled": _images(batch.labeled), "unlabeled": _images(batch.unlabeled.teacher) if batch.unlabeled else []}
         for batch in batches
     ]
-    losses = losses_of(figures)
     values = torch.tensor([float(value) for value in losses.values()], device=accelerator.device)
     if accelerator.num_processes > 1:
         parts = gather_object(parts)
         values = cast(Tensor, accelerator.reduce(values, "mean"))  # each has its own share of the sum, times their number
-    return {"step": batches[0].step, "parts": parts, "losses": {name: str(value) for name, value in zip(losses, values.tolist())}}
+    told = {str(name): str(value) for name, value in zip(losses, values.tolist())}
+    return {"step": batches[0].step, "parts": parts, "losses": told}
 
 
 def _images(views: ViewBatch) -> list[dict[str, Any]]:
@@ -71,8 +69,8 @@ def replay(
     if json.loads(json.dumps(again)) != parts:
         raise UserError(f"{file}: the data has changed since (other images or seeds) - restore it")
     training.student.train()
-    figures = train_step(training, [batch.to(accelerator.device) for batch in batches])
-    shown = [f"{name} {float(value):.6g}" for name, value in losses_of(figures).items()]
+    losses, figures = train_step(training, [batch.to(accelerator.device) for batch in batches])
+    shown = [f"{name} {float(value):.6g}" for name, value in losses.items()]
     return bool(figures["skipped"]), [f"step {step}, {len(parts)} parts, images and seeds as captured", *shown]
 
 

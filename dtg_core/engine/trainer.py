@@ -32,7 +32,7 @@ from dtg_core.engine.signals import StopSignals
 from dtg_core.errors import UserError
 from dtg_core.guidance.paradigms import Figures
 from dtg_core.protocol import Detector
-from dtg_core.structures import StepBatch
+from dtg_core.structures import Losses, StepBatch
 
 #: Exit statuses of a run besides 0; for a signal it is 128 plus the signal's number.
 GAVE_UP = 3
@@ -108,10 +108,10 @@ class Trainer:
         clock = Clock(start)
         for batches in clock.waiting(self._batches(start)):
             done, self.state.recent = batches[0].step + 1, batches
-            figures = train_step(self.training, batches)
+            losses, figures = train_step(self.training, batches)
             signals.agreed = greatest(self.accelerator, signals.received)
-            self.recorder.step(figures)
-            if self._gives_up(batches, figures):
+            self.recorder.step(losses, figures)
+            if self._gives_up(batches, losses, figures):
                 return GAVE_UP
             if done % run.log_every == 0 or done == run.steps:
                 self.recorder.line(done, clock)
@@ -141,7 +141,7 @@ class Trainer:
                 batches = [next(loader) for _ in range(parts)]
             yield [batch.to(accelerator.device, non_blocking=True) for batch in batches]
 
-    def _gives_up(self, batches: Sequence[StepBatch], figures: Figures) -> bool:
+    def _gives_up(self, batches: Sequence[StepBatch], losses: Losses, figures: Figures) -> bool:
         """Whether a step with these figures is the last one, because no later step would be any better."""
         if "overflowed" in figures:
             self.recorder.say(f"error: step {batches[0].step}: the update has overflowed the weights - lower optim.lr or set "
@@ -150,7 +150,7 @@ class Trainer:
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if figures["skipped"] else 0
         if self.state.skipped_in_a_row < self.config.run.max_skipped:  # it may have been lowered on resuming
             return False
-        self.checkpointer.save_nonfinite(batches, figures)
+        self.checkpointer.save_nonfinite(batches, losses)
         return True
 
     def _save_and_evaluate(self, done: int, signals: StopSignals, stop_at: int | None) -> None:

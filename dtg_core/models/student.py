@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from dtg_core.config import StageRule
 from dtg_core.guidance.consensus import consensus_quality
 from dtg_core.losses import dense_terms, ordinary_terms
 from dtg_core.protocol import Detector
-from dtg_core.structures import Assignment, LossTerm, Predictions, Samples, Supervision, ViewBatch
+from dtg_core.structures import Assignment, LossName, LossTerm, Predictions, Samples, Supervision, ViewBatch
 
 
 class StudentModule(nn.Module):
@@ -27,17 +28,13 @@ class StudentModule(nn.Module):
 
     def forward(
         self, labeled: ViewBatch, unlabeled: ViewBatch | None, supervision: Mapping[str, Supervision]
-    ) -> dict[str, LossTerm]:
-        """Loss terms by name; ``supervision`` is the teacher's, for ``unlabeled``."""
+    ) -> dict[LossName, LossTerm]:
+        """The loss terms of a step; ``supervision`` is the teacher's, for ``unlabeled``."""
         truth = {name: Supervision(labeled.targets) for name in self.detector.stages}
-        terms = self._terms("labeled", labeled, truth)
+        terms = loss_terms(self.detector, learn(self.detector, labeled, truth), self.rules, "labeled")
         if unlabeled is not None and supervision:
-            terms |= self._terms("unlabeled", unlabeled, supervision)
+            terms |= loss_terms(self.detector, learn(self.detector, unlabeled, supervision), self.rules, "unlabeled")
         return terms
-
-    def _terms(self, branch: str, views: ViewBatch, supervision: Mapping[str, Supervision]) -> dict[str, LossTerm]:
-        learnt = learn(self.detector, views, supervision)
-        return {f"{branch}/{name}": term for name, term in loss_terms(self.detector, learnt, self.rules).items()}
 
 
 #: What a stage learns on a batch: its samples, what it predicts for them, and what it should predict.
@@ -59,13 +56,15 @@ def learn(detector: Detector, views: ViewBatch, supervision: Mapping[str, Superv
     return learnt
 
 
-def loss_terms(detector: Detector, learnt: Mapping[str, Learnt], rules: Mapping[str, StageRule]) -> dict[str, LossTerm]:
-    """Terms ``<stage>/<kind>``, in float32; ``rules`` matter to dense guidance only."""
-    terms: dict[str, LossTerm] = {}
+def loss_terms(
+    detector: Detector, learnt: Mapping[str, Learnt], rules: Mapping[str, StageRule], branch: Literal["labeled", "unlabeled"]
+) -> dict[LossName, LossTerm]:
+    """The terms of what was learnt in a branch, in float32; ``rules`` matter to dense guidance only."""
+    terms: dict[LossName, LossTerm] = {}
     for name, (samples, predictions, assignment) in learnt.items():
         with torch.autocast(predictions.logits.device.type, enabled=False):
             unreduced = detector.stages[name].losses(samples, predictions, assignment)
             dense = assignment.dense is not None
             found = dense_terms(unreduced, predictions, assignment, rules[name]) if dense else ordinary_terms(unreduced)
-        terms |= {f"{name}/{kind}": term for kind, term in found.items()}
+        terms |= {LossName(branch, name, kind): term for kind, term in found.items()}
     return terms

@@ -26,6 +26,7 @@ from dtg_core.errors import UserError
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.ranges import check_ranges
 from dtg_core.settings import load_config
+from dtg_core.structures import LossName
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ def test_forecast_with_a_pencil(workers: int, accumulate: int, parts: int, expec
 @pytest.mark.parametrize(("loss", "scaled", "told"), [(1.0, True, False), (1.0, False, True), (float("nan"), True, True)])
 def test_dry_run_tells_broken_losses_from_a_scaler_at_its_start(data: TinyData, tmp_path: Path, loss: float, scaled: bool, told: bool) -> None:
     def prepare() -> None:
-        def skipped(training: Training, batches: object) -> dict[str, float]:
+        def skipped(training: Training, batches: object) -> tuple[dict[LossName, float], dict[str, float]]:
             training.accelerator.scaler = object() if scaled else None  # type: ignore[assignment]
-            return {"labeled/head/cls": loss, "guidance/head/clusters": 0.0, "skipped": 1.0}
+            return {LossName("labeled", "head", "cls"): loss}, {"guidance/head/clusters": 0.0, "skipped": 1.0}
 
         dry_run_module.train_step = skipped  # type: ignore[assignment]
 

@@ -21,7 +21,7 @@ from torch import nn
 import dtg_core.engine.evaluator
 from dtg_core.engine.checkpoint import load_weights
 from dtg_core.engine.predict import load_detector
-from dtg_core.structures import LossTerm
+from dtg_core.structures import LossName, LossTerm
 
 sys.path[:0] = [str(ROOT / "scripts")]
 from run_settings import RunSettings  # noqa: E402
@@ -101,6 +101,7 @@ def test_accelerate_launch(data: TinyData, tmp_path: Path) -> None:
     parts = {branch: sum(value * beta.get(name, 1.0) for name, value in found[-2].items() if name.startswith(f"{branch}/"))
              for branch in ("labeled", "unlabeled")}  # fmt: skip
     assert found[-2]["unlabeled/head/rank"] > 0
+    assert {branch: found[-2][f"loss/{branch}"] for branch in parts} == pytest.approx(parts, rel=1e-4)
     assert found[-2]["loss_ratio"] == pytest.approx(parts["unlabeled"] / parts["labeled"], rel=1e-4)
     _, told = load_weights(output / "weights" / "teacher.safetensors")
     assert told["class_names"] == ["green", "red"]
@@ -313,10 +314,11 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
 
         forward = loop._forward
 
-        def spoilt(training: loop.Training, student: nn.Module, lesson: loop.Lesson) -> dict[str, LossTerm]:
+        def spoilt(training: loop.Training, student: nn.Module, lesson: loop.Lesson) -> dict[LossName, LossTerm]:
             terms = forward(training, student, lesson)
             if lesson.batch.step >= 3:
-                terms["labeled/rpn/box"] = replace(terms["labeled/rpn/box"], total=terms["labeled/rpn/box"].total * math.nan)
+                box = LossName("labeled", "rpn", "box")
+                terms[box] = replace(terms[box], total=terms[box].total * math.nan)
             return terms
 
         loop._forward = spoilt

@@ -114,7 +114,7 @@ def count(name: str, images: int) -> PretendDevice:
     step = parts_of(student, teacher, config, to_device(torch.ones(3))), [moved(plain)]
     train_step(*step)  # fills the caches of anchors
     with PretendDevice() as device:
-        figures = train_step(*step)
+        _, figures = train_step(*step)
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in student.detector.stages)
     assert work.waits.total() == sum(device.syncs.values()), (work.waits, device.syncs)
@@ -139,7 +139,7 @@ def without_float64(name: str) -> None:
     assert len(expected.boxes) > 0
     assert torch.equal(found.boxes.inner, expected.boxes)
     with LacksFloat64():
-        figures = train_step(training, [batch])
+        _, figures = train_step(training, [batch])
     assert figures["skipped"] == 0
     assert all(figures[f"guidance/{stage}/candidates"] > 0 for stage in student.detector.stages)
 

@@ -11,7 +11,7 @@ from conftest import make_pair, make_views, tiny_detector
 
 from dtg_core.config import StageRule
 from dtg_core.engine.fidelity import agreement, count_labels, gradients, head_parameters, measure
-from dtg_core.structures import Assignment, Detections, LossTerm, Targets
+from dtg_core.structures import Assignment, Detections, LossName, LossTerm, Targets
 
 BOXES = [[[4.0, 4, 30, 34], [40, 8, 80, 50]], [[20.0, 10, 60, 50]]]
 NAMES = ["gfl", "faster_rcnn"]
@@ -87,8 +87,10 @@ def test_gradients_are_those_of_the_weighted_losses():
     weight = torch.nn.Parameter(torch.zeros(2))
     unused = torch.nn.Parameter(torch.zeros(1))
     slopes = {"a/cls": (2.0, 0.0), "a/background": (0.0, 4.0), "a/box": (6.0, 0.0), "a/rank": (0.0, 2.0), "b/box": (2.0, 2.0)}
-    terms = {name: LossTerm(weight @ torch.tensor(slope), torch.tensor(2.0)) for name, slope in slopes.items()}
-    terms["b/box"] = replace(terms["b/box"], count=torch.tensor(0.0))  # at least 1 is used
+    terms = {LossName("unlabeled", *name.split("/")): LossTerm(weight @ torch.tensor(slope), torch.tensor(2.0))
+             for name, slope in slopes.items()}  # fmt: skip
+    last = LossName("unlabeled", "b", "box")
+    terms[last] = replace(terms[last], count=torch.tensor(0.0))  # at least 1 is used
     found = gradients(terms, {"a": StageRule(rank_weight=3.0), "b": StageRule()}, [weight, unused])
     assert {key: value.tolist() for key, value in found.items()} == {
         ("a", "class"): [1, 2, 0], ("a", "box"): [3, 0, 0], ("a", "rank"): [0, 3, 0], ("a", "all"): [4, 5, 0],

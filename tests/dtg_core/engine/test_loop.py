@@ -23,7 +23,7 @@ from dtg_core.engine.loop import Lesson, Window, _found, heal_statistics, is_fin
 from dtg_core.guidance import teach
 from dtg_core.models.backbone import Pyramid
 from dtg_core.models.teacher import make_teacher
-from dtg_core.structures import PairBatch, StepBatch, Supervision, ViewBatch
+from dtg_core.structures import LossName, PairBatch, StepBatch, Supervision, ViewBatch
 
 BOXES = [[[4.0, 4, 30, 34]], [], [[20.0, 10, 60, 50], [2, 30, 20, 60]], [[10.0, 20, 50, 60]]]
 LABELS = [[0], [], [1, 2], [2]]
@@ -34,6 +34,9 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+BOX = LossName("labeled", "head", "box")
 
 
 def config(paradigm: str = "dense", tau_rate: float = 0.0, **optim: Any) -> Config:
@@ -57,8 +60,8 @@ class Parts:
         self.training.student.train()
 
     def step(self, batches: Sequence[StepBatch]) -> dict[str, float]:
-        figures = train_step(self.training, batches)
-        return {name: float(value) for name, value in figures.items()}
+        losses, figures = train_step(self.training, batches)
+        return {str(name): float(value) for name, value in {**losses, **figures}.items()}
 
     def weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.detector.state_dict().items()}
@@ -334,11 +337,11 @@ def test_spoilt_batch_statistics_come_back_from_the_teacher() -> None:
 def test_window_takes_means_and_of_skipped_steps_only_that() -> None:
     accelerator, window = Accelerator(cpu=True), Window()
     for value, skipped in ((1.0, 0.0), (float("nan"), 1.0), (2.0, 0.0)):
-        window.add({"loss": torch.tensor(value), "guidance/head/clusters": value, "skipped": skipped})
-    assert window.means(accelerator) == {"loss": 1.5, "guidance/head/clusters": 1.5, "skipped": pytest.approx(1 / 3)}
+        window.add({BOX: torch.tensor(value)}, {"guidance/head/clusters": value, "skipped": skipped})
+    assert window.means(accelerator) == {"labeled/head/box": 1.5, "guidance/head/clusters": 1.5, "skipped": pytest.approx(1 / 3)}
     again = Window(window.floats(accelerator), dict(window.counts))
     for one in (window, again):
-        one.add({"loss": torch.tensor(0.1), "guidance/head/clusters": 1 / 3, "skipped": 0.0})
+        one.add({BOX: torch.tensor(0.1)}, {"guidance/head/clusters": 1 / 3, "skipped": 0.0})
     assert again.means(accelerator) == window.means(accelerator)
     window.clear()
     assert window.means(accelerator) == {}
@@ -355,7 +358,7 @@ def test_memory_does_not_grow() -> None:
             if step == 50:
                 start = process.memory_info().rss
             batch = replace(next(batches), step=step)
-            window.add(train_step(parts.training, [batch]))
+            window.add(*train_step(parts.training, [batch]))
             if step % 50 == 0:
                 window.means(parts.accelerator)
                 window.clear()

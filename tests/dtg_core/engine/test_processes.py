@@ -20,7 +20,7 @@ from dtg_core.data.plan import StepData
 from dtg_core.data.views import NO_BOXES, NO_LABELS
 from dtg_core.engine.checkpoint import newest_checkpoint
 from dtg_core.guidance import thresholds
-from dtg_core.structures import PairBatch, ViewBatch
+from dtg_core.structures import LossName, PairBatch, ViewBatch
 
 SGD = ["optim.name=sgd", "optim.lr=0.002", "run.evaluate_batch=2"]
 
@@ -222,7 +222,8 @@ def test_giving_up_names_the_losses_of_every_process(data: TinyData, tmp_path: P
         def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
             terms = forward(training, student, lesson)
             if os.environ.get("RANK") == "1":
-                terms["labeled/head/box"] = replace(terms["labeled/head/box"], total=terms["labeled/head/box"].total * float("nan"))
+                box = LossName("labeled", "head", "box")
+                terms[box] = replace(terms[box], total=terms[box].total * float("nan"))
             return terms
 
         loop._forward = spoilt

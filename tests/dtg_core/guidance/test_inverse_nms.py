@@ -9,7 +9,7 @@ from oracles import cluster_losses, greedy_nms
 from dtg_core.config import Collisions, StageRule
 from dtg_core.guidance import cluster_nms, inverse_nms
 from dtg_core.losses import dense_terms, weigh
-from dtg_core.structures import Assignment, Candidates, Predictions, Proposals, Unreduced
+from dtg_core.structures import Assignment, Candidates, LossName, Predictions, Proposals, Unreduced
 
 
 def make_candidates(
@@ -148,7 +148,7 @@ def test_equations_2_to_6_against_a_loop(seed):
     )
     rule = StageRule(temperature=0.7, rank_weight=3.0)
     terms = dense_terms(unreduced, Predictions(logits, logits), result, rule)
-    losses = {f"unlabeled/head/{name}": term.total / term.count.clamp(min=1) for name, term in terms.items()}
+    losses = {LossName("unlabeled", "head", name): term.total / term.count.clamp(min=1) for name, term in terms.items()}
 
     # The loop: group the living candidates by the textbook NMS, then sum the equations one by one.
     cluster, keep = greedy_nms(candidates.box, candidates.logit, candidates.image * 10 + candidates.label, 0.5)
@@ -170,11 +170,11 @@ def test_equations_2_to_6_against_a_loop(seed):
     cls, reg, rank = cluster_losses(
         classification.tolist(), regression.tolist(), partner_logits, teacher_logits, list(members.values()), 0.7
     )
-    assert losses["unlabeled/head/cls"].item() == pytest.approx(cls, rel=1e-5)
-    assert losses["unlabeled/head/box"].item() == pytest.approx(reg, rel=1e-5)
-    assert losses["unlabeled/head/rank"].item() == pytest.approx(rank, rel=1e-5)
+    assert losses["unlabeled", "head", "cls"].item() == pytest.approx(cls, rel=1e-5)
+    assert losses["unlabeled", "head", "box"].item() == pytest.approx(reg, rel=1e-5)
+    assert losses["unlabeled", "head", "rank"].item() == pytest.approx(rank, rel=1e-5)
     below = float(background.sum()) / assigned
-    assert losses["unlabeled/head/background"].item() == pytest.approx(below, rel=1e-5)
+    assert losses["unlabeled", "head", "background"].item() == pytest.approx(below, rel=1e-5)
     total = weigh(losses, {"head": rule}, 4.0)
     assert total.item() == pytest.approx(4 * (cls + reg + 3 * rank + below), rel=1e-5)
 
