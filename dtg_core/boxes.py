@@ -1,4 +1,4 @@
-"""Boxes: moving them between views, clipping, overlap and NMS over groups.
+"""Boxes: moving them between views, clipping, overlap and its loss, and NMS over groups.
 
 Convention: ``(x1, y1, x2, y2)`` in continuous pixels, width is ``x2 - x1`` and pixel 0 spans 0 to 1. Functions keep
 float32 under autocast, because they multiply and add instead of calling matmul; NMS is in float64.
@@ -70,6 +70,19 @@ def paired_iou(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
     sides = (bottom_right - top_left).clamp(min=0)
     overlap = sides[..., 0] * sides[..., 1]
     return overlap / (area(first) + area(second) - overlap).clamp(min=eps)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
+    """[P] 1 - GIoU (Rezatofighi et al. 2019) of boxes [P, 4] with targets [P, 4]; union and enclosing area are at least ``eps``.
+
+    torchvision's ``generalized_box_iou_loss`` indexes by a mask, which makes the host wait for the device.
+    """
+    sides = torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
+    overlap = sides.clamp(min=0).prod(1)
+    union = (area(boxes) + area(targets) - overlap).clamp(min=eps)
+    hull = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
+    enclosing = hull.clamp(min=0).prod(1).clamp(min=eps)
+    return 1 - overlap / union + (enclosing - union) / enclosing
 
 
 def lacks_float64(device: torch.device) -> bool:

@@ -9,12 +9,12 @@ from torch.nn.functional import l1_loss, logsigmoid
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from dtg_core.boxes import area, rank_in_group
+from dtg_core.deltas import decode, encode
 from dtg_core.focal import sigmoid_focal
+from dtg_core.matching import assignment, balanced, match
 from dtg_core.structures import Assignment, Predictions, Proposals, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig
-from faster_rcnn_dtg.deltas import decode, encode
 from faster_rcnn_dtg.losses import log_odds, softmax_focal
-from faster_rcnn_dtg.matching import assignment, balanced, match
 from faster_rcnn_dtg.roi_align import roi_align
 
 PRIOR = 0.01  # score of every class at the start of training

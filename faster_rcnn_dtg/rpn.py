@@ -9,11 +9,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 
 from dtg_core.boxes import clip, image_nms, rank_in_group, shortest_side
+from dtg_core.deltas import decode, encode
 from dtg_core.focal import sigmoid_focal
+from dtg_core.matching import assignment, balanced, match
 from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RPNConfig
-from faster_rcnn_dtg.deltas import decode, encode
-from faster_rcnn_dtg.matching import assignment, balanced, match
 
 
 class RPN(nn.Module):

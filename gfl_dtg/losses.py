@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dtg_core.boxes import area
-
 
 def quality_focal_loss(logits: Tensor, labels: Tensor, quality: Tensor, beta: float) -> Tensor:
     """[P] quality focal loss (GFL, Eq. 5) of assigned samples, summed over the classes.
@@ -88,16 +86,3 @@ def distances_from_boxes(centers: Tensor, boxes: Tensor, reg_max: int) -> Tensor
     The clamp keeps a bin to the right of every distance, which the distribution focal loss needs.
     """
     return torch.cat((centers - boxes[:, :2], boxes[:, 2:] - centers), 1).clamp(0, reg_max - 0.1)
-
-
-def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
-    """[P] 1 - GIoU of boxes [P, 4] with targets [P, 4]; union and enclosing area are at least ``eps``.
-
-    torchvision's ``generalized_box_iou_loss`` indexes by a mask, which makes the host wait for the device.
-    """
-    sides = torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
-    overlap = sides.clamp(min=0).prod(1)
-    union = (area(boxes) + area(targets) - overlap).clamp(min=eps)
-    hull = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
-    enclosing = hull.clamp(min=0).prod(1).clamp(min=eps)
-    return 1 - overlap / union + (enclosing - union) / enclosing

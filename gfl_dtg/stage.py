@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import paired_iou
+from dtg_core.boxes import giou_loss, paired_iou
 from dtg_core.structures import AnchorGrid, Assignment, Predictions, Samples, Targets, Unreduced
 from gfl_dtg.atss import assign_atss
 from gfl_dtg.config import GFLConfig
@@ -15,7 +15,6 @@ from gfl_dtg.losses import (
     boxes_from_distances,
     distances_from_boxes,
     distribution_focal_loss,
-    giou_loss,
     integral,
     quality_focal_loss,
 )

@@ -1,4 +1,4 @@
-"""Shared fixtures: paths, and batches of plain views."""
+"""Shared fixtures: paths, batches of plain views, random proposals."""
 from __future__ import annotations
 
 import contextlib
@@ -19,7 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from dtg_core.structures import PairBatch, Targets, ViewBatch  # noqa: E402
+from dtg_core.structures import PairBatch, Proposals, Targets, ViewBatch  # noqa: E402
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
@@ -76,6 +76,26 @@ def make_pair(images: int, height: int, width: int, matrix: torch.Tensor | None 
     view = make_views(images, height, width, seed=seed)
     matrix = torch.eye(3) if matrix is None else matrix
     return PairBatch(view, view, matrix.float().repeat(images, 1, 1))
+
+
+def random_boxes(count: int, generator: torch.Generator) -> torch.Tensor:
+    corner = torch.rand(count, 2, generator=generator) * 60
+    return torch.cat((corner, corner + 5 + torch.rand(count, 2, generator=generator) * 35), 1)
+
+
+def random_proposals(seed: int, objects: tuple[int, ...] = (4, 0, 6), samples: int = 50) -> tuple[Proposals, Targets]:
+    """``samples`` proposals per image, a fifth of them padding; some lie near the objects, and one object is there twice."""
+    generator = torch.Generator().manual_seed(seed)
+    images = len(objects)
+    boxes = random_boxes(images * samples, generator).view(images, samples, 4)
+    valid = torch.rand(images, samples, generator=generator) > 0.2
+    image = torch.cat([torch.full((count,), index) for index, count in enumerate(objects)])
+    truth = random_boxes(len(image), generator)
+    for row in range(len(image)):
+        boxes[image[row], row * 3] = truth[row] + torch.randn(4, generator=generator)
+    if len(image) > 2:
+        truth[-1] = truth[-2]
+    return Proposals(boxes, valid), Targets(truth, torch.randint(0, 3, (len(image),), generator=generator), image)
 
 
 #: What the tests of detectors run on.

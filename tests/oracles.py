@@ -1,13 +1,25 @@
-"""Slow, obvious references for tests: one loop per sentence of the definition; and a watch on the size of tensors."""
+"""References for tests: slow, obvious loops, one per sentence of the definition; recorded values; a watch on the size of tensors."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class Recorded:
+    """What mmdetection gave (``fixtures/README.md``): the arrays of a file as tensors."""
+
+    def __init__(self, name: str) -> None:
+        self.arrays = np.load(Path(__file__).parent / "fixtures" / f"{name}.npz")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.arrays[name])
 
 
 class LargestTensor(TorchDispatchMode):

@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from oracles import greedy_nms
+from oracles import Recorded, greedy_nms
 from torch import Tensor
 from torchvision.ops import nms
 
 from dtg_core.boxes import (
     clip,
+    giou_loss,
     grouped_nms,
     image_nms,
     lacks_float64,
@@ -57,12 +56,11 @@ def test_ellipse_against_points_on_it():
 
 @pytest.mark.parametrize("name", ["identity", "flip_w160", "scale_translate", "rotate_shear"])
 def test_corners_equal_mmdetection(name):
-    with np.load(Path(__file__).parents[1] / "fixtures" / "functions.npz") as data:
-        boxes, matrix = torch.tensor(data["project/boxes"]), torch.tensor(data[f"project/{name}/matrix"])
-        moved = project(boxes, matrix.float(), "corners")
-        clipped = clip(moved, torch.tensor([128.0, 160.0]))
-        torch.testing.assert_close(moved, torch.tensor(data[f"project/{name}/out_unclipped"]), rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(clipped, torch.tensor(data[f"project/{name}/out_clipped_h128_w160"]), rtol=1e-5, atol=1e-4)
+    recorded = Recorded("functions")
+    moved = project(recorded["project/boxes"], recorded[f"project/{name}/matrix"].float(), "corners")
+    clipped = clip(moved, torch.tensor([128.0, 160.0]))
+    torch.testing.assert_close(moved, recorded[f"project/{name}/out_unclipped"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(clipped, recorded[f"project/{name}/out_clipped_h128_w160"], rtol=1e-5, atol=1e-4)
 
 
 def test_clip_takes_height_and_width():
@@ -74,6 +72,21 @@ def test_clip_takes_height_and_width():
 def test_iou_of_empty_boxes_is_zero():
     empty = torch.tensor([[5.0, 5, 5, 5]])
     assert paired_iou(empty, empty).tolist() == [0]
+
+
+def test_giou_loss_is_mmdetections():
+    recorded = Recorded("functions")
+    boxes = recorded["giou/pred"].requires_grad_()
+    loss = giou_loss(boxes, recorded["giou/target"])
+    torch.testing.assert_close(loss, recorded["giou/loss_none"], rtol=1e-5, atol=1e-6)
+    loss.sum().backward()
+    torch.testing.assert_close(boxes.grad, recorded["giou/grad_pred_of_sum"], rtol=1e-5, atol=1e-6)
+
+
+def test_giou_loss_of_nothing_is_connected():
+    boxes = torch.zeros(0, 4, requires_grad=True)
+    giou_loss(boxes, torch.zeros(0, 4)).sum().backward()
+    assert boxes.grad is not None
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, one_hot
 from torchvision.ops import sigmoid_focal_loss
 
+from dtg_core.deltas import encode
 from dtg_core.focal import sigmoid_focal
 from dtg_core.structures import Assignment, DenseGuidance, Predictions, Proposals
 from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
-from faster_rcnn_dtg.deltas import encode
 from faster_rcnn_dtg.losses import log_odds, softmax_focal
 from faster_rcnn_dtg.rcnn import RCNNStage
 from faster_rcnn_dtg.rpn import RPNStage

@@ -2,38 +2,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from oracles import Recorded
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.boxes import clip, paired_iou
-from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals, Targets
+from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals
 from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
-from faster_rcnn_dtg.deltas import decode, encode
-from faster_rcnn_dtg.matching import match
 from faster_rcnn_dtg.rcnn import RCNN, pool_levels
 from faster_rcnn_dtg.rpn import RPNStage, flatten, propose
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-
 STRIDES = (4, 8, 16, 32, 64)
-RCNN_STDS = (0.1, 0.1, 0.2, 0.2)
-UNIT_STDS = (1.0, 1.0, 1.0, 1.0)
-
-
-class Recorded:
-    """Arrays of a file as tensors."""
-
-    def __init__(self, name: str) -> None:
-        self.arrays = np.load(FIXTURES / f"{name}.npz")
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.from_numpy(self.arrays[name])
 
 
 def close(actual: Tensor | None, expected: Tensor, atol: float = 1e-6) -> None:
@@ -52,52 +33,6 @@ def test_anchors(size: tuple[int, int]) -> None:
     parts = [recorded[f"rpn/{size[0]}x{size[1]}/anchors_{level}"] for level in range(5)]
     assert grid.level_sizes == tuple(len(part) for part in parts)
     close(grid.anchors, torch.cat(parts), atol=1e-4)
-
-
-@pytest.mark.parametrize(("kind", "stds"), [("rcnn", RCNN_STDS), ("rpn", UNIT_STDS)])
-def test_deltas(kind: str, stds: tuple[float, float, float, float]) -> None:
-    recorded = Recorded("delta_coder")
-    proposals, truth, deltas = recorded["proposals"], recorded["gt"], recorded["deltas"]
-    size = torch.tensor([128.0, 160.0])
-    close(encode(proposals, truth, stds), recorded[f"{kind}/encoded"], atol=1e-5)
-    close(decode(proposals, deltas, stds), recorded[f"{kind}/decoded_unclipped"], atol=1e-3)
-    close(clip(decode(proposals, deltas, stds), size), recorded[f"{kind}/decoded_clipped_h128_w160"], atol=1e-4)
-    many = decode(proposals.unsqueeze(1), recorded["deltas_multi"].unflatten(1, (7, 4)), stds)
-    close(clip(many, size).flatten(1), recorded[f"{kind}/decoded_multi_clipped_h128_w160"], atol=1e-4)
-    close(decode(proposals, encode(proposals, truth, stds), stds), recorded[f"{kind}/roundtrip"], atol=1e-4)
-
-
-def test_torchvision_clamps_growth_only() -> None:
-    box = torch.tensor([[0.0, 0.0, 1000.0, 1000.0]])
-    shrink = torch.tensor([[0.0, 0.0, -10.0, -10.0]])
-    assert decode(box, shrink)[0, 2] - decode(box, shrink)[0, 0] == pytest.approx(16.0, rel=1e-5)
-    theirs = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode_single(shrink, box)
-    assert theirs[0, 2] - theirs[0, 0] < 1
-
-
-def targets_of(recorded: Recorded, case: str) -> Targets:
-    boxes = [recorded[f"{case}/gt_boxes_{image}"] for image in range(2)]
-    image = torch.cat([torch.full((len(box),), index) for index, box in enumerate(boxes)])
-    return Targets(torch.cat(boxes), torch.zeros(len(image), dtype=torch.int64), image)
-
-
-@pytest.mark.parametrize("case", ["two", "one_empty"])
-def test_rpn_matching(case: str) -> None:
-    recorded, grid = Recorded("rpn"), grid_of(128, 160)
-    targets = targets_of(recorded, case)
-    usable = grid.usable(torch.tensor([[128.0, 160.0]] * 2))
-    assert usable.all()
-    matches = match(grid, targets, usable, 0.7, 0.3, 0.3)
-    for image in range(2):
-        expected = recorded[f"{case}/assigned_gt_{image}"]
-        offset = int((targets.image < image).sum())
-        torch.testing.assert_close(matches.positive[image], expected >= 0)
-        torch.testing.assert_close(matches.negative[image], expected == -1)
-        positive = matches.positive[image]
-        torch.testing.assert_close(matches.row[image][positive] - offset, expected[positive])
-    if case == "two":  # the recorded best overlaps
-        overlaps = paired_iou(targets.boxes[:5].unsqueeze(1), grid.anchors).amax(0)
-        close(overlaps, recorded["two/max_overlaps_0"])
 
 
 @pytest.mark.parametrize("case", ["two", "one_empty"])

@@ -1,40 +1,16 @@
-"""Matching and sampling against a loop, and the second stage's sampling of proposals."""
+"""Matching and balanced draws against a loop and against recorded values."""
 from __future__ import annotations
 
 import pytest
 import torch
-from oracles import LargestTensor
+from conftest import random_proposals
+from oracles import LargestTensor, Recorded
 from torch import Tensor
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.boxes import paired_iou
-from dtg_core.structures import Proposals, Samples, Targets
-from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
-from faster_rcnn_dtg.matching import Matches, assignment, balanced, match
-from faster_rcnn_dtg.rcnn import RCNNStage, sample_proposals
-from faster_rcnn_dtg.rpn import RPNStage
-
-SIZES = torch.tensor([[100.0, 100.0]] * 3)
-
-
-def random_boxes(count: int, generator: torch.Generator) -> Tensor:
-    corner = torch.rand(count, 2, generator=generator) * 60
-    return torch.cat((corner, corner + 5 + torch.rand(count, 2, generator=generator) * 35), 1)
-
-
-def random_case(seed: int, objects: tuple[int, ...] = (4, 0, 6), samples: int = 50) -> tuple[Proposals, Targets]:
-    generator = torch.Generator().manual_seed(seed)
-    images = len(objects)
-    boxes = random_boxes(images * samples, generator).view(images, samples, 4)
-    valid = torch.rand(images, samples, generator=generator) > 0.2
-    image = torch.cat([torch.full((count,), index) for index, count in enumerate(objects)])
-    truth = random_boxes(len(image), generator)
-    # Some proposals near the objects, some objects twice.
-    for row in range(len(image)):
-        boxes[image[row], row * 3] = truth[row] + torch.randn(4, generator=generator)
-    if len(image) > 2:
-        truth[-1] = truth[-2]
-    return Proposals(boxes, valid), Targets(truth, torch.randint(0, 3, (len(image),), generator=generator), image)
+from dtg_core.matching import Matches, assignment, balanced, match
+from dtg_core.structures import Proposals, Targets
 
 
 def match_by_loop(
@@ -64,7 +40,7 @@ def match_by_loop(
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rule", [(0.7, 0.3, 0.3), (0.5, 0.5, None), (0.6, 0.4, 0.1), (0.3, 0.5, None)])
 def test_match_equals_loop(seed: int, rule: tuple[float, float, float | None]) -> None:
-    proposals, targets = random_case(seed)
+    proposals, targets = random_proposals(seed)
     matches = match(proposals, targets, proposals.valid, *rule)
     for image in range(3):
         rows = (targets.image == image).nonzero().squeeze(1)
@@ -78,12 +54,34 @@ def test_match_equals_loop(seed: int, rule: tuple[float, float, float | None]) -
     assert not (matches.positive & matches.negative).any()
 
 
+@pytest.mark.parametrize("case", ["two", "one_empty"])
+def test_matches_of_anchors_are_mmdetections(case: str) -> None:
+    recorded = Recorded("rpn")
+    grid = anchor_grid((128, 160), (4, 8, 16, 32, 64), 8.0, (0.5, 1.0, 2.0), torch.device("cpu"))
+    boxes = [recorded[f"{case}/gt_boxes_{image}"] for image in range(2)]
+    image = torch.cat([torch.full((len(box),), index) for index, box in enumerate(boxes)])
+    targets = Targets(torch.cat(boxes), torch.zeros_like(image), image)
+    usable = grid.usable(torch.tensor([[128.0, 160.0]] * 2))
+    assert usable.all()
+    matches = match(grid, targets, usable, 0.7, 0.3, 0.3)
+    for image in range(2):
+        expected = recorded[f"{case}/assigned_gt_{image}"]
+        offset = int((targets.image < image).sum())
+        torch.testing.assert_close(matches.positive[image], expected >= 0)
+        torch.testing.assert_close(matches.negative[image], expected == -1)
+        positive = matches.positive[image]
+        torch.testing.assert_close(matches.row[image][positive] - offset, expected[positive])
+    if case == "two":  # the recorded best overlaps
+        overlaps = paired_iou(targets.boxes[:5].unsqueeze(1), grid.anchors).amax(0)
+        torch.testing.assert_close(overlaps, recorded["two/max_overlaps_0"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rule", [(0.7, 0.3, 0.3), (0.5, 0.5, None)])
 def test_objects_are_matched_in_blocks_of_bounded_memory(
     seed: int, rule: tuple[float, float, float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proposals, targets = random_case(seed, objects=(14, 0, 26), samples=130)
+    proposals, targets = random_proposals(seed, objects=(14, 0, 26), samples=130)
     with LargestTensor() as whole:
         expected = match(proposals, targets, proposals.valid, *rule)
     assert whole.elements >= 40 * 130
@@ -110,13 +108,21 @@ def test_thresholds_are_met_from_the_positive_one_on_and_below_the_negative_one(
 
 
 def test_no_objects() -> None:
-    proposals, targets = random_case(0, objects=(0, 0))
+    proposals, targets = random_proposals(0, objects=(0, 0))
     matches = match(proposals, targets, proposals.valid, 0.7, 0.3, 0.3)
     assert not matches.positive.any()
     torch.testing.assert_close(matches.negative, proposals.valid)
     found = assignment(matches, targets)
     assert found.box.shape == (0, 4)
     assert found.label.shape == (0,)
+
+
+def test_an_object_without_size_is_nobodys() -> None:
+    targets = Targets(torch.tensor([[8.0, 8, 8, 8]]), torch.tensor([0]), torch.tensor([0]))
+    boxes, valid = torch.tensor([[[0.0, 0, 10, 10], [5, 5, 9, 9]]]), torch.ones(1, 2, dtype=torch.bool)
+    matches = match(Proposals(boxes, valid), targets, valid, 0.5, 0.4, 1e-6)
+    assert not matches.positive.any()
+    assert matches.negative.all()
 
 
 def matches_of(positives: int, negatives: int, samples: int = 600) -> Matches:
@@ -152,69 +158,3 @@ def test_the_draw_depends_on_the_seed_alone() -> None:
     assert torch.equal(first.positive, again.positive)
     assert torch.equal(first.negative, swapped.negative.flip(0))
     assert not torch.equal(first.positive[0], first.positive[1])
-
-
-def boxes_of(samples: Samples, image: int) -> set[tuple[float, ...]]:
-    assert isinstance(samples, Proposals)
-    return {tuple(box.tolist()) for box in samples.boxes[image][samples.valid[image]]}
-
-
-@pytest.mark.parametrize("add_truth", [True, False])
-def test_sampled_proposals(add_truth: bool) -> None:
-    proposals, targets = random_case(1)
-    config = RCNNConfig(samples=24)
-    sampled = sample_proposals(proposals, targets, config, torch.tensor([1, 2, 3]), add_truth)
-    assert sampled.boxes.shape == (3, 24, 4)
-    for image in range(3):
-        truth = {tuple(box.tolist()) for box in targets.boxes[targets.image == image]}
-        allowed = boxes_of(proposals, image) | (truth if add_truth else set())
-        assert boxes_of(sampled, image) <= allowed
-    found = RCNNStage(config, 3).assign(sampled, targets, SIZES, torch.tensor([1, 2, 3]))
-    positives = torch.bincount(found.image, minlength=3)
-    assert (positives <= 6).all()
-    assert positives[0] > 0
-    assert positives[1] == 0
-    torch.testing.assert_close(positives + found.background.sum(1), sampled.valid.sum(1))
-    assert not (found.background & ~sampled.valid).any()
-    assert torch.equal(sampled.valid.sum(1), torch.full((3,), 24))
-
-
-def test_truth_joins_its_own_image_only() -> None:
-    proposals, targets = random_case(1)
-    nothing = Proposals(proposals.boxes, torch.zeros_like(proposals.valid))
-    sampled = sample_proposals(nothing, targets, RCNNConfig(samples=512), torch.tensor([1, 2, 3]), True)
-    assert sampled.boxes.shape == (3, 512, 4)
-    for image in range(3):
-        assert boxes_of(sampled, image) == {tuple(box.tolist()) for box in targets.boxes[targets.image == image]}
-
-
-def test_sampling_an_empty_batch() -> None:
-    proposals, targets = random_case(1, objects=(0, 0))
-    nothing = Proposals(proposals.boxes, torch.zeros_like(proposals.valid))
-    sampled = sample_proposals(nothing, targets, RCNNConfig(samples=30), torch.tensor([1, 2]), True)
-    assert sampled.boxes.shape == (2, 30, 4)
-    assert not sampled.valid.any()
-    assert not sampled.boxes.any()
-
-
-def test_an_image_draws_the_same_proposals_in_any_batch() -> None:
-    proposals, targets = random_case(1, objects=(4, 2, 3))
-    seeds, config = torch.tensor([1, 2, 3]), RCNNConfig(samples=12)
-    together = sample_proposals(proposals, targets, config, seeds, True)
-    for image in range(3):
-        own = targets.image == image
-        one = Targets(targets.boxes[own], targets.labels[own], torch.zeros_like(targets.image[own]))
-        few = Proposals(proposals.boxes[image : image + 1], proposals.valid[image : image + 1])
-        alone = sample_proposals(few, one, config, seeds[image : image + 1], True)
-        assert boxes_of(alone, 0) == boxes_of(together, image)
-
-
-def test_an_image_draws_the_same_anchors_on_any_canvas() -> None:
-    objects = Targets(torch.tensor([[10.0, 10, 50, 60]]), torch.tensor([0]), torch.tensor([0]))
-    sizes, drawn = torch.tensor([[64, 64]]), []
-    for canvas in ((64, 64), (128, 192)):
-        grid = anchor_grid(canvas, (8, 16, 32), 4, (0.5, 1.0, 2.0), torch.device("cpu"))
-        found = RPNStage(RPNConfig(samples=32)).assign(grid, objects, sizes, torch.tensor([5]))
-        drawn.append({tuple(box.tolist()) for box in grid.anchors[found.background[0]]})
-        assert len(drawn[-1]) + len(found.sample) == 32
-    assert drawn[0] == drawn[1]

@@ -42,7 +42,8 @@ def match(
         positive_iou: a sample is positive when its best IoU is at least this.
         negative_iou: a sample is negative when its best IoU is less than this.
         low_quality_iou: if given, the samples that overlap an object most are its positives from this IoU on, even if
-            another object overlaps them more. Of several such objects the last one wins, as in mmdetection.
+            another object overlaps them more. Of several such objects the last one wins, as in mmdetection. With 0, an object
+            that no sample overlaps takes all of them.
 
     Returns:
         Matches. On equal IoU the first object wins. Memory: [N, A], and blocks of objects, see ``row_blocks``.
