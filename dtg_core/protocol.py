@@ -60,7 +60,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
-        """Samples and predictions of every stage or, with ``supervision``, of the stages that it names.
+        """Samples and predictions of every stage or, with ``supervision``, of those that it names and no others.
 
         A stage on proposals takes ``Supervision.proposals`` if these are given, otherwise the detector's own. If there are
         ``Supervision.targets``, it draws its training samples from these proposals; otherwise all of them are its samples.

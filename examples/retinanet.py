@@ -7,7 +7,7 @@ The core needs two things, described in ``dtg_core/protocol.py``, and knows noth
     RetinaNetStage   how the head's predictions are read, assigned to objects and judged
     RetinaNet        a network that has this stage: from views to predictions to final boxes
 
-N images, A anchors per image, C classes, G objects of a batch, P assigned anchors, M any rows (image, anchor, class).
+N images, A anchors per image, C classes, P assigned anchors, M any rows (image, anchor, class).
 """
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou
 
+from dtg_core import deltas, matching
 from dtg_core.anchors import anchor_grid
-from dtg_core.config import Config
-from dtg_core.data.plan import step_data, steps_loader
+from dtg_core.config import Config, cross_check
+from dtg_core.data.plan import items_of, micro_batches, steps_loader
 from dtg_core.data.sources import open_sources
-from dtg_core.engine.loop import prepare, train_step
+from dtg_core.engine.loop import Window, prepare, train_step
+from dtg_core.engine.processes import main_first
 from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
 from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.ranges import check_ranges
 from dtg_core.settings import load_config
-from dtg_core.structures import AnchorGrid, Assignment, Detections, Predictions, Samples, Targets, Unreduced, ViewBatch
+from dtg_core.structures import AnchorGrid, Assignment, Detections, Predictions, Samples, Supervision, Targets, Unreduced, ViewBatch
 
 STRIDES, SCALE, RATIOS = (8, 16, 32), 4.0, (0.5, 1.0, 2.0)  # anchors of 32, 64 and 128 px, three at each location
 POSITIVE_IOU, NEGATIVE_IOU, NMS_IOU = 0.5, 0.4, 0.5
-CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+ANY_OVERLAP = 1e-6  # least IoU of an object with its best anchor, so that none takes an object without size
 
 
 class RetinaNetStage:
@@ -54,19 +54,12 @@ class RetinaNetStage:
 
     def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
         """[M, 4] boxes: anchors moved by the predicted deltas, which all classes share."""
-        return CODER.decode_single(predictions.raw[image, sample].float(), samples.take(image, sample))
+        return deltas.decode(samples.take(image, sample), predictions.raw[image, sample])
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
-        """An anchor takes the object it overlaps most, from an IoU of 0.5 on; an object's best anchor needs no minimum."""
-        assert isinstance(samples, AnchorGrid)  # and not proposals of an earlier stage
-        usable = samples.usable(sizes)  # [N, A], False in the padding
-        iou = box_iou(targets.boxes, samples.anchors) * usable[targets.image]  # [G, A]
-        image = targets.image.unsqueeze(1).expand_as(iou)
-        best = iou.new_zeros(usable.shape).scatter_reduce(0, image, iou, "amax")  # [N, A], over the objects of the image
-        good = (iou >= POSITIVE_IOU) | (iou == iou.amax(1, keepdim=True))
-        row, sample = (good & (iou > 0) & (iou == best[targets.image])).nonzero().unbind(1)  # sync: the number of positives
-        background = (usable & (best < NEGATIVE_IOU)).index_put((targets.image[row], sample), usable.new_zeros(()))
-        return Assignment(targets.image[row], sample, targets.labels[row], targets.boxes[row], background)
+        """An anchor takes the object it overlaps most, from an IoU of 0.5 on; an object takes its best anchor in any case."""
+        matches = matching.match(samples, targets, samples.usable(sizes), POSITIVE_IOU, NEGATIVE_IOU, ANY_OVERLAP)
+        return matching.assignment(matches, targets)
 
     def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss and L1 of the deltas, anchor by anchor: the core decides how they are weighted and summed."""
@@ -76,8 +69,8 @@ class RetinaNetStage:
         rows = logits[image, sample]  # [P, C]
         quality = torch.ones_like(rows[:, 0]) if assignment.quality is None else assignment.quality
         target = torch.zeros_like(rows).scatter(1, assignment.label.unsqueeze(1), quality.unsqueeze(1))
-        deltas = CODER.encode_single(assignment.box, samples.take(image, sample))
-        box = l1_loss(predictions.raw[image, sample].float(), deltas, reduction="none").sum(1)
+        wanted = deltas.encode(samples.take(image, sample), assignment.box)
+        box = l1_loss(predictions.raw[image, sample].float(), wanted, reduction="none").sum(1)
         weight = torch.ones_like(box)
         return Unreduced(sigmoid_focal(rows, target).sum(1), box, background, weight, weight.sum(), weight.sum())
 
@@ -95,8 +88,10 @@ class RetinaNet(Detector):
     def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:
         return anchor_grid(canvas, self.pyramid.strides, SCALE, RATIOS, device)
 
-    def run(self, views: ViewBatch, supervision: object = None) -> Outputs:
-        """All anchors are samples, so ``supervision`` has nothing to choose. torchvision's order is that of AnchorGrid."""
+    def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
+        """All anchors are samples, so ``supervision`` only says whether to run. torchvision's order is that of AnchorGrid."""
+        if supervision is not None and "head" not in supervision:
+            return {}
         found = self.head(self.pyramid(views))
         predictions = Predictions(found["cls_logits"], found["bbox_regression"])
         return {"head": (self.grid(views.canvas, views.pixels.device), predictions)}
@@ -116,24 +111,29 @@ class RetinaNet(Detector):
 def main(config: Config) -> list[dict[str, float]]:
     """Train, print the losses, and return the losses and figures of every step."""
     accelerator = Accelerator()
-    sources = open_sources(config.data, supervised=False)
-    data = step_data(config, sources, 0, 1)
+    sources = main_first(accelerator, lambda: open_sources(config.data, supervised=False))  # the main one makes the built-in data
+    data = micro_batches(config, sources, accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.run.seed)
     detector = RetinaNet(build_pyramid(config.backbone, 64, STRIDES, "conv"), len(sources.labeled.class_names))
     training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
     training.student.train()
 
-    history = []
-    for batch in steps_loader(data, 0, config.run.steps, config.data.workers):
-        figures = train_step(training, [batch.to(accelerator.device)])
-        history.append({name: float(value) for name, value in figures.items()})
-        if (batch.step + 1) % config.run.log_every == 0:
+    history, parts = [], config.optim.accumulate
+    batches = items_of(steps_loader(data, 0, config.run.steps * parts, config.data.workers))
+    for step in range(1, config.run.steps + 1):
+        window = Window()
+        window.add(*train_step(training, [next(batches).to(accelerator.device) for _ in range(parts)]))
+        history.append(window.means(accelerator))  # over the processes
+        if step % config.run.log_every == 0:
             shown = [f"{name} {value:.3f}" for name, value in history[-1].items() if "labeled/" in name]
-            print(f"step {batch.step + 1}:", ", ".join(shown), flush=True)
+            accelerator.print(f"step {step}:", ", ".join(shown), flush=True)
+    accelerator.end_training()
     return history
 
 
 if __name__ == "__main__":
     config, origins = load_config(Config, Path(__file__).with_suffix(".yaml"), sys.argv[1:])
     check_ranges(config, origins)
+    for warning in cross_check(config, origins):
+        print(f"warning: {warning}", file=sys.stderr)
     main(config)

@@ -20,13 +20,14 @@ import retinanet  # noqa: E402
 from retinanet import RetinaNet, RetinaNetStage  # noqa: E402
 
 from dtg_core.config import BackboneConfig, Config, StageRule, cross_check  # noqa: E402
+from dtg_core.engine.waits import device_work  # noqa: E402
 from dtg_core.guidance import teach  # noqa: E402
 from dtg_core.losses import weigh  # noqa: E402
 from dtg_core.models.backbone import build_pyramid  # noqa: E402
 from dtg_core.models.student import StudentModule  # noqa: E402
 from dtg_core.models.teacher import make_teacher  # noqa: E402
 from dtg_core.settings import load_config  # noqa: E402
-from dtg_core.structures import Predictions, Targets  # noqa: E402
+from dtg_core.structures import Predictions, Supervision, Targets  # noqa: E402
 
 CLASSES = 3
 OBJECTS, LABELS = [[[4.0, 4, 30, 34]], [[20.0, 10, 60, 50], [2, 30, 20, 60]]], [[0], [1, 2]]
@@ -59,7 +60,7 @@ def test_same_view_and_weights_are_their_own_teacher(detector):
     torch.testing.assert_close(rows, assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
     assert figures["guidance/head/candidates"] > 0
     assert figures["guidance/head/matched"] == 1
-    rank = StudentModule(detector, rules).eval()(make_views(1, 64, 64), pair.student, supervision)["unlabeled/head/rank"]
+    rank = StudentModule(detector, rules).eval()(make_views(1, 64, 64), pair.student, supervision)["unlabeled", "head", "rank"]
     assert (rank.total / rank.count).item() == pytest.approx(0, abs=1e-5)
 
 
@@ -76,8 +77,8 @@ def test_step_is_finite_and_reaches_every_parameter(detector, paradigm, case):
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
-    assert (losses["labeled/head/box"] > 0) == (case != "no object")
-    assert (losses["unlabeled/head/box"] > 0) == (case != "no candidate")
+    assert (losses["labeled", "head", "box"] > 0) == (case != "no object")
+    assert (losses["unlabeled", "head", "box"] > 0) == (case != "no candidate")
 
 
 def test_assignment_is_torchvisions(detector):
@@ -98,6 +99,32 @@ def test_assignment_is_torchvisions(detector):
         assert set(zip(found.sample[here].tolist(), found.label[here].tolist())) == expected
         assert torch.equal(found.background[image], matched == Matcher.BELOW_LOW_THRESHOLD)
     assert found.background[1].all()
+
+
+def test_an_object_without_size_is_nobodys(detector):
+    views = make_views(2, 64, 64, [[[20.0, 20, 20, 20]], []])
+    (grid, predictions), stage = detector.run(views)["head"], detector.stage
+    assignment = stage.assign(grid, views.targets, views.sizes, views.seeds)
+    assert len(assignment.sample) == 0
+    assert torch.equal(assignment.background, grid.usable(views.sizes))
+    unreduced = stage.losses(grid, predictions, replace(assignment, **dict.fromkeys(("image", "sample", "label"), torch.tensor([0])), box=views.targets.boxes))
+    assert unreduced.box.isfinite().all()
+
+
+def test_a_stage_that_is_not_named_is_not_run(detector):
+    views = make_views(1, 64, 64)
+    assert detector.run(views, {}) == {}
+    assert list(detector.run(views, {"head": Supervision(views.targets)})) == ["head"]
+
+
+def test_the_host_waits_for_the_number_of_positives_alone(detector):
+    views = make_views(2, 64, 64, OBJECTS, LABELS)
+    (grid, predictions), stage = detector.run(views)["head"], detector.stage
+    with device_work() as work:
+        assignment = stage.assign(grid, views.targets, views.sizes, views.seeds)
+        stage.losses(grid, predictions, assignment)
+        stage.decode(grid, predictions, assignment.image, assignment.sample, assignment.label)
+    assert dict(work.waits) == {"aten::nonzero": 1}
 
 
 def test_losses_are_torchvisions(detector):
@@ -132,22 +159,39 @@ def test_detect_gives_the_boxes_of_clear_scores(detector):
     torch.testing.assert_close(found.boxes, grid.anchors[centered].clamp(0, 64).expand(2, 4))
 
 
+def train(*settings: str) -> list[dict[str, float]]:
+    """The figures of a short training, with ``settings`` of its own."""
+    small = [
+        "backbone.name=test_resnet", "backbone.pretrained=false", "backbone.freeze_to_stride=0", "data.workers=0",
+        "data.shapes_labeled=4", "data.shapes_unlabeled=4", "data.shapes_val=1",
+    ]
+    config, _ = load_config(Config, Path(retinanet.__file__).with_suffix(".yaml"), [*small, *settings])
+    return retinanet.main(config)
+
+
 def test_training_lowers_the_loss(tmp_path, monkeypatch):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path))
-    settings = [
-        "backbone.name=test_resnet", "backbone.pretrained=false", "backbone.freeze_to_stride=0", "backbone.batch_norm=train",
-        "data.workers=0", "data.labeled_per_device=2", "data.unlabeled_per_device=2", "data.shapes_labeled=4",
-        "data.shapes_unlabeled=4", "data.shapes_val=1", "run.steps=30", "optim.lr=0.003", "guidance.start_step=20",
-        "guidance.ramp_steps=1", "guidance.stages.head.tau=0.05",
-    ]
-    config, _ = load_config(Config, Path(retinanet.__file__).with_suffix(".yaml"), settings)
-    history = retinanet.main(config)
+    history = train(
+        "backbone.batch_norm=train", "data.labeled_per_device=2", "data.unlabeled_per_device=2", "run.steps=30", "optim.lr=0.003",
+        "guidance.start_step=20", "guidance.ramp_steps=1", "guidance.stages.head.tau=0.05",
+    )
     total = [sum(value for name, value in figures.items() if name.startswith("labeled/")) for figures in history]
     assert sum(total[-5:]) < 0.9 * sum(total[:5])
     guided = history[-1]
     assert {f"unlabeled/head/{kind}" for kind in ("cls", "box", "background", "rank")} <= set(guided)
     assert max(figures.get("guidance/head/candidates", 0) for figures in history) > 0
     assert not any(figures["skipped"] for figures in history)
+
+
+def test_micro_batches_share_the_images_of_a_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("DTG_CACHE", str(tmp_path))
+    common = "run.steps=3", "guidance.start_step=1", "guidance.ramp_steps=1", "guidance.stages.head.tau=0.009"
+    whole = train("data.labeled_per_device=2", "data.unlabeled_per_device=2", *common)
+    parts = train("data.labeled_per_device=1", "data.unlabeled_per_device=1", "optim.accumulate=2", *common)
+    assert whole[-1]["guidance/head/candidates"] > 0
+    for one, other in zip(whole, parts, strict=True):
+        losses = {name: value for name, value in other.items() if "labeled/" in name}
+        assert {name: one[name] for name in losses} == pytest.approx(losses, rel=1e-3, abs=1e-4)
 
 
 def test_command_line_sets_what_the_config_has():
@@ -162,4 +206,4 @@ def test_file_is_short_and_stands_on_the_core_alone():
     text = Path(retinanet.__file__).read_text(encoding="utf-8")
     assert len(text.splitlines()) < 150
     modules = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert not any(module.startswith(("gfl_dtg", "faster_rcnn_dtg")) for module in modules if module)
+    assert not any(module.startswith(("gfl_dtg", "faster_rcnn_dtg")) or "._" in module for module in modules if module)

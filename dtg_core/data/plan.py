@@ -169,6 +169,12 @@ class MicroBatches(Dataset[StepBatch]):
         return self.parts[part][step]
 
 
+def micro_batches(config: Config, sources: Sources, process: int, processes: int) -> MicroBatches:
+    """Those of one of a run's processes, ``optim.accumulate`` for each step."""
+    parts = config.optim.accumulate
+    return MicroBatches([step_data(config, sources, process * parts + part, processes * parts) for part in range(parts)])
+
+
 class EvalData(Dataset[ViewBatch | None]):
     """Batches of test views; over all processes, each readable image occurs once. ``ViewBatch.image_ids`` says which they are. A
     batch without readable images is None.

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from dtg_core.config import Config
-from dtg_core.data.plan import MicroBatches, items_of, step_data, steps_loader
+from dtg_core.data.plan import items_of, micro_batches, steps_loader
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import weights_step
 from dtg_core.engine.checkpointer import Checkpointer
@@ -130,10 +130,7 @@ class Trainer:
     def _batches(self, start: int) -> Iterator[list[StepBatch]]:
         """For each step, this process's micro-batches, on its device."""
         config, accelerator, parts = self.config, self.accelerator, self.config.optim.accumulate
-        first_part, all_parts = accelerator.process_index * parts, accelerator.num_processes * parts
-        data = MicroBatches([
-            step_data(config, self.sources, part, all_parts) for part in range(first_part, first_part + parts)
-        ])
+        data = micro_batches(config, self.sources, accelerator.process_index, accelerator.num_processes)
         loader = items_of(steps_loader(data, start * parts, config.run.steps * parts, config.data.workers))
         self.training.student.train()
         for step in range(start, config.run.steps):
