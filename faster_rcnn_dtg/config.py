@@ -14,7 +14,7 @@ class RPNConfig:
     loss: Literal["bce", "focal"] = "bce"  # on labelled and unlabelled images; focal is part of Eq. 2 taken literally (A10)
     positive_iou: PositiveShare = 0.7  # an anchor is positive from this IoU on
     negative_iou: Share = 0.3  # and negative below this one
-    low_quality_iou: Share | None = 0.3  # an object's best anchors are positive from this IoU on; None: never
+    low_quality_iou: PositiveShare | None = 0.3  # an object's best anchors are positive from this IoU on; None: never
     samples: Count = 256  # anchors per image that are trained in the ordinary loss
     positive_share: PositiveShare = 0.5  # largest share of them that may be positive
     pre_nms: Count = 2000  # best anchors of a level that enter NMS

@@ -65,7 +65,7 @@ def test_the_mean_is_over_the_clusters_that_have_members(removed):
     teacher = torch.tensor([math.log(3.0), 0.0, 1.0, 0.0, 0.0])[sample]
     cluster = torch.tensor([0, 0, 2, 2, 2])[sample]
     live = torch.tensor(0 if removed else 2)
-    dense = DenseGuidance(cluster, 3, sample, teacher, torch.ones(len(sample)), live, torch.tensor(float(len(sample))))
+    dense = DenseGuidance(cluster, 3, sample, teacher, torch.ones(len(sample)), live)
     zeros = torch.zeros_like(sample)
     background = torch.zeros(1, 5, dtype=torch.bool)
     assignment = Assignment(zeros, sample, zeros, torch.zeros(len(sample), 4), background, dense)
