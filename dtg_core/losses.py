@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtg_core.config import StageRule
 from dtg_core.guidance.rank_matching import rank_matching
-from dtg_core.structures import Assignment, DenseGuidance, Losses, LossKind, LossTerm, Predictions, Unreduced
+from dtg_core.structures import Assignment, DenseGuidance, Losses, LossKind, LossTerm, Unreduced
 
 
 def ordinary_terms(unreduced: Unreduced) -> dict[LossKind, LossTerm]:
@@ -26,7 +26,7 @@ def ordinary_terms(unreduced: Unreduced) -> dict[LossKind, LossTerm]:
 
 
 def dense_terms(
-    unreduced: Unreduced, predictions: Predictions, assignment: Assignment, rule: StageRule
+    unreduced: Unreduced, logits: Tensor, assignment: Assignment, rule: StageRule
 ) -> dict[LossKind, LossTerm]:
     """Dense guidance: means over clusters of the means within them (Eqs. 2, 3 and 5), and the background.
 
@@ -48,9 +48,8 @@ def dense_terms(
     if not rule.box:
         del terms["box"]
     if rule.rank:
-        logits = predictions.logits[assignment.image, assignment.sample, assignment.label]
         ranks = dense.teacher_logit if dense.rank_target is None else dense.rank_target
-        divergence = rank_matching(logits, ranks, dense.cluster, dense.num_clusters, rule.temperature)
+        divergence = rank_matching(logits[assignment.rows], ranks, dense.cluster, dense.num_clusters, rule.temperature)
         divergence = divergence if dense.trust is None else dense.trust * divergence
         terms["rank"] = LossTerm(divergence.sum(), dense.live_clusters)
     return terms

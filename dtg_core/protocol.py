@@ -17,6 +17,7 @@ from dtg_core.structures import (
     Assignment,
     Detections,
     Predictions,
+    Rows,
     Samples,
     Supervision,
     Targets,
@@ -25,7 +26,7 @@ from dtg_core.structures import (
 )
 
 #: What ``Detector.run`` returns for each stage, by its name.
-Outputs = Mapping[str, tuple[Samples, Predictions]]
+Outputs = Mapping[str, Predictions]
 
 
 class Stage(Protocol):
@@ -33,11 +34,11 @@ class Stage(Protocol):
 
     num_classes: int
 
-    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
-        """[M] int64 group of each row in the NMS of a batch: its image and class, or its image and pyramid level in an RPN."""
+    def groups(self, samples: Samples, rows: Rows) -> Tensor:
+        """[M] int64 group of each of M rows in the NMS of a batch: its image and class, or its image and level in an RPN."""
 
-    def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
-        """[M, 4] float32 boxes, not clipped, that the stage predicts for rows given by image, sample and label [M]."""
+    def decode(self, predictions: Predictions, rows: Rows) -> Tensor:
+        """[M, 4] float32 boxes, not clipped, that the stage predicts for M rows."""
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """The stage's ordinary label assignment, for ground truth and for sparse pseudo boxes.
@@ -45,7 +46,7 @@ class Stage(Protocol):
         ``sizes`` [N, 2] are the (height, width) of the unpadded views, ``seeds`` [N] decide random sampling.
         """
 
-    def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
+    def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Losses per assigned sample and per background sample, in float32; ``Unreduced`` says where weights go."""
 
 
@@ -60,7 +61,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
-        """Samples and predictions of every stage or, with ``supervision``, of those that it names and no others.
+        """Predictions of every stage, with their samples, or, with ``supervision``, of those that it names and no others.
 
         A stage on proposals takes ``Supervision.proposals`` if these are given, otherwise the detector's own. If there are
         ``Supervision.targets``, it draws its training samples from these proposals; otherwise all of them are its samples.

@@ -170,8 +170,17 @@ Samples = AnchorGrid | Proposals
 class Predictions:
     """What a stage predicts for each of its samples. Boxes are decoded on demand, for the requested rows only."""
 
+    samples: Samples  # the A samples of each image
     logits: Tensor  # [N, A, C] class logits, for sigmoids
     raw: Tensor  # [N, A, D] the box branch's output as the stage's ``decode`` reads it
+
+
+class Rows(NamedTuple):
+    """Predictions picked out of a batch; the index of their logits: ``predictions.logits[rows]`` is [M]."""
+
+    image: Tensor  # [M] int64
+    sample: Tensor  # [M] int64
+    label: Tensor  # [M] int64
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,10 @@ class Candidates:
     box: Tensor  # [M, 4] decoded by the teacher, clipped to its view
     foreground: Tensor  # [N, A] bool, the sample has a score above tau
     background: Tensor  # [N, A] bool, "clear background": no score above tau
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.image, self.sample, self.label)
 
 
 @dataclass(frozen=True)
@@ -245,6 +258,10 @@ class Assignment:
     box: Tensor  # [P, 4] target in the frame of the stage's own view
     background: Tensor  # [N, A] bool
     dense: DenseGuidance | None = None
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.image, self.sample, self.label)
 
     @property
     def quality(self) -> Tensor | None:

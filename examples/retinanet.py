@@ -35,7 +35,18 @@ from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.ranges import check_ranges
 from dtg_core.settings import load_config
-from dtg_core.structures import AnchorGrid, Assignment, Detections, Predictions, Samples, Supervision, Targets, Unreduced, ViewBatch
+from dtg_core.structures import (
+    AnchorGrid,
+    Assignment,
+    Detections,
+    Predictions,
+    Rows,
+    Samples,
+    Supervision,
+    Targets,
+    Unreduced,
+    ViewBatch,
+)
 
 STRIDES, SCALE, RATIOS = (8, 16, 32), 4.0, (0.5, 1.0, 2.0)  # anchors of 32, 64 and 128 px, three at each location
 POSITIVE_IOU, NEGATIVE_IOU, NMS_IOU = 0.5, 0.4, 0.5
@@ -48,28 +59,27 @@ class RetinaNetStage:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def groups(self, samples: Samples, rows: Rows) -> Tensor:
         """[M] NMS group: boxes of different images or classes do not suppress each other."""
-        return image * self.num_classes + label
+        return rows.image * self.num_classes + rows.label
 
-    def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def decode(self, predictions: Predictions, rows: Rows) -> Tensor:
         """[M, 4] boxes: anchors moved by the predicted deltas, which all classes share."""
-        return deltas.decode(samples.take(image, sample), predictions.raw[image, sample])
+        return deltas.decode(predictions.samples.take(rows.image, rows.sample), predictions.raw[rows.image, rows.sample])
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """An anchor takes the object it overlaps most, from an IoU of 0.5 on; an object takes its best anchor in any case."""
         matches = matching.match(samples, targets, samples.usable(sizes), POSITIVE_IOU, NEGATIVE_IOU, ANY_OVERLAP)
         return matching.assignment(matches, targets)
 
-    def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
+    def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss and L1 of the deltas, anchor by anchor: the core decides how they are weighted and summed."""
-        image, sample = assignment.image, assignment.sample
-        logits = predictions.logits.float()
+        logits, (image, sample, label) = predictions.logits.float(), assignment.rows
         background = sigmoid_focal(logits, torch.zeros_like(logits)).sum(2) * assignment.background  # [N, A]
         rows = logits[image, sample]  # [P, C]
         quality = torch.ones_like(rows[:, 0]) if assignment.quality is None else assignment.quality
-        target = torch.zeros_like(rows).scatter(1, assignment.label.unsqueeze(1), quality.unsqueeze(1))
-        wanted = deltas.encode(samples.take(image, sample), assignment.box)
+        target = torch.zeros_like(rows).scatter(1, label.unsqueeze(1), quality.unsqueeze(1))
+        wanted = deltas.encode(predictions.samples.take(image, sample), assignment.box)
         box = l1_loss(predictions.raw[image, sample].float(), wanted, reduction="none").sum(1)
         weight = torch.ones_like(box)
         return Unreduced(sigmoid_focal(rows, target).sum(1), box, background, weight, weight.sum(), weight.sum())
@@ -93,19 +103,19 @@ class RetinaNet(Detector):
         if supervision is not None and "head" not in supervision:
             return {}
         found = self.head(self.pyramid(views))
-        predictions = Predictions(found["cls_logits"], found["bbox_regression"])
-        return {"head": (self.grid(views.canvas, views.pixels.device), predictions)}
+        return {"head": Predictions(self.grid(views.canvas, views.pixels.device), found["cls_logits"], found["bbox_regression"])}
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """The 1000 best pairs of an anchor and a class go through NMS, and at most 100 boxes per image are kept."""
-        (grid, predictions), classes = outputs["head"], self.stage.num_classes
-        scores = (predictions.logits.float().sigmoid() * grid.usable(views.sizes).unsqueeze(2)).flatten(1)  # [N, A * C]
+        predictions, classes = outputs["head"], self.stage.num_classes
+        usable = predictions.samples.usable(views.sizes).unsqueeze(2)
+        scores = (predictions.logits.float().sigmoid() * usable).flatten(1)  # [N, A * C]
         best, pairs = scores.topk(min(1000, scores.shape[1]), 1)
         image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores above the threshold
         score, pair = best[image, column], pairs[image, column]
-        rows = image, pair // classes, pair % classes
-        return final_boxes(self.stage, grid, predictions, rows, score, views.sizes, NMS_IOU, 100)
+        rows = Rows(image, pair // classes, pair % classes)
+        return final_boxes(self.stage, predictions, rows, score, views.sizes, NMS_IOU, 100)
 
 
 def main(config: Config) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
-from dtg_core.structures import AnchorGrid, Detections, Predictions, Samples, Supervision, ViewBatch
+from dtg_core.structures import AnchorGrid, Detections, Predictions, Rows, Supervision, ViewBatch
 from faster_rcnn_dtg.config import FasterRCNNConfig
 from faster_rcnn_dtg.rcnn import RCNN, RCNNStage, sample_proposals
 from faster_rcnn_dtg.rpn import RPN, RPNStage, propose
@@ -39,7 +39,7 @@ class FasterRCNN(Detector):
         return anchor_grid(canvas, self.config.strides, self.config.anchor_scale, self.config.ratios, device)
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
-        """Samples and predictions of both stages or, with ``supervision``, of the stages that it names.
+        """Predictions of both stages or, with ``supervision``, of the stages that it names.
 
         The R-CNN's samples are the given proposals, otherwise the detector's own. With targets, a training subset of them
         is drawn; true boxes are only added to the detector's own proposals.
@@ -48,33 +48,30 @@ class FasterRCNN(Detector):
         guide = supervision.get("rcnn", Supervision()) if supervision else Supervision()
         grid = self.grid(views.canvas, views.pixels.device)
         pyramid = self.pyramid(views)
-        outputs: dict[str, tuple[Samples, Predictions]] = {}
+        outputs: dict[str, Predictions] = {}
         proposals = guide.proposals
         if "rpn" in wanted or proposals is None:
-            outputs["rpn"] = grid, self.rpn(pyramid)
+            outputs["rpn"] = self.rpn(pyramid, grid)
         if "rcnn" in wanted:
             if proposals is None:
-                proposals = propose(grid, outputs["rpn"][1], views.sizes, self.config.rpn)
+                proposals = propose(outputs["rpn"], views.sizes, self.config.rpn)
             if guide.targets is not None:
                 add_truth = guide.proposals is None and guide.add_truth and self.config.rcnn.add_truth
                 proposals = sample_proposals(proposals, guide.targets, self.config.rcnn, views.seeds, add_truth)
-            outputs["rcnn"] = proposals, self.rcnn(pyramid, proposals)
+            outputs["rcnn"] = self.rcnn(pyramid, proposals)
         return {name: output for name, output in outputs.items() if name in wanted}
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes in the views' pixels: R-CNN scores above the threshold, class-wise NMS, the best of each image."""
-        config, stage = self.config.rcnn, self.stages["rcnn"]
-        proposals, predictions = outputs["rcnn"]
-        usable = proposals.usable(views.sizes).unsqueeze(-1)
+        config, stage, predictions = self.config.rcnn, self.stages["rcnn"], outputs["rcnn"]
+        usable = predictions.samples.usable(views.sizes).unsqueeze(-1)
         scores = (predictions.logits.sigmoid() * usable).flatten(1)  # [N, A * C]
         best, index = scores.topk(min(config.max_candidates, scores.shape[1]), dim=1)
         image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores above the threshold
         score, pair = best[image, column], index[image, column]
-        sample, label = pair.div(stage.num_classes, rounding_mode="floor"), pair % stage.num_classes
-
-        rows, limit = (image, sample, label), config.detections_per_image
-        return final_boxes(stage, proposals, predictions, rows, score, views.sizes, config.nms_iou, limit)
+        rows = Rows(image, pair.div(stage.num_classes, rounding_mode="floor"), pair % stage.num_classes)
+        return final_boxes(stage, predictions, rows, score, views.sizes, config.nms_iou, config.detections_per_image)
 
 
 def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:

@@ -12,7 +12,7 @@ from dtg_core.boxes import area, rank_in_group
 from dtg_core.deltas import decode, encode
 from dtg_core.focal import sigmoid_focal
 from dtg_core.matching import assignment, balanced, match
-from dtg_core.structures import Assignment, Predictions, Proposals, Samples, Targets, Unreduced
+from dtg_core.structures import Assignment, Predictions, Proposals, Rows, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig
 from faster_rcnn_dtg.losses import log_odds, softmax_focal
 from faster_rcnn_dtg.roi_align import roi_align
@@ -115,7 +115,7 @@ class RCNN(nn.Module):
         images, samples = proposals.valid.shape
         all_logits = logits.new_full((images * samples, logits.shape[1]), PADDING_LOGIT).index_copy(0, rows, logits)
         all_raw = raw.new_zeros(images * samples, raw.shape[1]).index_copy(0, rows, raw)
-        return Predictions(all_logits.view(images, samples, -1), all_raw.view(images, samples, -1))
+        return Predictions(proposals, all_logits.view(images, samples, -1), all_raw.view(images, samples, -1))
 
 
 class RCNNStage:
@@ -124,57 +124,55 @@ class RCNNStage:
     def __init__(self, config: RCNNConfig, num_classes: int) -> None:
         self.config, self.num_classes = config, num_classes
 
-    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def groups(self, samples: Samples, rows: Rows) -> Tensor:
         """NMS is class-wise."""
-        return image * self.num_classes + label
+        return rows.image * self.num_classes + rows.label
 
-    def _deltas(self, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def _deltas(self, predictions: Predictions, rows: Rows) -> Tensor:
         """[M, 4] deltas of the rows' class."""
         boxes = 1 if self.config.class_agnostic else self.num_classes
         deltas = predictions.raw[..., : 4 * boxes].unflatten(-1, (boxes, 4))
-        return deltas[image, sample, torch.zeros_like(label) if self.config.class_agnostic else label]
+        label = torch.zeros_like(rows.label) if self.config.class_agnostic else rows.label
+        return deltas[rows.image, rows.sample, label]
 
-    def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def decode(self, predictions: Predictions, rows: Rows) -> Tensor:
         """[M, 4] float32 boxes of the rows' class, not clipped."""
-        return decode(samples.take(image, sample), self._deltas(predictions, image, sample, label), self.config.delta_stds)
+        samples = predictions.samples.take(rows.image, rows.sample)
+        return decode(samples, self._deltas(predictions, rows), self.config.delta_stds)
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """Match the proposals as they are (``sample_proposals`` has drawn them); padding is ignored."""
         matches = match(samples, targets, samples.usable(sizes), self.config.iou, self.config.iou)
         return assignment(matches, targets)
 
-    def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
+    def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss summed over the classes and L1 of the assigned class's deltas, both divided by the sampled proposals.
 
         The losses carry no weight; ``config.focal_weight`` of the ordinary reduction is in ``classification_count``.
         """
-        image, sample, label = assignment.image, assignment.sample, assignment.label
-        target = torch.ones_like(label, dtype=torch.float32) if assignment.quality is None else assignment.quality
+        rows = assignment.rows
+        target = torch.ones_like(rows.label, dtype=torch.float32) if assignment.quality is None else assignment.quality
         classification, background = (
-            self._softmax_losses(predictions, image, sample, label, target)
+            self._softmax_losses(predictions, rows, target)
             if self.config.focal == "softmax"
-            else self._sigmoid_losses(predictions, image, sample, label, target)
+            else self._sigmoid_losses(predictions, rows, target)
         )
-        deltas = encode(samples.take(image, sample), assignment.box, self.config.delta_stds)
-        box = l1_loss(self._deltas(predictions, image, sample, label), deltas, reduction="none").sum(-1)
-        count = (assignment.background.sum() + image.shape[0]).float()
+        deltas = encode(predictions.samples.take(rows.image, rows.sample), assignment.box, self.config.delta_stds)
+        box = l1_loss(self._deltas(predictions, rows), deltas, reduction="none").sum(-1)
+        count = (assignment.background.sum() + len(rows.image)).float()
         weight = 1.0 if self.config.focal == "softmax" else self.config.focal_weight
         background = background * assignment.background
         return Unreduced(classification, box, background, torch.ones_like(box), count / weight, count)
 
-    def _sigmoid_losses(
-        self, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _sigmoid_losses(self, predictions: Predictions, rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:
         """[P] of the rows and [N, A] of every sample as background."""
         logits = predictions.logits
-        rows = logits[image, sample]
-        targets = torch.zeros_like(rows).scatter(1, label.unsqueeze(1), target.unsqueeze(1))
-        return sigmoid_focal(rows, targets).sum(-1), sigmoid_focal(logits, torch.zeros_like(logits)).sum(-1)
+        own = logits[rows.image, rows.sample]
+        targets = torch.zeros_like(own).scatter(1, rows.label.unsqueeze(1), target.unsqueeze(1))
+        return sigmoid_focal(own, targets).sum(-1), sigmoid_focal(logits, torch.zeros_like(logits)).sum(-1)
 
-    def _softmax_losses(
-        self, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _softmax_losses(self, predictions: Predictions, rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:
         """[P] of the rows and [N, A] of every sample as background."""
         background = softmax_focal(predictions.raw[..., -1])
-        foreground = softmax_focal(logsigmoid(predictions.logits[image, sample, label]))
-        return target * foreground + (1 - target) * background[image, sample], background
+        foreground = softmax_focal(logsigmoid(predictions.logits[rows]))
+        return target * foreground + (1 - target) * background[rows.image, rows.sample], background

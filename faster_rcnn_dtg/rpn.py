@@ -12,7 +12,7 @@ from dtg_core.boxes import clip, image_nms, rank_in_group, shortest_side
 from dtg_core.deltas import decode, encode
 from dtg_core.focal import sigmoid_focal
 from dtg_core.matching import assignment, balanced, match
-from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals, Samples, Targets, Unreduced
+from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals, Rows, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RPNConfig
 
 
@@ -23,16 +23,16 @@ class RPN(nn.Module):
         super().__init__()
         self.head = RPNHead(channels, num_ratios)
 
-    def forward(self, pyramid: list[Tensor]) -> Predictions:
-        """From maps L x [N, channels, h, w] to logits [N, A, 1] and deltas [N, A, 4], float32."""
-        return flatten(*self.head(pyramid))
+    def forward(self, pyramid: list[Tensor], grid: AnchorGrid) -> Predictions:
+        """From maps L x [N, channels, h, w] to logits [N, A, 1] and deltas [N, A, 4] of the grid's anchors, float32."""
+        return flatten(grid, *self.head(pyramid))
 
 
-def flatten(logits: list[Tensor], deltas: list[Tensor]) -> Predictions:
-    """Maps L x [N, R, h, w] and L x [N, R * 4, h, w] as Predictions, rows ordered by level, y, x and ratio."""
+def flatten(grid: AnchorGrid, logits: list[Tensor], deltas: list[Tensor]) -> Predictions:
+    """Maps L x [N, R, h, w] and L x [N, R * 4, h, w] as Predictions, ordered as the grid's anchors: by level, y, x and ratio."""
     images = logits[0].shape[0]
     flat_logits, flat_deltas = concat_box_prediction_layers(logits, deltas)
-    return Predictions(flat_logits.float().view(images, -1, 1), flat_deltas.float().view(images, -1, 4))
+    return Predictions(grid, flat_logits.float().view(images, -1, 1), flat_deltas.float().view(images, -1, 4))
 
 
 class RPNStage:
@@ -43,14 +43,14 @@ class RPNStage:
     def __init__(self, config: RPNConfig) -> None:
         self.config = config
 
-    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def groups(self, samples: Samples, rows: Rows) -> Tensor:
         """Boxes of different pyramid levels do not suppress each other (A14, A15)."""
         assert isinstance(samples, AnchorGrid)
-        return image * len(samples.shapes) + samples.level[sample]
+        return rows.image * len(samples.shapes) + samples.level[rows.sample]
 
-    def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def decode(self, predictions: Predictions, rows: Rows) -> Tensor:
         """[M, 4] float32 boxes of the rows, not clipped."""
-        return decode(samples.take(image, sample), predictions.raw[image, sample])
+        return decode(predictions.samples.take(rows.image, rows.sample), predictions.raw[rows.image, rows.sample])
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """Match by IoU and draw ``config.samples`` anchors of each image; anchors centred in the padding are ignored."""
@@ -60,7 +60,7 @@ class RPNStage:
         matches = balanced(matches, config.samples, config.positive_share, seeds, samples.identity)
         return assignment(matches, replace(targets, labels=torch.zeros_like(targets.labels)))
 
-    def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
+    def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Binary cross entropy (or focal loss) of the logits and L1 of the deltas, both divided by the sampled anchors.
 
         mmdetection's divisor counts an image without positives as having one; here it is the plain number.
@@ -71,7 +71,7 @@ class RPNStage:
         rows = logits[image, sample]
         classification = loss(rows, torch.ones_like(rows) if assignment.quality is None else assignment.quality)
         background = loss(logits, torch.zeros_like(logits)) * assignment.background
-        target = encode(samples.take(image, sample), assignment.box)
+        target = encode(predictions.samples.take(image, sample), assignment.box)
         box = l1_loss(predictions.raw[image, sample], target, reduction="none").sum(-1)
         count = (assignment.background.sum() + image.shape[0]).float()
         return Unreduced(classification, box, background, torch.ones_like(box), count, count)
@@ -82,19 +82,19 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def propose(grid: AnchorGrid, predictions: Predictions, sizes: Tensor, config: RPNConfig) -> Proposals:
+def propose(predictions: Predictions, sizes: Tensor, config: RPNConfig) -> Proposals:
     """Proposals of each image, detached: the best anchors of each level, decoded, clipped, NMS per level, the best overall.
 
     Args:
-        grid: A anchors.
-        predictions: the RPN's.
+        predictions: the RPN's, of A anchors.
         sizes: [N, 2] (height, width) of the unpadded views.
         config: the RPN's settings.
 
     Returns:
         Proposals [N, ``config.post_nms``], best first, padded with zero boxes.
     """
-    logits = predictions.logits.squeeze(-1)  # [N, A]
+    grid, logits = predictions.samples, predictions.logits.squeeze(-1)  # [N, A]
+    assert isinstance(grid, AnchorGrid)
     parts, start = [], 0
     for size in grid.level_sizes:
         top = logits[:, start : start + size].topk(min(size, config.pre_nms), dim=1).indices

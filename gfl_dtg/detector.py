@@ -11,7 +11,7 @@ from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.postprocess import final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
-from dtg_core.structures import AnchorGrid, Detections, Predictions, Supervision, ViewBatch
+from dtg_core.structures import AnchorGrid, Detections, Predictions, Rows, Supervision, ViewBatch
 from gfl_dtg.config import GFLConfig
 from gfl_dtg.head import GFLHead
 from gfl_dtg.stage import GFLStage
@@ -39,28 +39,23 @@ class GFL(Detector):
         return anchor_grid(canvas, self.config.strides, self.config.anchor_scale, (1.0,), device)
 
     def run(self, views: ViewBatch, supervision: Mapping[str, Supervision] | None = None) -> Outputs:
-        """Samples and predictions of ``head``; nothing is computed when ``supervision`` does not name it."""
+        """Predictions of ``head``; nothing is computed when ``supervision`` does not name it."""
         if supervision is not None and "head" not in supervision:
             return {}
         logits, raw = self.head(self.pyramid(views))
-        return {"head": (self.grid(views.canvas, logits.device), Predictions(logits, raw))}
+        return {"head": Predictions(self.grid(views.canvas, logits.device), logits, raw)}
 
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes: an anchor gives one for each class above the threshold, unless its centre lies in the padding."""
-        samples, predictions = outputs["head"]
-        assert isinstance(samples, AnchorGrid)
-        rows, scores = self._best(samples, predictions, views.sizes, score_threshold)
-        config = self.config
-        return final_boxes(
-            self.stage, samples, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image
-        )
+        config, predictions = self.config, outputs["head"]
+        rows, scores = self._best(predictions, views.sizes, score_threshold)
+        return final_boxes(self.stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)
 
-    def _best(
-        self, samples: AnchorGrid, predictions: Predictions, sizes: Tensor, score_threshold: float
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Rows (image, sample, label) and scores [M] of each level's best (anchor, class) pairs above the threshold."""
-        num_classes = self.stage.num_classes
+    def _best(self, predictions: Predictions, sizes: Tensor, score_threshold: float) -> tuple[Rows, Tensor]:
+        """Each level's best (anchor, class) pairs with a score above the threshold, and their scores [M]."""
+        samples, num_classes = predictions.samples, self.stage.num_classes
+        assert isinstance(samples, AnchorGrid)
         usable = samples.usable(sizes).split(samples.level_sizes, 1)
         chosen, pairs, start = [], [], 0
         for level, mask in zip(predictions.logits.split(samples.level_sizes, 1), usable):
@@ -73,7 +68,7 @@ class GFL(Detector):
         # sync: the number of pairs above the threshold.
         image, column = (scores > score_threshold).nonzero(as_tuple=True)
         pair = pair[image, column]
-        return (image, pair // num_classes, pair % num_classes), scores[image, column]
+        return Rows(image, pair // num_classes, pair % num_classes), scores[image, column]
 
 
 def build(config: GFLConfig, backbone: BackboneConfig, num_classes: int) -> GFL:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dtg_core.boxes import giou_loss, paired_iou
-from dtg_core.structures import AnchorGrid, Assignment, Predictions, Samples, Targets, Unreduced
+from dtg_core.structures import AnchorGrid, Assignment, Predictions, Rows, Samples, Targets, Unreduced
 from gfl_dtg.atss import assign_atss
 from gfl_dtg.config import GFLConfig
 from gfl_dtg.losses import (
@@ -27,10 +27,10 @@ def centers_and_strides(samples: Samples, sample: Tensor) -> tuple[Tensor, Tenso
     return (anchors[:, :2] + anchors[:, 2:]) / 2, strides[samples.level[sample]].unsqueeze(1)
 
 
-def side_logits(predictions: Predictions, image: Tensor, sample: Tensor) -> Tensor:
-    """[M, 4, reg_max + 1] float32 bin logits of the four sides, for rows given by image and sample [M]."""
-    rows = predictions.raw[image, sample].float()
-    return rows.unflatten(1, (4, rows.shape[1] // 4))
+def side_logits(predictions: Predictions, rows: Rows) -> Tensor:
+    """[M, 4, reg_max + 1] float32 bin logits of the four sides, for M rows."""
+    raw = predictions.raw[rows.image, rows.sample].float()
+    return raw.unflatten(1, (4, raw.shape[1] // 4))
 
 
 @dataclass
@@ -40,14 +40,14 @@ class GFLStage:
     config: GFLConfig
     num_classes: int
 
-    def groups(self, samples: Samples, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def groups(self, samples: Samples, rows: Rows) -> Tensor:
         """NMS is class-wise."""
-        return image * self.num_classes + label
+        return rows.image * self.num_classes + rows.label
 
-    def decode(self, samples: Samples, predictions: Predictions, image: Tensor, sample: Tensor, label: Tensor) -> Tensor:
+    def decode(self, predictions: Predictions, rows: Rows) -> Tensor:
         """[M, 4] boxes: expected distances from the anchor's centre, in strides. All classes share a sample's box."""
-        centers, strides = centers_and_strides(samples, sample)
-        return boxes_from_distances(centers, integral(side_logits(predictions, image, sample)) * strides)
+        centers, strides = centers_and_strides(predictions.samples, rows.sample)
+        return boxes_from_distances(centers, integral(side_logits(predictions, rows)) * strides)
 
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """ATSS. What is not assigned is background, unless its centre lies in the padding; nothing is sampled."""
@@ -57,23 +57,23 @@ class GFLStage:
         background = usable.index_put((image, sample), usable.new_zeros(()))
         return Assignment(image, sample, targets.labels[row], targets.boxes[row], background)
 
-    def losses(self, samples: Samples, predictions: Predictions, assignment: Assignment) -> Unreduced:
+    def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Quality focal loss, and GIoU with distribution focal loss, the boxes in units of the stride.
 
         The class target is the IoU of the predicted box with the target box, unless dense guidance provides its own. In
         the ordinary reduction a box is weighted by its best score, and an image counts as at least 1 positive.
         """
-        config, image, sample = self.config, assignment.image, assignment.sample
+        config, (image, sample, label) = self.config, assignment.rows
         logits = predictions.logits[image, sample].float()
-        sides = side_logits(predictions, image, sample)
-        centers, strides = centers_and_strides(samples, sample)
+        sides = side_logits(predictions, assignment.rows)
+        centers, strides = centers_and_strides(predictions.samples, sample)
         centers, targets = centers / strides, assignment.box / strides
         boxes = boxes_from_distances(centers, integral(sides))
 
         quality = assignment.quality
         if quality is None:
             quality = paired_iou(boxes.detach(), targets)
-        classification = quality_focal_loss(logits, assignment.label, quality, config.qfl_beta)
+        classification = quality_focal_loss(logits, label, quality, config.qfl_beta)
         background = background_quality_focal_loss(predictions.logits, config.qfl_beta)
         background = torch.where(assignment.background, background, 0.0)
         distances = distances_from_boxes(centers, targets, config.reg_max)

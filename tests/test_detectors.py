@@ -70,9 +70,8 @@ def test_same_view_and_weights_are_their_own_teacher(name):
     for stage, told in supervision.items():
         assert figures[f"guidance/{stage}/candidates"] > 0
         assert figures[f"guidance/{stage}/matched"] == pytest.approx(1.0)
-        assignment, (_, predictions) = told.assignment, outputs[stage]
-        rows = predictions.logits[assignment.image, assignment.sample, assignment.label]
-        torch.testing.assert_close(rows, assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
+        assignment = told.assignment
+        torch.testing.assert_close(outputs[stage].logits[assignment.rows], assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
         rank = terms["unlabeled", stage, "rank"]
         assert (rank.total / rank.count).item() == pytest.approx(0, abs=1e-5)
         assert not assignment.background[assignment.image, assignment.sample].any()
@@ -83,7 +82,7 @@ def test_dense_step_is_finite_and_reaches_every_parameter(name):
     detector = eager(tiny_detector(name))
     pair = replace(make_pair(3, 64, 96), student=make_views(3, 64, 96, seed=5))
     stage_rules = rules()
-    for stage, (_, predictions) in make_teacher(detector).run(pair.teacher).items():
+    for stage, predictions in make_teacher(detector).run(pair.teacher).items():
         median = predictions.logits.amax(2).sigmoid().median().item()  # half of the samples are candidates
         stage_rules[stage] = replace(stage_rules[stage], tau=median)
     losses, _ = losses_of(detector, make_views(2, 64, 64, OBJECTS, LABELS), pair, stage_rules)
@@ -207,7 +206,7 @@ def test_guidance_under_bfloat16_keeps_coordinates_in_float32(name):
 @pytest.mark.parametrize(("quantile", "samples"), [(0.9, 64), (0.6, 64), (0.9, 0), (1.0, 16)])
 def test_drawn_background_is_at_least_as_much_as_the_candidates(quantile, samples):
     detector, pair = eager(tiny_detector("faster_rcnn")).eval(), make_pair(2, 64, 64)
-    scores = detector.run(pair.teacher)["rpn"][1].logits.detach().sigmoid().flatten()
+    scores = detector.run(pair.teacher)["rpn"].logits.detach().sigmoid().flatten()
     stage_rules = rules(tau=float(scores.quantile(quantile)), background_samples=None)
     everything, _ = teach(make_teacher(detector), pair, stage_rules)
     stage_rules = {name: replace(rule, background_samples=samples) for name, rule in stage_rules.items()}
@@ -223,7 +222,7 @@ def test_proposals_that_teach_nothing_are_not_looked_at():
     """The second stage is run on fewer proposals, and its losses stay."""
     detector = eager(tiny_detector("faster_rcnn")).eval()
     pair = replace(make_pair(2, 64, 64), student=make_views(2, 64, 64, seed=5))
-    logits = detector.run(pair.teacher)["rcnn"][1].logits.detach().amax(2)
+    logits = detector.run(pair.teacher)["rcnn"].logits.detach().amax(2)
     stage_rules = rules(tau=float(logits.sigmoid().quantile(0.9)), background_samples=6)
     supervision, _ = teach(make_teacher(detector), pair, stage_rules)
     proposals, assignment = supervision["rcnn"].proposals, supervision["rcnn"].assignment

@@ -55,9 +55,8 @@ def test_same_view_and_weights_are_their_own_teacher(detector):
     pair, rules = make_pair(2, 64, 64), {"head": StageRule(tau=0.5)}
     supervision, figures = teach(make_teacher(detector), pair, rules)
     assignment = supervision["head"].assignment
-    _, predictions = detector.eval().run(pair.student)["head"]
-    rows = predictions.logits[assignment.image, assignment.sample, assignment.label]
-    torch.testing.assert_close(rows, assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
+    predictions = detector.eval().run(pair.student)["head"]
+    torch.testing.assert_close(predictions.logits[assignment.rows], assignment.dense.teacher_logit, rtol=1e-4, atol=1e-4)
     assert figures["guidance/head/candidates"] > 0
     assert figures["guidance/head/matched"] == 1
     rank = StudentModule(detector, rules).eval()(make_views(1, 64, 64), pair.student, supervision)["unlabeled", "head", "rank"]
@@ -103,11 +102,11 @@ def test_assignment_is_torchvisions(detector):
 
 def test_an_object_without_size_is_nobodys(detector):
     views = make_views(2, 64, 64, [[[20.0, 20, 20, 20]], []])
-    (grid, predictions), stage = detector.run(views)["head"], detector.stage
-    assignment = stage.assign(grid, views.targets, views.sizes, views.seeds)
+    predictions, stage = detector.run(views)["head"], detector.stage
+    assignment = stage.assign(predictions.samples, views.targets, views.sizes, views.seeds)
     assert len(assignment.sample) == 0
-    assert torch.equal(assignment.background, grid.usable(views.sizes))
-    unreduced = stage.losses(grid, predictions, replace(assignment, **dict.fromkeys(("image", "sample", "label"), torch.tensor([0])), box=views.targets.boxes))
+    assert torch.equal(assignment.background, predictions.samples.usable(views.sizes))
+    unreduced = stage.losses(predictions, replace(assignment, **dict.fromkeys(("image", "sample", "label"), torch.tensor([0])), box=views.targets.boxes))
     assert unreduced.box.isfinite().all()
 
 
@@ -119,26 +118,26 @@ def test_a_stage_that_is_not_named_is_not_run(detector):
 
 def test_the_host_waits_for_the_number_of_positives_alone(detector):
     views = make_views(2, 64, 64, OBJECTS, LABELS)
-    (grid, predictions), stage = detector.run(views)["head"], detector.stage
+    predictions, stage = detector.run(views)["head"], detector.stage
     with device_work() as work:
-        assignment = stage.assign(grid, views.targets, views.sizes, views.seeds)
-        stage.losses(grid, predictions, assignment)
-        stage.decode(grid, predictions, assignment.image, assignment.sample, assignment.label)
+        assignment = stage.assign(predictions.samples, views.targets, views.sizes, views.seeds)
+        stage.losses(predictions, assignment)
+        stage.decode(predictions, assignment.rows)
     assert dict(work.waits) == {"aten::nonzero": 1}
 
 
 def test_losses_are_torchvisions(detector):
     """On one image the ordinary reduction is torchvision's ``compute_loss``."""
     views = make_views(1, 64, 64, OBJECTS[1:], LABELS[1:])
-    (grid, predictions), stage = detector.run(views)["head"], detector.stages["head"]
-    assignment = stage.assign(grid, views.targets, views.sizes, views.seeds)
-    unreduced = stage.losses(grid, predictions, assignment)
-    matched = torch.full((grid.num_samples,), Matcher.BETWEEN_THRESHOLDS)
+    predictions, stage = detector.run(views)["head"], detector.stages["head"]
+    assignment = stage.assign(predictions.samples, views.targets, views.sizes, views.seeds)
+    unreduced = stage.losses(predictions, assignment)
+    matched = torch.full((predictions.samples.num_samples,), Matcher.BETWEEN_THRESHOLDS)
     matched[assignment.background[0]] = Matcher.BELOW_LOW_THRESHOLD
     matched[assignment.sample] = (assignment.label == 2).long()  # rows of the targets
     expected = detector.head.compute_loss(
         [{"boxes": views.targets.boxes, "labels": views.targets.labels}],
-        {"cls_logits": predictions.logits, "bbox_regression": predictions.raw}, [grid.anchors], [matched],
+        {"cls_logits": predictions.logits, "bbox_regression": predictions.raw}, [predictions.samples.anchors], [matched],
     )
     classification = unreduced.classification.sum() + unreduced.background.sum()
     torch.testing.assert_close(classification / unreduced.classification_count, expected["classification"])
@@ -152,7 +151,7 @@ def test_detect_gives_the_boxes_of_clear_scores(detector):
     centered = int(((grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2 - 32).norm(dim=1).argmin())
     logits[1, centered, 1:] = torch.tensor([2.0, 3.0])  # two classes at one place are two objects
     logits[1, centered + 1, 2] = 1.0  # of another shape, IoU 0.55, so NMS removes it
-    found = detector.detect({"head": (grid, Predictions(logits, torch.zeros(2, grid.num_samples, 4)))}, views, 0.5)
+    found = detector.detect({"head": Predictions(grid, logits, torch.zeros(2, grid.num_samples, 4))}, views, 0.5)
     assert found.image.tolist() == [1, 1]
     assert found.labels.tolist() == [2, 1]
     torch.testing.assert_close(found.scores, torch.tensor([3.0, 2.0]).sigmoid())

@@ -56,8 +56,8 @@ class FakeTeacher:
         deltas = encode(proposals, refined, self.config.rcnn.delta_stds).repeat(1, NUM_CLASSES)
         valid = torch.ones(1, len(scores), dtype=torch.bool)
         self.outputs = {
-            "rpn": (grid, Predictions(anchor_scores.logit(), torch.zeros(1, grid.num_samples, 4))),
-            "rcnn": (Proposals(proposals[None], valid), Predictions(logits, deltas[None])),
+            "rpn": Predictions(grid, anchor_scores.logit(), torch.zeros(1, grid.num_samples, 4)),
+            "rcnn": Predictions(Proposals(proposals[None], valid), logits, deltas[None]),
         }
 
     def run(self, views, supervision=None):

@@ -136,9 +136,9 @@ def with_candidates(
     """
     outputs = teacher.run(pair.teacher)
     taus = {}
-    for name, (samples, predictions) in outputs.items():
+    for name, predictions in outputs.items():
         best = predictions.logits.amax(2).float()
-        logits = to_float64(best[samples.usable(pair.teacher.sizes)].sort(descending=True).values)
+        logits = to_float64(best[predictions.samples.usable(pair.teacher.sizes)].sort(descending=True).values)
         place = min(count * len(best), len(logits) - 1)
         middle = (logits[place - 1] + logits[place]) / 2  # at least one candidate, and one sample that is not
         taus[name] = min(max(float(middle.sigmoid()), 1e-6), 1 - 1e-6)
@@ -167,7 +167,7 @@ def bare_passes(training: loop.Training, batch: StepBatch) -> Callable[[], None]
                 with torch.no_grad():
                     teacher.run(batch.unlabeled.teacher, told)
             outputs = [detector.run(views, samples) for views, samples in branches]
-        predictions = [predicted for output in outputs for _, predicted in output.values()]
+        predictions = [predicted for output in outputs for predicted in output.values()]
         sums = [part.float().sum() for predicted in predictions for part in (predicted.logits, predicted.raw)]
         torch.stack(sums).sum().backward()
 
@@ -180,8 +180,8 @@ def _same_samples(
     """Supervision that makes ``run`` use the proposals that it has made under ``supervision``."""
     outputs = detector.run(views, supervision)
     return {
-        name: Supervision(proposals=samples if isinstance(samples, Proposals) else None)
-        for name, (samples, _) in outputs.items()
+        name: Supervision(proposals=predictions.samples if isinstance(predictions.samples, Proposals) else None)
+        for name, predictions in outputs.items()
     }
 
 

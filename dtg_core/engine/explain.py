@@ -118,11 +118,11 @@ def explain(
         Explained, on the CPU as far as the given views are.
     """
     outputs = teacher.run(pair.teacher)
-    stage, (samples, predictions) = teacher.stages[name], outputs[name]
+    stage, predictions = teacher.stages[name], outputs[name]
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
 
     dense_limit, sparse_limit = (threshold if rule.paradigm == kind else None for kind in ("dense", "sparse"))
-    labels = dense_labels(stage, samples, predictions, grid, pair, rule, dense_limit)
+    labels = dense_labels(stage, predictions, grid, pair, rule, dense_limit)
     moved, dense = labels.samples, labels.assignment
 
     lowest = min(rule.tau, rule.pseudo_score, *(() if threshold is None else threshold.tolist()))
@@ -134,10 +134,10 @@ def explain(
 
     proposals = moved if isinstance(moved, Proposals) else None
     learnt = student.run(pair.student, {name: Supervision(assignment=dense, proposals=proposals)})
-    logits = learnt[name][1].logits[dense.image, dense.sample, dense.label].float()
+    logits = learnt[name].logits[dense.rows].float()
     return Explained(
         labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,
-        teacher_scores(samples, predictions, labels, pair),
+        teacher_scores(predictions, labels, pair),
         best_scores(labels.candidates.foreground.float(), labels.row, moved.num_samples) > 0, stage.num_classes, rule, threshold,
     )  # fmt: skip
 

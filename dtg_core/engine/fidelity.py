@@ -112,8 +112,8 @@ def measure(
             learnt = learn(student, pair.student, supervision)
             own = gradients(loss_terms(student, learnt, rules, "unlabeled"), rules, parameters)
             found[name].add_gradients(own, true)
-            for stage, (samples, _, assignment) in learnt.items():
-                counts = count_labels(student.stages[stage], samples, assignment, truth, pair.student)
+            for stage, (predictions, assignment) in learnt.items():
+                counts = count_labels(student.stages[stage], predictions.samples, assignment, truth, pair.student)
                 add_up(found[name].labels.setdefault(stage, {}), counts)
             add_up(found[name].figures, {key: float(value) for key, value in figures.items()})
             found[name].batches += 1

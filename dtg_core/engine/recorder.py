@@ -140,8 +140,8 @@ class Recorder:
         pair = self.state.recent[0].unlabeled
         if pair is None:
             return "no unlabelled image"
-        samples, predictions = self.training.teacher.run(pair.teacher)[stage]
-        scores = predictions.logits.amax(2)[samples.usable(pair.teacher.sizes)].sigmoid().float().cpu()
+        predictions = self.training.teacher.run(pair.teacher)[stage]
+        scores = predictions.logits.amax(2)[predictions.samples.usable(pair.teacher.sizes)].sigmoid().float().cpu()
         counts = torch.histc(scores, 10, 0, 1).int().tolist()
         tenths = ", ".join(f"{index / 10:.1f}: {count}" for index, count in enumerate(counts) if count)
         return f"scores of {len(scores)} samples by tenths: {tenths}; highest {scores.max():.3f}"

@@ -14,11 +14,11 @@ from torchvision.ops import box_iou, nms
 from dtg_core.boxes import clip, lacks_float64, row_blocks, spread_groups
 from dtg_core.config import StageRule
 from dtg_core.protocol import Stage
-from dtg_core.structures import Candidates, Clusters, Predictions, Samples
+from dtg_core.structures import Candidates, Clusters, Predictions, Rows
 
 
 def select_candidates(
-    stage: Stage, samples: Samples, predictions: Predictions, sizes: Tensor, rule: StageRule, threshold: Tensor | None = None
+    stage: Stage, predictions: Predictions, sizes: Tensor, rule: StageRule, threshold: Tensor | None = None
 ) -> Candidates:
     """Teacher samples with a score above tau. A sample is a candidate for its best class only (A17): the sigmoids of other
     classes would make a second cluster of the same object.
@@ -26,23 +26,23 @@ def select_candidates(
     Scores are compared as logits, so no sigmoid over all samples is needed.
 
     Args:
-        stage, samples, predictions: the teacher's. sizes: [N, 2] of its views. rule: tau and the limits.
+        stage, predictions: the teacher's. sizes: [N, 2] of its views. rule: tau and the limits.
         threshold: [C] a score for each class instead of tau.
     """
-    usable = samples.usable(sizes)
+    usable = predictions.samples.usable(sizes)
     best, label = predictions.logits.max(2)  # [N, A]
     best = torch.where(usable, best, -torch.inf)
     limit = logit(rule.tau) if threshold is None else threshold.logit()[label]
     foreground, background = best > limit, usable & (best <= limit)  # a score that is not a number is neither
     if rule.background_tau is not None:
         background &= best <= logit(rule.background_tau)
-    rows = foreground.nonzero()  # sync: the number of candidates.
-    if len(rows) > rule.max_candidates:  # only then can an image have too many; sync: once more
-        rows = (foreground & _first(best, rule.max_candidates)).nonzero()
-    image, sample = rows.unbind(1)
-    label = label[image, sample]
-    box = clip(stage.decode(samples, predictions, image, sample, label), sizes[image])
-    return Candidates(image, sample, label, predictions.logits[image, sample, label].float(), box, foreground, background)
+    chosen = foreground.nonzero()  # sync: the number of candidates.
+    if len(chosen) > rule.max_candidates:  # only then can an image have too many; sync: once more
+        chosen = (foreground & _first(best, rule.max_candidates)).nonzero()
+    image, sample = chosen.unbind(1)
+    rows = Rows(image, sample, label[image, sample])
+    box = clip(stage.decode(predictions, rows), sizes[image])
+    return Candidates(*rows, predictions.logits[rows].float(), box, foreground, background)
 
 
 def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Clusters:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtg_core.boxes import paired_iou, row_blocks
 from dtg_core.protocol import Stage
-from dtg_core.structures import Assignment, Members, Predictions, Samples
+from dtg_core.structures import Assignment, Members, Predictions
 
 
 def consensus(boxes: Tensor, cluster: Tensor, members: Members) -> Tensor:
@@ -33,12 +33,12 @@ def cluster_trust(members: Members, num_clusters: int) -> Tensor:
 
 
 @torch.no_grad()
-def consensus_quality(stage: Stage, samples: Samples, predictions: Predictions, assignment: Assignment) -> Assignment:
+def consensus_quality(stage: Stage, predictions: Predictions, assignment: Assignment) -> Assignment:
     """The student's class targets: the consensus of its own predicted boxes with the teacher's members."""
     dense = assignment.dense
     assert dense is not None
     assert dense.members is not None
-    boxes = stage.decode(samples, predictions, assignment.image, assignment.sample, assignment.label)
+    boxes = stage.decode(predictions, assignment.rows)
     return replace(assignment, dense=replace(dense, quality=consensus(boxes, dense.cluster, dense.members)))
 
 

@@ -72,12 +72,12 @@ def teach(
     supervision: dict[str, Supervision] = {}
     figures: Figures = {}
     for name, rule in guided.items():
-        stage, (samples, predictions), threshold = teacher.stages[name], outputs[name], thresholds.get(name)
+        stage, predictions, threshold = teacher.stages[name], outputs[name], thresholds.get(name)
         if rule.paradigm == "dense":
-            supervision[name], told = _dense(stage, samples, predictions, grid, pair, rule, threshold)
+            supervision[name], told = _dense(stage, predictions, grid, pair, rule, threshold)
         else:
             assert detections is not None
-            supervision[name], told = _sparse(detections, samples, grid, pair, rule, threshold)
+            supervision[name], told = _sparse(detections, predictions.samples, grid, pair, rule, threshold)
         figures |= {f"guidance/{name}/{key}": value for key, value in told.items()}
     return supervision, figures
 
@@ -95,42 +95,41 @@ class DenseLabels:
 
 @torch.no_grad()
 def dense_labels(
-    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule,
-    threshold: Tensor | None = None,
+    stage: Stage, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, threshold: Tensor | None = None
 ) -> DenseLabels:
     """The three steps of Fig. 2 before the losses: clusters of candidates, correspondence, inverse NMS.
 
     Args:
-        stage, samples, predictions: the teacher's. grid: the student's anchors. pair: both views. rule: see ``teach``.
+        stage, predictions: the teacher's. grid: the student's anchors. pair: both views. rule: see ``teach``.
         threshold: [C] a score for each class instead of tau.
     """
-    candidates = select_candidates(stage, samples, predictions, pair.teacher.sizes, rule, threshold)
-    groups = stage.groups(samples, candidates.image, candidates.sample, candidates.label)
+    candidates = select_candidates(stage, predictions, pair.teacher.sizes, rule, threshold)
+    groups = stage.groups(predictions.samples, candidates.rows)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
-    moved, row = correspond(samples, grid, pair, rule.min_iou)
+    moved, row = correspond(predictions.samples, grid, pair, rule.min_iou)
     assignment = inverse_nms(candidates, clusters, row, moved, pair, rule.member_iou, rule.collisions)
     return DenseLabels(candidates, clusters, moved, row, assignment)
 
 
 @torch.no_grad()
-def teacher_scores(samples: Samples, predictions: Predictions, labels: DenseLabels, pair: PairBatch) -> Tensor:
+def teacher_scores(predictions: Predictions, labels: DenseLabels, pair: PairBatch) -> Tensor:
     """[N, S] the teacher's best score for each of the student's samples; -1 where none of its samples corresponds."""
-    scores = torch.where(samples.usable(pair.teacher.sizes), predictions.logits.amax(2).float().sigmoid(), -1.0)
+    usable = predictions.samples.usable(pair.teacher.sizes)
+    scores = torch.where(usable, predictions.logits.amax(2).float().sigmoid(), -1.0)
     return best_scores(scores, labels.row, labels.samples.num_samples)
 
 
 def _dense(
-    stage: Stage, samples: Samples, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule,
-    threshold: Tensor | None,
+    stage: Stage, predictions: Predictions, grid: AnchorGrid, pair: PairBatch, rule: StageRule, threshold: Tensor | None
 ) -> tuple[Supervision, Figures]:
     """Dense guidance of one stage with the options of its rule."""
-    labels = dense_labels(stage, samples, predictions, grid, pair, rule, threshold)
+    labels = dense_labels(stage, predictions, grid, pair, rule, threshold)
     candidates, clusters = labels.candidates, labels.clusters
     assignment = _with_options(labels.assignment, labels.samples, pair, rule)
     assert assignment.dense is not None
     dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule)
     if rule.soft_background:
-        dense = replace(dense, background_weight=1 - teacher_scores(samples, predictions, labels, pair))
+        dense = replace(dense, background_weight=1 - teacher_scores(predictions, labels, pair))
     assignment = replace(assignment, dense=dense)
     proposals = _used(labels.samples, assignment) if isinstance(labels.samples, Proposals) else None
 

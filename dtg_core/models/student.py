@@ -11,7 +11,7 @@ from dtg_core.config import StageRule
 from dtg_core.guidance.consensus import consensus_quality
 from dtg_core.losses import dense_terms, ordinary_terms
 from dtg_core.protocol import Detector
-from dtg_core.structures import Assignment, LossName, LossTerm, Predictions, Samples, Supervision, ViewBatch
+from dtg_core.structures import Assignment, LossName, LossTerm, Predictions, Supervision, ViewBatch
 
 
 class StudentModule(nn.Module):
@@ -37,22 +37,22 @@ class StudentModule(nn.Module):
         return terms
 
 
-#: What a stage learns on a batch: its samples, what it predicts for them, and what it should predict.
-Learnt = tuple[Samples, Predictions, Assignment]
+#: What a stage learns on a batch: what it predicts, and what it should predict.
+Learnt = tuple[Predictions, Assignment]
 
 
 def learn(detector: Detector, views: ViewBatch, supervision: Mapping[str, Supervision]) -> dict[str, Learnt]:
     """Run the stages that ``supervision`` names; objects become assignments by each stage's own rule."""
     learnt: dict[str, Learnt] = {}
-    for name, (samples, predictions) in detector.run(views, supervision).items():
+    for name, predictions in detector.run(views, supervision).items():
         assignment, targets = supervision[name].assignment, supervision[name].targets
         if assignment is None:
             assert targets is not None
             with torch.autocast(views.pixels.device.type, enabled=False):
-                assignment = detector.stages[name].assign(samples, targets, views.sizes, views.seeds)
+                assignment = detector.stages[name].assign(predictions.samples, targets, views.sizes, views.seeds)
         elif assignment.dense is not None and assignment.dense.members is not None:
-            assignment = consensus_quality(detector.stages[name], samples, predictions, assignment)
-        learnt[name] = samples, predictions, assignment
+            assignment = consensus_quality(detector.stages[name], predictions, assignment)
+        learnt[name] = predictions, assignment
     return learnt
 
 
@@ -61,10 +61,10 @@ def loss_terms(
 ) -> dict[LossName, LossTerm]:
     """The terms of what was learnt in a branch, in float32; ``rules`` matter to dense guidance only."""
     terms: dict[LossName, LossTerm] = {}
-    for name, (samples, predictions, assignment) in learnt.items():
+    for name, (predictions, assignment) in learnt.items():
         with torch.autocast(predictions.logits.device.type, enabled=False):
-            unreduced = detector.stages[name].losses(samples, predictions, assignment)
+            unreduced = detector.stages[name].losses(predictions, assignment)
             dense = assignment.dense is not None
-            found = dense_terms(unreduced, predictions, assignment, rules[name]) if dense else ordinary_terms(unreduced)
+            found = dense_terms(unreduced, predictions.logits, assignment, rules[name]) if dense else ordinary_terms(unreduced)
         terms |= {LossName(branch, name, kind): term for kind, term in found.items()}
     return terms

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dtg_core.boxes import clip, paired_iou
 from dtg_core.losses import ordinary_terms
 from dtg_core.protocol import Detector, Outputs
-from dtg_core.structures import Assignment, Predictions, Proposals, Supervision, Targets, ViewBatch
+from dtg_core.structures import Assignment, Predictions, Proposals, Rows, Supervision, Targets, ViewBatch
 from faster_rcnn_dtg.config import FasterRCNNConfig, RCNNConfig, RPNConfig
 from faster_rcnn_dtg.detector import FasterRCNN
 from faster_rcnn_dtg.rpn import propose
@@ -72,10 +72,10 @@ def views_of(objects: tuple[int, ...] = (2, 1), seed: int = 0) -> ViewBatch:
 def total_loss(detector: FasterRCNN, views: ViewBatch) -> Tensor:
     supervision = {name: Supervision(views.targets) for name in detector.stages}
     total = torch.zeros(())
-    for name, (samples, predictions) in detector.run(views, supervision).items():
+    for name, predictions in detector.run(views, supervision).items():
         stage = detector.stages[name]
-        assignment = stage.assign(samples, views.targets, views.sizes, views.seeds)
-        for term in ordinary_terms(stage.losses(samples, predictions, assignment)).values():
+        assignment = stage.assign(predictions.samples, views.targets, views.sizes, views.seeds)
+        for term in ordinary_terms(stage.losses(predictions, assignment)).values():
             total = total + term.total / term.count.clamp(min=1)
     return total
 
@@ -90,10 +90,10 @@ def test_it_is_a_detector() -> None:
 def test_run_without_supervision() -> None:
     detector, views = detector_of(), views_of()
     outputs = detector.run(views)
-    grid, rpn = outputs["rpn"]
+    rpn, rcnn = outputs["rpn"], outputs["rcnn"]
+    grid, proposals = rpn.samples, rcnn.samples
     assert grid.num_samples == rpn.logits.shape[1] == 3 * (24 * 24 + 12 * 12 + 6 * 6)
     assert grid is detector.grid(views.canvas, views.pixels.device)
-    proposals, rcnn = outputs["rcnn"]
     assert isinstance(proposals, Proposals)
     assert proposals.boxes.shape == (2, 60, 4)
     assert rcnn.logits.shape == (2, 60, CLASSES)
@@ -103,7 +103,7 @@ def test_run_without_supervision() -> None:
     stage = detector.stages["rpn"]
     sample = torch.tensor([0, 3 * 24 * 24, grid.num_samples - 1])
     image, label = torch.tensor([0, 1, 1]), torch.zeros_like(sample)
-    assert stage.groups(grid, image, sample, label).tolist() == [0, 4, 5]  # three levels
+    assert stage.groups(grid, Rows(image, sample, label)).tolist() == [0, 4, 5]  # three levels
 
 
 def test_run_gives_the_stages_that_supervision_names() -> None:
@@ -112,10 +112,10 @@ def test_run_gives_the_stages_that_supervision_names() -> None:
     assert set(detector.run(views, {"rpn": Supervision(views.targets)})) == {"rpn"}
     assert set(detector.run(views, {"rcnn": Supervision(views.targets)})) == {"rcnn"}
     assert set(detector.run(views, {})) == set()
-    used, predictions = detector.run(views, {"rcnn": Supervision(proposals=given)})["rcnn"]
-    assert used is given
+    predictions = detector.run(views, {"rcnn": Supervision(proposals=given)})["rcnn"]
+    assert predictions.samples is given
     assert predictions.logits.shape == (2, 1, CLASSES)
-    own, _ = detector.run(views, {"rcnn": Supervision(views.targets)})["rcnn"]
+    own = detector.run(views, {"rcnn": Supervision(views.targets)})["rcnn"].samples
     assert isinstance(own, Proposals)
     assert own.boxes.shape == (2, 40, 4)
 
@@ -125,7 +125,7 @@ def test_truth_joins_own_proposals_of_labeled_images_only(add_truth: bool, given
     detector, views = detector_of(), views_of()
     proposals = Proposals(torch.tensor([[[4.0, 4, 40, 40]]] * 2), torch.ones(2, 1, dtype=torch.bool)) if given else None
     told = Supervision(views.targets, None, proposals, add_truth)
-    samples, _ = detector.run(views, {"rcnn": told})["rcnn"]
+    samples = detector.run(views, {"rcnn": told})["rcnn"].samples
     assert isinstance(samples, Proposals)
     for box, image in zip(views.targets.boxes, views.targets.image):
         assert (samples.boxes[image] == box).all(1).any() == (add_truth and not given)
@@ -150,13 +150,13 @@ def test_no_valid_proposals(focal: str) -> None:
     detector, views = detector_of(config), views_of()
     nothing = Proposals(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.bool))
     outputs = detector.run(views, {"rcnn": Supervision(proposals=nothing)})
-    samples, predictions = outputs["rcnn"]
+    predictions = outputs["rcnn"]
     assert (predictions.logits.sigmoid() < 1e-6).all()
     found = detector.detect(outputs, views, 0.0)
     assert found.boxes.shape == (0, 4)
     empty = torch.zeros(0, dtype=torch.int64)
     assignment = Assignment(empty, empty, empty, torch.zeros(0, 4), torch.zeros(2, 5, dtype=torch.bool))
-    losses = detector.stages["rcnn"].losses(samples, predictions, assignment)
+    losses = detector.stages["rcnn"].losses(predictions, assignment)
     total = losses.classification.sum() + losses.box.sum() + losses.background.sum()
     assert total == 0
     total.backward()
@@ -167,7 +167,7 @@ def test_boxes_are_not_proposals_when_they_left_the_view() -> None:
     detector, views = detector_of(), views_of()
     grid = detector.grid(views.canvas, views.pixels.device)
     shift = torch.tensor([50.0, 0, 0, 0]).expand(2, grid.num_samples, 4)
-    proposals = propose(grid, Predictions(torch.randn(2, grid.num_samples, 1), shift), views.sizes, SMALL.rpn)
+    proposals = propose(Predictions(grid, torch.randn(2, grid.num_samples, 1), shift), views.sizes, SMALL.rpn)
     assert proposals.boxes.shape == (2, 60, 4)
     assert not proposals.valid.any()
     assert not proposals.boxes.any()
@@ -188,8 +188,8 @@ def test_permuting_the_images_permutes_everything() -> None:
     order = [2, 0, 1]
     first, second = detector.run(views), detector.run(permuted(views, order))
     for name in ("rpn", "rcnn"):
-        torch.testing.assert_close(first[name][1].logits[order], second[name][1].logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(first[name][1].raw[order], second[name][1].raw, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(first[name].logits[order], second[name].logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(first[name].raw[order], second[name].raw, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(total_loss(detector, views), total_loss(detector, permuted(views, order)))
 
 
@@ -197,7 +197,8 @@ def detect_by_loop(
     detector: FasterRCNN, outputs: Outputs, views: ViewBatch, threshold: float
 ) -> list[list[tuple[float, int, list[float]]]]:
     """Greedy NMS per image and class: (score, label, box) per image, best first."""
-    samples, predictions = outputs["rcnn"]
+    predictions = outputs["rcnn"]
+    samples = predictions.samples
     assert isinstance(samples, Proposals)
     config, stage = detector.config.rcnn, detector.stages["rcnn"]
     result = []
@@ -208,8 +209,8 @@ def detect_by_loop(
             for sample in range(samples.num_samples):
                 score = float(predictions.logits[image, sample, label].sigmoid())
                 if samples.valid[image, sample] and score > threshold:
-                    index = (torch.tensor([image]), torch.tensor([sample]), torch.tensor([label]))
-                    box = stage.decode(samples, predictions, *index)
+                    one = Rows(torch.tensor([image]), torch.tensor([sample]), torch.tensor([label]))
+                    box = stage.decode(predictions, one)
                     rows.append((score, clip(box, views.sizes[image])[0]))
             rows.sort(key=lambda row: -row[0])
             chosen: list[tuple[float, int, Tensor]] = []
@@ -228,13 +229,14 @@ def test_detect_equals_loop(limit: int) -> None:
     detector, views = detector_of(config), views_of()
     with torch.no_grad():
         outputs = dict(detector.run(views))
-        proposals, predictions = outputs["rcnn"]
+        predictions = outputs["rcnn"]
+        proposals = predictions.samples
         generator = torch.Generator().manual_seed(3)
         logits = torch.randn(predictions.logits.shape, generator=generator)
         raw = 5 * torch.randn(predictions.raw.shape, generator=generator)  # many boxes leave the view
         assert isinstance(proposals, Proposals)
         proposals = replace(proposals, valid=proposals.valid & (torch.rand(2, 60, generator=generator) > 0.3))
-        outputs["rcnn"] = proposals, Predictions(logits, raw)
+        outputs["rcnn"] = Predictions(proposals, logits, raw)
         found = detector.detect(outputs, views, 0.4)
         expected = detect_by_loop(detector, outputs, views, 0.4)
     assert found.image.tolist() == sorted(found.image.tolist())
@@ -252,8 +254,9 @@ def test_bfloat16_autocast_keeps_coordinates() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = detector.run(views)
         found = detector.detect(outputs, views, 0.0)
-    for samples, predictions in outputs.values():
+    for predictions in outputs.values():
         assert predictions.logits.dtype == predictions.raw.dtype == torch.float32
+        samples = predictions.samples
         boxes = samples.boxes if isinstance(samples, Proposals) else samples.anchors
         assert boxes.dtype == torch.float32
     assert found.boxes.dtype == torch.float32

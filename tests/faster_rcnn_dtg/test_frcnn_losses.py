@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,28 +44,30 @@ def test_log_odds() -> None:
     assert torch.isfinite(certain.grad).all()
 
 
-def case(config: RCNNConfig, seed: int = 0) -> tuple[Proposals, Tensor, Tensor, Predictions, Assignment]:
+def case(config: RCNNConfig, seed: int = 0) -> tuple[Tensor, Tensor, Predictions, Assignment]:
     """2 images, 6 proposals, 3 classes, 2 + 1 positives."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(2, 6, 2, generator=generator) * 40
     boxes = torch.cat((corner, corner + 10 + torch.rand(2, 6, 2, generator=generator) * 20), -1)
+    proposals = Proposals(boxes, torch.ones(2, 6, dtype=torch.bool))
     outputs = torch.randn(2, 6, 3 + (config.focal == "softmax"), generator=generator).requires_grad_()
     deltas = torch.randn(2, 6, 4 if config.class_agnostic else 12, generator=generator).requires_grad_()
-    predictions = Predictions(outputs, deltas)
+    predictions = Predictions(proposals, outputs, deltas)
     if config.focal == "softmax":
         log_probability = outputs.log_softmax(-1)
-        predictions = Predictions(log_odds(log_probability[..., :-1]), torch.cat((deltas, log_probability[..., -1:]), -1))
+        raw = torch.cat((deltas, log_probability[..., -1:]), -1)
+        predictions = Predictions(proposals, log_odds(log_probability[..., :-1]), raw)
     background = torch.zeros(2, 6, dtype=torch.bool)
     background[0, 3:], background[1, :2] = True, True
     image, sample, label = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 5]), torch.tensor([2, 0, 1])
     assignment = Assignment(image, sample, label, boxes[image, sample] + 1.5, background)
-    return Proposals(boxes, torch.ones(2, 6, dtype=torch.bool)), outputs, deltas, predictions, assignment
+    return outputs, deltas, predictions, assignment
 
 
 def test_sigmoid_stage() -> None:
     config = RCNNConfig()
-    proposals, outputs, _, predictions, assignment = case(config)
-    losses = RCNNStage(config, 3).losses(proposals, predictions, assignment)
+    outputs, _, predictions, assignment = case(config)
+    losses = RCNNStage(config, 3).losses(predictions, assignment)
     rows = outputs[assignment.image, assignment.sample]
     expected = sigmoid_focal_loss(rows, one_hot(assignment.label, 3).float()).sum(1)
     torch.testing.assert_close(losses.classification, expected)
@@ -77,8 +80,8 @@ def test_sigmoid_stage() -> None:
 
 def test_softmax_stage_is_unbiased_teachers() -> None:
     config = RCNNConfig(focal="softmax")
-    proposals, outputs, _, predictions, assignment = case(config)
-    losses = RCNNStage(config, 3).losses(proposals, predictions, assignment)
+    outputs, _, predictions, assignment = case(config)
+    losses = RCNNStage(config, 3).losses(predictions, assignment)
     log_loss = cross_entropy(outputs[assignment.image, assignment.sample], assignment.label, reduction="none")
     torch.testing.assert_close(losses.classification, (1 - (-log_loss).exp()) ** 1.5 * log_loss)
     log_loss = cross_entropy(outputs.flatten(0, 1), torch.full((12,), 3), reduction="none").view(2, 6)
@@ -101,14 +104,15 @@ def test_softmax_losses_stay_finite_for_certain_outputs() -> None:
 @pytest.mark.parametrize("agnostic", [False, True])
 def test_box_loss_and_decoding_take_the_labels_channel(focal: str, agnostic: bool) -> None:
     config = RCNNConfig(focal=focal, class_agnostic=agnostic)  # type: ignore[arg-type]
-    proposals, _, deltas, predictions, assignment = case(config)
+    _, deltas, predictions, assignment = case(config)
     stage = RCNNStage(config, 3)
-    losses = stage.losses(proposals, predictions, assignment)
-    image, sample, label = assignment.image, assignment.sample, assignment.label
+    losses = stage.losses(predictions, assignment)
+    image, sample, label = assignment.rows
+    samples = predictions.samples.take(image, sample)
     for row in range(3):
         first = 0 if agnostic else 4 * int(label[row])
         own = deltas[image[row], sample[row], first : first + 4]
-        target = encode(proposals.boxes[image[row], sample[row]], assignment.box[row], STDS)
+        target = encode(samples[row], assignment.box[row], STDS)
         torch.testing.assert_close(losses.box[row], (own - target).abs().sum())
     losses.box.sum().backward()
     assert deltas.grad is not None
@@ -117,47 +121,48 @@ def test_box_loss_and_decoding_take_the_labels_channel(focal: str, agnostic: boo
     raw = torch.zeros_like(predictions.raw)
     index = torch.zeros_like(label) if agnostic else label
     columns = 4 * index.unsqueeze(1) + torch.arange(4)
-    raw[image.unsqueeze(1), sample.unsqueeze(1), columns] = encode(proposals.take(image, sample), assignment.box, STDS)
-    decoded = stage.decode(proposals, Predictions(predictions.logits, raw), image, sample, label)
+    raw[image.unsqueeze(1), sample.unsqueeze(1), columns] = encode(samples, assignment.box, STDS)
+    decoded = stage.decode(replace(predictions, raw=raw), assignment.rows)
     torch.testing.assert_close(decoded, assignment.box, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("focal", ["sigmoid", "softmax"])
 def test_quality_is_the_class_target(focal: str) -> None:
     config = RCNNConfig(focal=focal)  # type: ignore[arg-type]
-    proposals, _, _, predictions, assignment = case(config)
+    *_, predictions, assignment = case(config)
     quality = torch.tensor([1.0, 0.0, 0.4])
     dense = DenseGuidance(
         torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), quality
     )
     stage = RCNNStage(config, 3)
-    plain = stage.losses(proposals, predictions, assignment).classification
+    plain = stage.losses(predictions, assignment).classification
     given = Assignment(
         assignment.image, assignment.sample, assignment.label, assignment.box, torch.ones(2, 6, dtype=torch.bool), dense
     )
-    losses = stage.losses(proposals, predictions, given)
+    losses = stage.losses(predictions, given)
     torch.testing.assert_close(losses.classification[0], plain[0])
     torch.testing.assert_close(losses.classification[1], losses.background[0, 2])
 
 
 def test_degenerate_boxes_stay_finite() -> None:
     config = RCNNConfig()
-    proposals, _, _, predictions, assignment = case(config)
-    flat = Proposals(proposals.boxes[..., :2].repeat(1, 1, 2), proposals.valid)
-    losses = RCNNStage(config, 3).losses(flat, predictions, assignment)
+    *_, predictions, assignment = case(config)
+    assert isinstance(predictions.samples, Proposals)
+    flat = replace(predictions.samples, boxes=predictions.samples.boxes[..., :2].repeat(1, 1, 2))
+    losses = RCNNStage(config, 3).losses(replace(predictions, samples=flat), assignment)
     assert torch.isfinite(losses.box).all()
 
 
 def test_rpn_focal_loss() -> None:
-    proposals, _, _, _, assignment = case(RCNNConfig())
+    *_, predictions, assignment = case(RCNNConfig())
     logits = torch.randn(2, 6, 1)
     assignment = Assignment(
         assignment.image, assignment.sample, torch.zeros(3, dtype=torch.int64), assignment.box, assignment.background
     )
-    predictions = Predictions(logits, torch.zeros(2, 6, 4))
-    losses = RPNStage(RPNConfig(loss="focal")).losses(proposals, predictions, assignment)
+    predictions = Predictions(predictions.samples, logits, torch.zeros(2, 6, 4))
+    losses = RPNStage(RPNConfig(loss="focal")).losses(predictions, assignment)
     rows = logits[assignment.image, assignment.sample, 0]
     torch.testing.assert_close(losses.classification, sigmoid_focal_loss(rows, torch.ones(3)))
-    plain = RPNStage(RPNConfig()).losses(proposals, predictions, assignment)
+    plain = RPNStage(RPNConfig()).losses(predictions, assignment)
     torch.testing.assert_close(plain.classification, torch.log1p((-rows).exp()))
     assert math.isclose(float(plain.box_count), 8)

@@ -41,7 +41,7 @@ def test_rpn_losses_and_gradients(case: str, sampling: str) -> None:
     recorded, grid = Recorded("rpn"), grid_of(128, 160)
     logits = [recorded[f"{case}/cls_logits_{level}"].requires_grad_() for level in range(5)]
     deltas = [recorded[f"{case}/reg_deltas_{level}"].requires_grad_() for level in range(5)]
-    predictions = flatten(logits, deltas)
+    predictions = flatten(grid, logits, deltas)
     assert predictions.logits.shape == (2, 5118, 1)
     assert predictions.raw.shape == (2, 5118, 4)
 
@@ -56,7 +56,7 @@ def test_rpn_losses_and_gradients(case: str, sampling: str) -> None:
             background[index, recorded[f"{case}/random256/neg_inds_{index}"]] = True
     image, sample, box = (torch.cat(column) for column in zip(*rows))
     assignment = Assignment(image, sample, torch.zeros_like(image), box, background)
-    losses = RPNStage(RPNConfig()).losses(grid, predictions, assignment)
+    losses = RPNStage(RPNConfig()).losses(predictions, assignment)
 
     factor = recorded[f"{case}/{sampling}/avg_factor"]
     classification = (losses.classification.sum() + losses.background.sum()) / factor
@@ -79,12 +79,13 @@ def test_rpn_losses_and_gradients(case: str, sampling: str) -> None:
 def test_proposals(case: str, name: str, numbers: tuple[int, int]) -> None:
     recorded, grid = Recorded("rpn"), grid_of(128, 160)
     predictions = flatten(
+        grid,
         [recorded[f"{case}/cls_logits_{level}"] for level in range(5)],
         [recorded[f"{case}/reg_deltas_{level}"] for level in range(5)],
     )
     sizes = torch.tensor([[128.0, 160.0], [120.0, 140.0]])
     config = RPNConfig(pre_nms=numbers[0], post_nms=numbers[1])
-    proposals = propose(grid, predictions, sizes, config)
+    proposals = propose(predictions, sizes, config)
     assert proposals.boxes.shape == (2, numbers[1], 4)
     for image in range(2):
         expected = recorded[f"{case}/{name}/boxes_{image}"]
@@ -139,6 +140,6 @@ def test_predictions_are_in_grid_order() -> None:
         part.view(1, rows, columns, 12).permute(0, 3, 1, 2)
         for part, (rows, columns) in zip(grid.anchors.split(grid.level_sizes), grid.shapes)
     ]
-    predictions: Predictions = flatten([part[:, ::4] for part in maps], maps)
+    predictions: Predictions = flatten(grid, [part[:, ::4] for part in maps], maps)
     torch.testing.assert_close(predictions.raw[0], grid.anchors)
     torch.testing.assert_close(predictions.logits[0, :, 0], grid.anchors[:, 0])

@@ -14,7 +14,7 @@ from torchvision.ops import nms
 
 from dtg_core.config import BackboneConfig
 from dtg_core.protocol import Detector
-from dtg_core.structures import AnchorGrid, Predictions, Supervision, Targets, ViewBatch
+from dtg_core.structures import AnchorGrid, Predictions, Rows, Supervision, Targets, ViewBatch
 from gfl_dtg import GFL, GFLConfig, build
 
 SMALL = GFLConfig(channels=16, tower_depth=1, strides=(8, 16, 32), anchor_scale=4.0)
@@ -32,7 +32,7 @@ def test_groups_of_the_norms_are_not_of_single_channels(channels: int, groups: i
     norms = [module for module in detector.modules() if isinstance(module, torch.nn.GroupNorm)]
     assert {norm.num_groups for norm in norms} == {groups}
     views = views_of(noise(1, (32, 32)), no_targets())  # the coarsest level, of stride 32, is one cell
-    assert detector.run(views)["head"][1].logits.isfinite().all()
+    assert detector.run(views)["head"].logits.isfinite().all()
 
 
 def noise(number: int, canvas: tuple[int, int] = (64, 96), seed: int = 0) -> Tensor:
@@ -41,22 +41,23 @@ def noise(number: int, canvas: tuple[int, int] = (64, 96), seed: int = 0) -> Ten
 
 
 def loss_of(detector: Detector, views: ViewBatch) -> Tensor:
-    samples, predictions = detector.run(views)["head"]
+    predictions = detector.run(views)["head"]
     stage = detector.stages["head"]
-    assignment = stage.assign(samples, views.targets, views.sizes, views.seeds)
-    return torch.stack(list(reduced(stage.losses(samples, predictions, assignment)).values())).sum()
+    assignment = stage.assign(predictions.samples, views.targets, views.sizes, views.seeds)
+    return torch.stack(list(reduced(stage.losses(predictions, assignment)).values())).sum()
 
 
 def test_head_follows_the_anchors_order_and_scales_each_level() -> None:
     detector = tiny()
     views = views_of(noise(2), no_targets())
-    samples, predictions = detector.run(views)["head"]
+    predictions = detector.run(views)["head"]
+    samples = predictions.samples
     assert isinstance(samples, AnchorGrid)
     assert predictions.logits.shape == (2, samples.num_samples, 3)
     assert predictions.raw.shape == (2, samples.num_samples, 68)
     with torch.no_grad():
         detector.head.scales.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    scaled = detector.run(views)["head"][1]
+    scaled = detector.run(views)["head"]
     assert_close(scaled.raw, predictions.raw * torch.tensor([1.0, 2.0, 3.0])[samples.level].unsqueeze(1))
     assert torch.equal(scaled.logits, predictions.logits)
     # The same cell by hand: level 1, row 2, column 3.
@@ -69,7 +70,7 @@ def test_head_follows_the_anchors_order_and_scales_each_level() -> None:
 @pytest.mark.parametrize("channels", [16, 64, 96, 48])
 def test_head_starts_at_the_prior_with_any_width(channels: int) -> None:
     detector = tiny(4, GFLConfig(channels=channels, tower_depth=2))
-    predictions = detector.run(views_of(noise(1), no_targets()))["head"][1]
+    predictions = detector.run(views_of(noise(1), no_targets()))["head"]
     assert_close(predictions.logits.sigmoid().mean().item(), 0.01, rtol=0.2, atol=0)
     assert predictions.raw.abs().max() < 1
     assert_close(detector.head.classification.cls_logits.bias[0].item(), -math.log(99))
@@ -78,8 +79,8 @@ def test_head_starts_at_the_prior_with_any_width(channels: int) -> None:
 
 def test_channels_last_changes_nothing() -> None:
     detector, views = tiny(), views_of(noise(2), no_targets())
-    plain = detector.run(views)["head"][1]
-    other = copy.deepcopy(detector).to(memory_format=torch.channels_last).run(views)["head"][1]
+    plain = detector.run(views)["head"]
+    other = copy.deepcopy(detector).to(memory_format=torch.channels_last).run(views)["head"]
     assert_close(other.logits, plain.logits)
     assert_close(other.raw, plain.raw)
 
@@ -94,14 +95,14 @@ def test_run_computes_only_what_supervision_names() -> None:
 def spread_predictions(samples: AnchorGrid, images: int, classes: int, seed: int) -> Predictions:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(images, samples.num_samples, classes, generator=generator) * 2 - 2
-    return Predictions(logits, torch.randn(images, samples.num_samples, 68, generator=generator) * 3)
+    return Predictions(samples, logits, torch.randn(images, samples.num_samples, 68, generator=generator) * 3)
 
 
 def looped_detect(
-    detector: GFL, samples: AnchorGrid, predictions: Predictions, views: ViewBatch, threshold: float
+    detector: GFL, predictions: Predictions, views: ViewBatch, threshold: float
 ) -> list[list[tuple[float, int, list[float]]]]:
     """(score, label, box) of each image, best first: one image, one level, one class at a time."""
-    found, config = [], detector.config
+    found, config, samples = [], detector.config, predictions.samples
     num_classes = predictions.logits.shape[2]
     for image in range(predictions.logits.shape[0]):
         height, width = views.sizes[image].tolist()
@@ -118,8 +119,8 @@ def looped_detect(
                         pairs.append((score, label, sample))
             start += size
             for score, label, sample in sorted(pairs, reverse=True)[: config.pre_nms]:
-                row = [torch.tensor([value]) for value in (image, sample, label)]
-                x1, y1, x2, y2 = detector.stage.decode(samples, predictions, *row)[0].tolist()
+                row = Rows(*(torch.tensor([value]) for value in (image, sample, label)))
+                x1, y1, x2, y2 = detector.stage.decode(predictions, row)[0].tolist()
                 box_in_view = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
                 chosen.append((score, label, box_in_view))
         kept = []
@@ -142,8 +143,8 @@ def test_detect_is_the_looped_algorithm(config: GFLConfig) -> None:
     views = views_of(noise(3), no_targets(), [(64, 96), (50, 60), (64, 33)])
     samples = detector.grid(views.canvas, torch.device("cpu"))
     predictions = spread_predictions(samples, 3, 3, seed=1)
-    found = detector.detect({"head": (samples, predictions)}, views, 0.3)
-    expected = looped_detect(detector, samples, predictions, views, 0.3)
+    found = detector.detect({"head": predictions}, views, 0.3)
+    expected = looped_detect(detector, predictions, views, 0.3)
     assert torch.equal(found.image, found.image.sort().values)
     for image, entries in enumerate(expected):
         mine = found.image == image
@@ -166,8 +167,8 @@ def test_the_padding_detects_nothing() -> None:
     samples = detector.grid(views.canvas, torch.device("cpu"))
     logits = torch.full((1, samples.num_samples, 3), -9.0)
     logits[:, ~samples.usable(views.sizes)[0]] = 9.0
-    predictions = Predictions(logits, torch.zeros(1, samples.num_samples, 68))
-    assert detector.detect({"head": (samples, predictions)}, views, 0.5).scores.numel() == 0
+    predictions = Predictions(samples, logits, torch.zeros(1, samples.num_samples, 68))
+    assert detector.detect({"head": predictions}, views, 0.5).scores.numel() == 0
 
 
 def test_every_parameter_learns_from_objects_and_is_reached_without() -> None:
@@ -211,7 +212,7 @@ def test_build_gives_a_detector_of_the_protocol() -> None:
     config = GFLConfig(channels=32, tower_depth=1)
     detector: Detector = build(config, BackboneConfig(name="resnet18", pretrained=False), 5)
     views = views_of(noise(1, (64, 64)), random_targets([2], (64, 64), 5, torch.Generator().manual_seed(0)))
-    samples, predictions = detector.run(views)["head"]
-    assert predictions.logits.shape == (1, samples.num_samples, 5)
+    predictions = detector.run(views)["head"]
+    assert predictions.logits.shape == (1, predictions.samples.num_samples, 5)
     assert detector.grid((64, 64), torch.device("cpu")).base_size == 64
     loss_of(detector, views).backward()

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.structures import AnchorGrid, Assignment, DenseGuidance, Predictions, Targets, Unreduced
+from dtg_core.structures import AnchorGrid, Assignment, DenseGuidance, Predictions, Rows, Targets, Unreduced
 from gfl_dtg.config import GFLConfig
 from gfl_dtg.losses import distances_from_boxes
 from gfl_dtg.stage import GFLStage, centers_and_strides
@@ -38,7 +38,7 @@ def random_predictions(grid: AnchorGrid, images: int, classes: int, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(images, grid.num_samples, classes, generator=generator) - 2
     raw = torch.randn(images, grid.num_samples, 68, generator=generator)
-    return Predictions(logits.requires_grad_(), raw.requires_grad_())
+    return Predictions(grid, logits.requires_grad_(), raw.requires_grad_())
 
 
 def total(unreduced: Unreduced) -> Tensor:
@@ -54,10 +54,10 @@ def test_losses_and_gradients_are_mmdetections(case: str) -> None:
     logits = flat([tensor(data[f"{case}/cls_logits_{level}"]) for level in range(5)]).requires_grad_()
     raw = flat([tensor(data[f"{case}/reg_logits_{level}"]) for level in range(5)]).requires_grad_()
 
-    stage, grid, predictions = GFLStage(GFLConfig(), 7), grid_of(), Predictions(logits, raw)
-    assert torch.equal(grid.anchors, tensor(data["anchors"]))
-    assignment = stage.assign(grid, Targets(torch.cat(boxes), labels, image), SIZES, SEEDS)
-    unreduced = stage.losses(grid, predictions, assignment)
+    stage, predictions = GFLStage(GFLConfig(), 7), Predictions(grid_of(), logits, raw)
+    assert torch.equal(predictions.samples.anchors, tensor(data["anchors"]))
+    assignment = stage.assign(predictions.samples, Targets(torch.cat(boxes), labels, image), SIZES, SEEDS)
+    unreduced = stage.losses(predictions, assignment)
 
     expected_labels = torch.stack([tensor(data[f"{case}/assigned_label_{index}"]) for index in range(2)])
     found_labels = torch.full_like(expected_labels, 7)
@@ -96,19 +96,19 @@ def test_decoding_what_was_encoded_gives_the_box() -> None:
     bins = torch.zeros(5, 4, 17).scatter(2, left, 1 - share).scatter(2, left + 1, share)
     raw = torch.randn(2, grid.num_samples, 68)
     raw[image, sample] = bins.clamp(min=1e-12).log().flatten(1)
-    predictions = Predictions(torch.zeros(2, grid.num_samples, 3), raw)
-    assert_close(stage.decode(grid, predictions, image, sample, image), boxes, rtol=0, atol=1e-3)
+    predictions = Predictions(grid, torch.zeros(2, grid.num_samples, 3), raw)
+    assert_close(stage.decode(predictions, Rows(image, sample, image)), boxes, rtol=0, atol=1e-3)
 
 
 def test_decoding_half_precision_gives_float32() -> None:
     grid, stage, row = grid_of(), GFLStage(GFLConfig(), 3), torch.tensor([1])
     predictions = random_predictions(grid, 2, 3)
-    half = Predictions(predictions.logits.bfloat16(), predictions.raw.bfloat16())
-    assert stage.decode(grid, half, row, row, row).dtype == torch.float32
+    half = Predictions(grid, predictions.logits.bfloat16(), predictions.raw.bfloat16())
+    assert stage.decode(half, Rows(row, row, row)).dtype == torch.float32
     assignment = stage.assign(grid, random_targets([2, 2], CANVAS, 3, torch.Generator().manual_seed(1)), SIZES, SEEDS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        unreduced = stage.losses(grid, half, assignment)
-    assert_close(unreduced, stage.losses(grid, Predictions(half.logits.float(), half.raw.float()), assignment))
+        unreduced = stage.losses(half, assignment)
+    assert_close(unreduced, stage.losses(Predictions(grid, half.logits.float(), half.raw.float()), assignment))
     assert {unreduced.box.dtype, unreduced.classification.dtype, unreduced.background.dtype} == {torch.float32}
 
 
@@ -128,7 +128,7 @@ def test_background_and_positives_are_disjoint() -> None:
     assert assignment.image.numel() > 0
     assert not assignment.background[assignment.image, assignment.sample].any()
     assert int(assignment.background.sum()) + assignment.image.numel() == 2 * grid.num_samples
-    unreduced = stage.losses(grid, random_predictions(grid, 2, 3), assignment)
+    unreduced = stage.losses(random_predictions(grid, 2, 3), assignment)
     assert (unreduced.background[~assignment.background] == 0).all()
     assert (unreduced.background[assignment.background] > 0).all()
 
@@ -136,7 +136,7 @@ def test_background_and_positives_are_disjoint() -> None:
 def test_empty_batches_stay_connected() -> None:
     grid, stage = grid_of(), GFLStage(GFLConfig(), 3)
     predictions = random_predictions(grid, 2, 3)
-    unreduced = stage.losses(grid, predictions, stage.assign(grid, no_targets(), SIZES, SEEDS))
+    unreduced = stage.losses(predictions, stage.assign(grid, no_targets(), SIZES, SEEDS))
     assert unreduced.classification.shape == unreduced.box.shape == unreduced.box_weight.shape == (0,)
     assert unreduced.classification_count.item() == 2
     assert unreduced.box_count.item() == 0
@@ -154,9 +154,9 @@ def test_permuted_images_have_the_same_losses() -> None:
     order = place[targets.image].argsort(stable=True)
     moved = Targets(targets.boxes[order], targets.labels[order], place[targets.image][order])
     back = place.argsort()
-    swapped = Predictions(predictions.logits[back], predictions.raw[back])
-    first = stage.losses(grid, predictions, stage.assign(grid, targets, sizes, seeds))
-    second = stage.losses(grid, swapped, stage.assign(grid, moved, sizes[back], seeds))
+    swapped = Predictions(grid, predictions.logits[back], predictions.raw[back])
+    first = stage.losses(predictions, stage.assign(grid, targets, sizes, seeds))
+    second = stage.losses(swapped, stage.assign(grid, moved, sizes[back], seeds))
     assert_close(reduced(second), reduced(first))
 
 
@@ -175,24 +175,24 @@ def test_dense_guidance_may_bring_its_own_class_targets() -> None:
     grid, stage = grid_of(), GFLStage(GFLConfig(), 2)
     predictions = random_predictions(grid, 2, 2)
     quality = torch.tensor([1.0, 0.25])
-    guided = stage.losses(grid, predictions, dense_assignment(grid, quality))
+    guided = stage.losses(predictions, dense_assignment(grid, quality))
     logits = predictions.logits[[0, 1], [100, 120]].detach()
     targets = torch.diag(quality)
     expected = (targets - logits.sigmoid()) ** 2 * torch.nn.functional.binary_cross_entropy_with_logits(
         logits, targets, reduction="none"
     )
     assert_close(guided.classification, expected.sum(1))
-    own = stage.losses(grid, predictions, dense_assignment(grid, None))
+    own = stage.losses(predictions, dense_assignment(grid, None))
     assert torch.isfinite(own.box).all()
     assert not torch.allclose(own.classification, guided.classification)
-    ordinary = stage.losses(grid, predictions, replace(dense_assignment(grid, None), dense=None))
+    ordinary = stage.losses(predictions, replace(dense_assignment(grid, None), dense=None))
     assert_close(own.classification, ordinary.classification)
 
 
 def test_groups_are_images_and_classes() -> None:
     grid, stage = grid_of(), GFLStage(GFLConfig(), 5)
     image, label = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
-    assert stage.groups(grid, image, torch.zeros(3, dtype=torch.int64), label).tolist() == [4, 5, 7]
+    assert stage.groups(grid, Rows(image, torch.zeros(3, dtype=torch.int64), label)).tolist() == [4, 5, 7]
 
 
 class Waits(TorchDispatchMode):
@@ -225,5 +225,5 @@ def test_assignment_waits_once_and_losses_never() -> None:
         assignment = stage.assign(grid, targets, SIZES, SEEDS)
     assert assigning.found == Counter(nonzero=1)
     with Waits() as training:
-        total(stage.losses(grid, predictions, assignment)).backward()
+        total(stage.losses(predictions, assignment)).backward()
     assert training.found == Counter()

@@ -36,7 +36,7 @@ def noisy(name: str, seed: int) -> torch.nn.Module:
 def case(name: str, stage: str, tau: float | None = None):
     teacher, student, pair = noisy(name, 1), noisy(name, 2), make_pair(2, 64, 96, MATRIX)
     with torch.no_grad():
-        scores = teacher.run(pair.teacher)[stage][1].logits.amax(2).sigmoid()
+        scores = teacher.run(pair.teacher)[stage].logits.amax(2).sigmoid()
     tau = float(scores.quantile(0.9)) if tau is None else tau
     rule = StageRule(tau=tau, nms_iou=0.5, pseudo_score=0.01)
     return teacher, student, pair, rule, explain(teacher, student, pair, stage, rule)
@@ -120,8 +120,8 @@ def test_best_teacher_score_of_a_student_sample():
 
     teacher, _, pair, rule, explained = case("gfl", "head")
     with torch.no_grad():
-        samples, predictions = teacher.run(pair.teacher)["head"]
-    _, row = correspond(samples, teacher.grid(pair.student.canvas, torch.device("cpu")), pair, rule.min_iou)
+        predictions = teacher.run(pair.teacher)["head"]
+    _, row = correspond(predictions.samples, teacher.grid(pair.student.canvas, torch.device("cpu")), pair, rule.min_iou)
     expected = torch.full_like(explained.teacher_score, -1.0)
     for image, sample in (row >= 0).nonzero().tolist():
         place = image, int(row[image, sample])

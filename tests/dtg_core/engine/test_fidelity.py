@@ -61,7 +61,7 @@ def test_perfect_guidance_has_cosine_1_and_ratio_1(name):
 def test_dense_guidance_has_every_kind_and_its_switches_take_them_away(name):
     teacher, model, pair = detector(name, 2), detector(name), make_pair(2, 64, 96)
     with torch.no_grad():
-        scores = {stage: output[1].logits.amax(2).sigmoid() for stage, output in teacher.run(pair.teacher).items()}
+        scores = {stage: output.logits.amax(2).sigmoid() for stage, output in teacher.run(pair.teacher).items()}
     rules = {stage: StageRule(tau=float(score.quantile(0.9))) for stage, score in scores.items()}
     settings = {"all": rules} | {
         switch: {stage: replace(rule, **{switch: False}) for stage, rule in rules.items()}

@@ -234,7 +234,7 @@ def test_matches_of_a_bfloat16_student_are_those_of_float32(name: str) -> None:
     chosen = {}
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            samples, _ = detector.run(views, {stage_name: Supervision(views.targets)})[stage_name]
+            samples = detector.run(views, {stage_name: Supervision(views.targets)})[stage_name].samples
         chosen[enabled] = detector.stages[stage_name].assign(samples, views.targets, views.sizes, views.seeds)
         assert samples.anchors.dtype == torch.float32
     for field in ("image", "sample", "label", "box", "background"):

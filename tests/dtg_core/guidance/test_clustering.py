@@ -98,11 +98,11 @@ def test_two_thousand_alike_are_one_cluster_of_the_first():
 def test_equal_scores_do_not_pass_the_limit_of_candidates():
     """Fault 67: half precision makes many equal scores; of those at the limit the first samples are taken."""
     views = make_views(2, 64, 64)
-    stage, samples = tiny_detector("gfl").stages["head"], tiny_detector("gfl").run(views)["head"][0]
-    logits = torch.full((2, samples.anchors.shape[-2], 3), 1.0)
+    stage, predictions = tiny_detector("gfl").stages["head"], tiny_detector("gfl").run(views)["head"]
+    logits = torch.full_like(predictions.logits, 1.0)
     logits[0, 7, 1] = logits[0, 5, 0] = 2.0
-    predictions = replace(tiny_detector("gfl").run(views)["head"][1], logits=logits)
-    found = select_candidates(stage, samples, predictions, views.sizes, StageRule(tau=0.5, max_candidates=6))
+    predictions = replace(predictions, logits=logits)
+    found = select_candidates(stage, predictions, views.sizes, StageRule(tau=0.5, max_candidates=6))
     assert found.sample[found.image == 0].tolist() == [0, 1, 2, 3, 5, 7]
     assert found.sample[found.image == 1].tolist() == [0, 1, 2, 3, 4, 5]
     assert found.foreground.all()  # what is left out is no background either
@@ -112,11 +112,11 @@ def test_equal_scores_do_not_pass_the_limit_of_candidates():
 def test_the_limit_of_candidates_is_per_image(limit: float, kept: float) -> None:
     """In two images of A candidates each, with limits of ``limit`` x A."""
     detector, views = tiny_detector("gfl"), make_views(2, 64, 64)
-    samples, predictions = detector.run(views)["head"]
+    predictions = detector.run(views)["head"]
     number = predictions.logits.shape[1]
     predictions = replace(predictions, logits=torch.full_like(predictions.logits, 1.0))
     rule = StageRule(tau=0.5, max_candidates=int(limit * number))
-    found = select_candidates(detector.stages["head"], samples, predictions, views.sizes, rule)
+    found = select_candidates(detector.stages["head"], predictions, views.sizes, rule)
     assert len(found.image) == int(kept * number)
 
 
@@ -124,11 +124,11 @@ def test_the_limit_of_candidates_is_per_image(limit: float, kept: float) -> None
 def test_a_score_that_is_not_a_number_is_neither_candidate_nor_background(threshold: torch.Tensor | None) -> None:
     detector, views = tiny_detector("gfl").eval(), make_views(1, 64, 64)
     with torch.no_grad():
-        samples, predictions = detector.run(views)["head"]
+        predictions = detector.run(views)["head"]
     logits = torch.full_like(predictions.logits, -1.0)
     logits[0, 3, 0], logits[0, 4, 1] = 1.0, torch.nan
     rule = StageRule(tau=0.5)
-    found = select_candidates(detector.stages["head"], samples, replace(predictions, logits=logits), views.sizes, rule, threshold)
+    found = select_candidates(detector.stages["head"], replace(predictions, logits=logits), views.sizes, rule, threshold)
     assert found.sample.tolist() == [3]
     assert not found.background[0, [3, 4]].any()
     assert found.background.sum() == logits.shape[1] - 2
@@ -137,32 +137,32 @@ def test_a_score_that_is_not_a_number_is_neither_candidate_nor_background(thresh
 def constant_case(logits: list[list[float]], boxes: list[list[float]]):
     """A stage whose samples, their logits [A, C] and decoded boxes [A, 4] are given, in an image of 40 x 60 px."""
     proposals = Proposals(torch.tensor([boxes]), torch.ones(1, len(boxes), dtype=torch.bool))
-    predictions = Predictions(torch.tensor([logits]), torch.zeros(1, len(boxes), 0))
+    predictions = Predictions(proposals, torch.tensor([logits]), torch.zeros(1, len(boxes), 0))
 
     class Given:
         num_classes = len(logits[0])
 
-        def decode(self, samples, predictions, image, sample, label):
-            return samples.boxes[image, sample]
+        def decode(self, predictions, rows):
+            return predictions.samples.boxes[rows.image, rows.sample]
 
-        def groups(self, samples, image, sample, label):
-            return image * self.num_classes + label
+        def groups(self, samples, rows):
+            return rows.image * self.num_classes + rows.label
 
-    return Given(), proposals, predictions
+    return Given(), predictions
 
 
 def test_candidates_and_background_with_a_pencil():
     """A score of exactly tau is none, one between both thresholds is neither, and boxes end at the image's edge."""
-    stage, samples, predictions = constant_case(
+    stage, predictions = constant_case(
         [[0.0, -9.0], [0.1, -9.0], [-9.0, -1.0], [-4.0, -9.0], [-9.0, 2.0]],
         [[1.0, 1, 9, 9], [-5, 2, 70, 50], [1, 1, 9, 9], [1, 1, 9, 9], [10, 5, 20, 15]],
     )
     rule = StageRule(tau=0.5, background_tau=0.1)
-    found = select_candidates(stage, samples, predictions, torch.tensor([[40, 60]]), rule)
+    found = select_candidates(stage, predictions, torch.tensor([[40, 60]]), rule)
     assert found.foreground.tolist() == [[False, True, False, False, True]]
     assert found.background.tolist() == [[False, False, False, True, False]]
     assert (found.image.tolist(), found.sample.tolist(), found.label.tolist()) == ([0, 0], [1, 4], [0, 1])
     assert found.logit.tolist() == pytest.approx([0.1, 2.0])
     assert found.box.tolist() == [[0, 2, 60, 40], [10, 5, 20, 15]]
-    everything = select_candidates(stage, samples, predictions, torch.tensor([[40, 60]]), replace(rule, background_tau=None))
+    everything = select_candidates(stage, predictions, torch.tensor([[40, 60]]), replace(rule, background_tau=None))
     assert everything.background.tolist() == [[True, False, True, True, False]]

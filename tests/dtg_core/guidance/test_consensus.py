@@ -14,7 +14,7 @@ from dtg_core.guidance.consensus import cluster_trust, consensus, peer_consensus
 from dtg_core.guidance.inverse_nms import best_scores
 from dtg_core.losses import dense_terms
 from dtg_core.models.student import StudentModule, learn
-from dtg_core.structures import Assignment, DenseGuidance, Members, Predictions, Unreduced
+from dtg_core.structures import Assignment, DenseGuidance, Members, Rows, Unreduced
 
 STAGES = [("gfl", "head"), ("faster_rcnn", "rpn"), ("faster_rcnn", "rcnn")]
 CURES = {"consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "quality": "consensus"}
@@ -93,14 +93,13 @@ def test_trust_and_background_weigh_the_losses_but_not_the_divisors():
         torch.tensor(10.0), torch.tensor(20.0),
     )  # fmt: skip
     logits = torch.tensor([[0.0], [1], [2], [0], [0]]).unsqueeze(0)
-    predictions = Predictions(logits, logits)
     cured = replace(dense, trust=torch.tensor([0.5, 0.0]), background_weight=torch.tensor([[9.0, 9, 9, 0.5, 0.25]]))
     for normalization, cls, box, background, divisors in (
         ("cluster", (1 + 2) / 4, (3 + 5) / 4, 8, (2, 2, 3)), ("stage", (1 + 2) / 2, (3 + 5) / 2, 8, (10, 20, 10)),
     ):  # fmt: skip
         rule = StageRule(normalization=normalization)
-        plain = dense_terms(unreduced, predictions, assignment, rule)
-        terms = dense_terms(unreduced, predictions, replace(assignment, dense=cured), rule)
+        plain = dense_terms(unreduced, logits, assignment, rule)
+        terms = dense_terms(unreduced, logits, replace(assignment, dense=cured), rule)
         totals = [terms[kind].total.item() for kind in ("cls", "box", "background")]
         assert totals == pytest.approx([cls, box, background])
         assert [terms[kind].count.item() for kind in ("cls", "box", "background")] == list(divisors)
@@ -119,14 +118,14 @@ def noisy(name: str, seed: int) -> torch.nn.Module:
 
 
 def lesson(name: str, stage: str, quantile: float = 0.9, **options):
-    """(teacher, pair, outputs of the stage, dense supervision of the stage) with clusters of several members."""
+    """(teacher, pair, predictions of the stage, dense supervision of the stage) with clusters of several members."""
     teacher, pair = noisy(name, 1), make_pair(2, 64, 96, MATRIX)
     with torch.no_grad():
-        samples, predictions = teacher.run(pair.teacher)[stage]
+        predictions = teacher.run(pair.teacher)[stage]
     scores = predictions.logits.amax(2).sigmoid()
     rule = StageRule(tau=float(scores.quantile(quantile)), nms_iou=0.4, **options)
     rules = dict.fromkeys(teacher.stages, StageRule("none")) | {stage: rule}
-    return teacher, pair, (samples, predictions), rules, teach(teacher, pair, rules)[0][stage]
+    return teacher, pair, predictions, rules, teach(teacher, pair, rules)[0][stage]
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
@@ -146,14 +145,14 @@ def test_each_option_changes_its_own_part_only(name, stage):
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_options_against_loops(name, stage):
-    teacher, pair, (samples, predictions), rules, cured = lesson(name, stage, **CURES)
+    teacher, pair, predictions, rules, cured = lesson(name, stage, **CURES)
     told = cured.assignment
     dense, members = told.dense, told.dense.members
     scores = predictions.logits.amax(2).sigmoid()
-    usable = samples.usable(pair.teacher.sizes)
+    usable = predictions.samples.usable(pair.teacher.sizes)
     image, sample = (usable & (scores > rules[stage].tau)).nonzero(as_tuple=True)
     label = predictions.logits[image, sample].argmax(1)
-    boxes = teacher.stages[stage].decode(samples, predictions, image, sample, label)
+    boxes = teacher.stages[stage].decode(predictions, Rows(image, sample, label))
     boxes = torch.stack((boxes[:, 0].clamp(0, 96), boxes[:, 1].clamp(0, 64), boxes[:, 2].clamp(0, 96), boxes[:, 3].clamp(0, 64)), 1)
     assert len(members.cluster) == len(image) > dense.num_clusters
     torch.testing.assert_close(members.score, scores[image, sample])
@@ -171,8 +170,8 @@ def test_options_against_loops(name, stage):
     # The student predicts boxes of its own; its class target is their consensus with the members, and carries no gradient.
     student = noisy(name, 2)
     views = pair.student
-    out, said, learnt = learn(student, views, {stage: cured})[stage]
-    own = student.stages[stage].decode(out, said, learnt.image, learnt.sample, learnt.label)
+    out, learnt = learn(student, views, {stage: cured})[stage]
+    own = student.stages[stage].decode(out, learnt.rows)
     expected = consensus(own.detach(), dense.cluster, members)
     torch.testing.assert_close(learnt.quality, expected)
     assert not learnt.quality.requires_grad

@@ -9,7 +9,7 @@ from oracles import cluster_losses, greedy_nms
 from dtg_core.config import Collisions, StageRule
 from dtg_core.guidance import cluster_nms, inverse_nms
 from dtg_core.losses import dense_terms, weigh
-from dtg_core.structures import Assignment, Candidates, LossName, Predictions, Proposals, Unreduced
+from dtg_core.structures import Assignment, Candidates, LossName, Proposals, Unreduced
 
 
 def make_candidates(
@@ -147,7 +147,7 @@ def test_equations_2_to_6_against_a_loop(seed):
         classification, regression, background, torch.ones(assigned), torch.tensor(1.0), torch.tensor(1.0)
     )
     rule = StageRule(temperature=0.7, rank_weight=3.0)
-    terms = dense_terms(unreduced, Predictions(logits, logits), result, rule)
+    terms = dense_terms(unreduced, logits, result, rule)
     losses = {LossName("unlabeled", "head", name): term.total / term.count.clamp(min=1) for name, term in terms.items()}
 
     # The loop: group the living candidates by the textbook NMS, then sum the equations one by one.
@@ -185,7 +185,7 @@ def test_switches_leave_out_their_terms():
     logits = torch.zeros(1, 6, 6)
     unreduced = Unreduced(torch.ones(3), torch.ones(3), torch.zeros(1, 6), torch.ones(3), torch.ones(()), torch.ones(()))
     names = {
-        switch: set(dense_terms(unreduced, Predictions(logits, logits), result, StageRule(**{switch: False})))
+        switch: set(dense_terms(unreduced, logits, result, StageRule(**{switch: False})))
         for switch in ("classification", "box", "rank")
     }
     assert names == {"classification": {"box", "rank"}, "box": {"cls", "background", "rank"}, "rank": {"cls", "background", "box"}}

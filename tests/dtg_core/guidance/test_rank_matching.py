@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dtg_core.config import StageRule
 from dtg_core.guidance import rank_matching
 from dtg_core.losses import dense_terms
-from dtg_core.structures import Assignment, DenseGuidance, Predictions, Unreduced
+from dtg_core.structures import Assignment, DenseGuidance, Unreduced
 
 
 def test_pencil_case():
@@ -71,7 +71,7 @@ def test_the_mean_is_over_the_clusters_that_have_members(removed):
     assignment = Assignment(zeros, sample, zeros, torch.zeros(len(sample), 4), background, dense)
     none = torch.zeros(len(sample))
     unreduced = Unreduced(none, none, background.float(), none, torch.tensor(1.0), torch.tensor(1.0))
-    term = dense_terms(unreduced, Predictions(logits, logits), assignment, StageRule())["rank"]
+    term = dense_terms(unreduced, logits, assignment, StageRule())["rank"]
     shares = torch.tensor([1.0, 0, 0]).softmax(0)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5) + float((shares * (3 * shares).log()).sum())
     assert term.total.item() == pytest.approx(0 if removed else expected, rel=1e-5)
