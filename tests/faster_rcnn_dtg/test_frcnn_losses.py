@@ -132,7 +132,7 @@ def test_quality_is_the_class_target(focal: str) -> None:
     *_, predictions, assignment = case(config)
     quality = torch.tensor([1.0, 0.0, 0.4])
     dense = DenseGuidance(
-        torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), quality
+        torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), quality=quality
     )
     stage = RCNNStage(config, 3)
     plain = stage.losses(predictions, assignment).classification

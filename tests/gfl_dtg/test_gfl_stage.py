@@ -164,7 +164,7 @@ def dense_assignment(grid: AnchorGrid, quality: Tensor | None) -> Assignment:
     """Two samples toward boxes that reach beyond the bins."""
     boxes = torch.tensor([[-300.0, 10, 90, 80], [20.0, 30, 500, 400]])
     guidance = DenseGuidance(
-        torch.tensor([0, 1]), 2, torch.arange(2), torch.zeros(2), torch.ones(2), torch.tensor(2.0), quality
+        torch.tensor([0, 1]), 2, torch.arange(2), torch.zeros(2), torch.ones(2), torch.tensor(2.0), quality=quality
     )
     rows = torch.tensor([0, 1])
     background = torch.zeros(2, grid.num_samples, dtype=torch.bool)
