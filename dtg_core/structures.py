@@ -11,7 +11,7 @@ Boxes are ``(x1, y1, x2, y2)`` in float32 pixels of the view they were made for,
 Everything is flat over the batch: a row carries the index of its image instead of sitting in a per-image list, so that no
 step needs a Python loop over images.
 """
-from __future__ import annotations
+# No ``annotations`` of the future: the reference of the code cannot look up those of a NamedTuple as texts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
