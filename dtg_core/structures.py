@@ -14,7 +14,7 @@ step needs a Python loop over images.
 # No ``annotations`` of the future: the reference of the code cannot look up those of a NamedTuple as texts.
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -241,6 +241,7 @@ class DenseGuidance:
     teacher_logit: Tensor  # [P] the teacher's logit of the assigned label (p^t of Eq. 4)
     weight: Tensor  # [P] 1 / N_j with the N_j members that reached the student: the mean of Eqs. 2 and 3
     live_clusters: Tensor  # [] number of clusters with a member
+    _: KW_ONLY
     rank_target: Tensor | None = None  # [P] what ranks the members instead of the teacher's logit
     quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
     members: Members | None = None  # in the student's view, if ``quality`` is to be their consensus
