@@ -11,11 +11,12 @@ from conftest import DETECTORS, make_pair, make_views, tiny_detector
 
 from dtg_core.boxes import shortest_side
 from dtg_core.config import StageRule, paper_stages
-from dtg_core.guidance import teach
+from dtg_core.guidance import inverse_nms, teach
+from dtg_core.guidance.paradigms import dense_labels, teacher_scores
 from dtg_core.losses import weigh
-from dtg_core.models.student import StudentModule
+from dtg_core.models.student import StudentModule, learn
 from dtg_core.models.teacher import make_teacher
-from dtg_core.structures import LossName
+from dtg_core.structures import LossName, PairBatch, Supervision
 
 OBJECTS = [[[4.0, 4, 30, 34]], [[20.0, 10, 60, 50], [2, 30, 20, 60]]]
 LABELS = [[0], [1, 2]]
@@ -201,6 +202,169 @@ def test_guidance_under_bfloat16_keeps_coordinates_in_float32(name):
         assert half[stage].assignment.box.dtype == torch.float32
         assert half[stage].assignment.dense.teacher_logit.dtype == torch.float32
     assert teacher.grid((64, 64), torch.device("cpu")).anchors.dtype == torch.float32
+
+
+def unequal_pair() -> PairBatch:
+    """A teacher's view of 40 x 56 px on a canvas of 64 x 96, and a student's on 128 x 160 that shows more at twice the size."""
+    teacher = replace(make_views(2, 64, 96), sizes=torch.tensor([[40.0, 56.0]] * 2))
+    return PairBatch(teacher, make_views(2, 128, 160), torch.diag(torch.tensor([2.0, 2.0, 1.0])).repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_views_of_unequal_sizes(name):
+    """Each has its own padding and its own anchors; targets stay in the student's view."""
+    detector, pair, stage_rules = eager(tiny_detector(name)).eval(), unequal_pair(), rules(tau=0.5, background_samples=None)
+    outputs = detector.run(pair.teacher)
+    grid = detector.grid(pair.student.canvas, torch.device("cpu"))
+    for stage, predictions in outputs.items():
+        samples = predictions.samples
+        labels = dense_labels(detector.stages[stage], predictions, grid, pair, stage_rules[stage])
+        candidates = labels.candidates
+        assert torch.equal(candidates.foreground | candidates.background, samples.usable(pair.teacher.sizes))
+        assert len(candidates.image) > 0
+        assert (candidates.box[:, 2:] <= torch.tensor([56, 40])).all()
+        padding = ~samples.usable(pair.teacher.sizes)
+        logits = torch.where(padding.unsqueeze(2), 9.0, predictions.logits)
+        scores = teacher_scores(replace(predictions, logits=logits), labels, pair)
+        assert scores.shape == (2, labels.samples.num_samples)
+        assert scores.max() < 0.999  # the padding has no say
+    supervision, _ = teach(make_teacher(detector), pair, stage_rules)
+    first = supervision[next(iter(supervision))].assignment
+    assert first.background.shape == (2, grid.num_samples)
+    assert (first.box[:, 2:] <= torch.tensor([112, 80])).all()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_options_of_inverse_nms_come_from_the_rule(name):
+    """In a view of half the size many samples meet, and few fit their targets well."""
+    detector = eager(tiny_detector(name)).eval()
+    pair = make_pair(2, 64, 64, torch.diag(torch.tensor([0.5, 0.5, 1.0])))
+    stage = next(iter(detector.stages))
+    predictions = detector.run(pair.teacher)[stage]
+    grid = detector.grid(pair.student.canvas, torch.device("cpu"))
+    found = {}
+    for collisions, member_iou in (("best", 0.0), ("all", 0.0), ("best", 0.6)):
+        rule = rules(tau=0.5, min_iou=0.1, collisions=collisions, member_iou=member_iou)[stage]
+        labels = dense_labels(detector.stages[stage], predictions, grid, pair, rule)
+        expected = inverse_nms(labels.candidates, labels.clusters, labels.row, labels.samples, pair, member_iou, collisions)
+        assert torch.equal(labels.assignment.sample, expected.sample)
+        assert torch.equal(labels.assignment.background, expected.background)
+        found[collisions, member_iou] = len(expected.sample)
+    assert found["best", 0.6] < found["best", 0.0] < found["all", 0.0]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_class_targets_are_those_of_the_rule(name):
+    """None of the guidance's, which leaves them to the stage; 1; or the teacher's score of the member, not of its cluster."""
+    detector, pair = eager(tiny_detector(name)).eval(), make_pair(2, 64, 64)
+    outputs = detector.run(pair.teacher)
+    for quality in ("stage", "one", "teacher"):
+        supervision, _ = teach(make_teacher(detector), pair, rules(tau=0.5, quality=quality))
+        for stage, told in supervision.items():
+            found = told.assignment
+            scores = outputs[stage].logits[found.rows].sigmoid()
+            expected = {"stage": None, "one": torch.ones(len(scores)), "teacher": scores}[quality]
+            assert len(scores) > 0
+            if expected is None:
+                assert found.quality is None
+            else:
+                torch.testing.assert_close(found.quality, expected)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_figures_are_means_over_the_images(name):
+    detector, pair = eager(tiny_detector(name)).eval(), make_pair(2, 64, 64)
+    stage = list(detector.stages)[-1]
+    predictions = detector.run(pair.teacher)[stage]
+    scores = predictions.logits.detach().sigmoid().amax(2)
+    rule = rules(tau=float(scores.quantile(0.2)), pseudo_score=float(scores.quantile(0.8)))[stage]
+    grid = detector.grid(pair.student.canvas, torch.device("cpu"))
+    labels = dense_labels(detector.stages[stage], predictions, grid, pair, rule)
+    candidates, keep = labels.candidates, labels.clusters.keep
+    supervision, figures = teach(make_teacher(detector), pair, {name: rule for name in detector.stages})
+    told = supervision[stage].assignment
+    expected = {
+        "candidates": len(candidates.image) / 2, "clusters": len(keep) / 2, "cluster_size": len(candidates.image) / len(keep),
+        "matched": len(told.image) / len(candidates.image), "background": int(told.background.sum()) / 2,
+        "pseudo_boxes": int((candidates.logit[keep].sigmoid() > rule.pseudo_score).sum()) / 2,
+    }  # fmt: skip
+    assert {key: float(figures[f"guidance/{stage}/{key}"]) for key in expected} == pytest.approx(expected)
+    assert 0 < expected["pseudo_boxes"] < expected["clusters"] < expected["candidates"]
+    sparse = {name: replace(rule, paradigm="sparse") for name in detector.stages}
+    supervision, figures = teach(make_teacher(detector), pair, sparse)
+    assert figures[f"guidance/{stage}/pseudo_boxes"] == len(supervision[stage].targets.boxes) / 2 > 0
+
+
+def test_each_stage_gets_pseudo_boxes_by_its_own_score():
+    """The stages share one pass of the final NMS; a threshold that has adapted may be below all scores of the rules."""
+    detector, pair = eager(tiny_detector("faster_rcnn")).eval(), make_pair(2, 64, 64)
+    teacher = make_teacher(detector)
+    detections = teacher.detect(teacher.run(pair.teacher), pair.teacher, 0.0)
+    low, high = detections.scores.quantile(torch.tensor([0.2, 0.8])).tolist()
+    base = rules(paradigm="sparse")
+    mixed = {"rpn": replace(base["rpn"], pseudo_score=high), "rcnn": replace(base["rcnn"], pseudo_score=low)}
+    supervision, _ = teach(teacher, pair, mixed)
+    for stage, score in (("rpn", high), ("rcnn", low)):
+        assert len(supervision[stage].targets.boxes) == int((detections.scores > score).sum()) > 0
+    above = {name: replace(rule, pseudo_score=0.999) for name, rule in base.items()}
+    supervision, _ = teach(teacher, pair, above, thresholds={"rcnn": torch.full((3,), low)})
+    assert len(supervision["rcnn"].targets.boxes) == int((detections.scores > low).sum())
+    assert len(supervision["rpn"].targets.boxes) == 0
+
+
+def test_a_students_draws_follow_the_seeds_of_its_views():
+    detector, views = tiny_detector("faster_rcnn").train(), make_views(2, 64, 64, OBJECTS, LABELS)
+    truth = {name: Supervision(views.targets) for name in detector.stages}
+    first, again, other = (
+        learn(detector, replace(views, seeds=torch.tensor(seeds)), truth)["rpn"][1].background
+        for seeds in ([5, 6], [5, 6], [7, 6])
+    )  # fmt: skip
+    assert torch.equal(first, again)
+    assert not torch.equal(first[0], other[0])
+    assert torch.equal(first[1], other[1])
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_assignment_and_losses_are_float32_under_autocast(name):
+    """Coordinates and logarithms of half precision would be too coarse."""
+    detector, views = tiny_detector(name), make_views(2, 64, 64, OBJECTS, LABELS)
+    seen = []
+    for stage in detector.stages.values():
+        for method in ("assign", "losses"):
+            own = getattr(stage, method)
+            setattr(stage, method, lambda *args, own=own: seen.append(torch.is_autocast_enabled("cpu")) or own(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = StudentModule(detector, rules())(views, None, {})
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] * 2 * len(detector.stages)
+    assert {term.total.dtype for term in terms.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("paradigm", ["dense", "sparse"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_the_teacher_runs_in_the_networks_precision_and_guidance_does_not(name, paradigm):
+    teacher, precisions = make_teacher(eager(tiny_detector(name))), []
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *_: precisions.append(torch.is_autocast_enabled("cpu")))
+    guided = []
+    for stage in teacher.stages.values():
+        decode = stage.decode
+        stage.decode = lambda *args, own=decode: guided.append(torch.is_autocast_enabled("cpu")) or own(*args)
+    teach(teacher, make_pair(1, 64, 64), rules(paradigm=paradigm, tau=0.5, pseudo_score=0.5),
+          autocast=partial(torch.autocast, "cpu", torch.bfloat16))  # fmt: skip
+    assert set(precisions) == {True}
+    assert set(guided) == {False}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_score_of_exactly_the_threshold_is_no_detection(name):
+    detector, views = eager(tiny_detector(name)).eval(), make_views(2, 64, 64)
+    outputs = detector.run(views)
+    stage = list(outputs)[-1]
+    outputs[stage] = replace(outputs[stage], logits=torch.zeros_like(outputs[stage].logits))
+    assert len(detector.detect(outputs, views, 0.5).scores) == 0
+    assert len(detector.detect(outputs, views, 0.499).scores) > 0
 
 
 @pytest.mark.parametrize(("quantile", "samples"), [(0.9, 64), (0.6, 64), (0.9, 0), (1.0, 16)])

@@ -69,6 +69,21 @@ def test_clip_takes_height_and_width():
     assert shortest_side(clipped).tolist() == [40]
 
 
+def test_iou_of_boxes_that_do_not_touch_is_zero():
+    """Apart along x, along y, and along both, where two negative sides would have a positive product."""
+    others = torch.tensor([[30.0, 0, 40, 10], [0, 30, 10, 40], [30, 30, 40, 40], [5, 0, 15, 10]])
+    assert paired_iou(torch.tensor([[0.0, 0, 10, 10]]), others).tolist() == pytest.approx([0, 0, 0, 1 / 3])
+
+
+def test_groups_do_not_touch_wherever_their_boxes_are():
+    """In views of up to 2 ** 14 px a side; boxes of one group at the same place do."""
+    for reach in (2**power for power in range(4, 15)):
+        boxes = torch.tensor([[0.0, 0, 10, 10], [reach, reach, reach + 10, reach + 10], [0, 0, 10, 10]])
+        for groups in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+            assert len(grouped_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor(groups), 0.5)) == 3
+        assert grouped_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([3, 3, 3]), 0.5).tolist() == [0, 1]
+
+
 def test_iou_of_empty_boxes_is_zero():
     empty = torch.tensor([[5.0, 5, 5, 5]])
     assert paired_iou(empty, empty).tolist() == [0]

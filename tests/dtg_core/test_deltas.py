@@ -27,6 +27,12 @@ def test_deltas_are_mmdetections(kind: str, stds: tuple[float, float, float, flo
     close(decode(proposals, encode(proposals, truth, stds), stds), recorded[f"{kind}/roundtrip"], atol=1e-4)
 
 
+def test_half_precision_deltas_give_float32_boxes() -> None:
+    box, deltas = torch.tensor([[300.0, 300, 340, 360]]), torch.tensor([[0.11, -0.07, 0.2, 0.3]]).bfloat16()
+    assert decode(box, deltas).dtype == torch.float32
+    assert torch.equal(decode(box, deltas, (0.1, 0.1, 0.2, 0.2)), decode(box, deltas.float(), (0.1, 0.1, 0.2, 0.2)))
+
+
 def test_torchvision_clamps_growth_only() -> None:
     box = torch.tensor([[0.0, 0.0, 1000.0, 1000.0]])
     shrink = torch.tensor([[0.0, 0.0, -10.0, -10.0]])

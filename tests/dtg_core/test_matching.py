@@ -105,6 +105,8 @@ def test_thresholds_are_met_from_the_positive_one_on_and_below_the_negative_one(
     found = assignment(matches, targets)
     assert (found.image.tolist(), found.sample.tolist(), found.label.tolist()) == ([0], [0], [2])
     assert torch.equal(found.box, targets.boxes)
+    for low, lifted in ((0.5, True), (0.51, False)):  # of an object's best sample
+        assert match(Proposals(boxes, valid), targets, valid, 0.9, 0.25, low).positive.tolist() == [[lifted, False, False, False]]
 
 
 def test_no_objects() -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dtg_core.boxes import clip, paired_iou
+from dtg_core.config import BackboneConfig
 from dtg_core.losses import ordinary_terms
 from dtg_core.protocol import Detector, Outputs
 from dtg_core.structures import Assignment, Predictions, Proposals, Rows, Supervision, Targets, ViewBatch
 from faster_rcnn_dtg.config import FasterRCNNConfig, RCNNConfig, RPNConfig
-from faster_rcnn_dtg.detector import FasterRCNN
+from faster_rcnn_dtg.detector import FasterRCNN, build
+from faster_rcnn_dtg.rcnn import RCNN
 from faster_rcnn_dtg.rpn import propose
 
 CLASSES = 3
@@ -163,14 +165,89 @@ def test_no_valid_proposals(focal: str) -> None:
     assert all(parameter.grad is not None for parameter in detector.rcnn.parameters())
 
 
-def test_boxes_are_not_proposals_when_they_left_the_view() -> None:
-    detector, views = detector_of(), views_of()
+@pytest.mark.parametrize("min_side", [0.01, 0.0])
+def test_boxes_are_not_proposals_when_they_left_the_view(min_side: float) -> None:
+    detector, views = detector_of(replace(SMALL, rpn=replace(SMALL.rpn, min_side=min_side))), views_of()
     grid = detector.grid(views.canvas, views.pixels.device)
     shift = torch.tensor([50.0, 0, 0, 0]).expand(2, grid.num_samples, 4)
-    proposals = propose(Predictions(grid, torch.randn(2, grid.num_samples, 1), shift), views.sizes, SMALL.rpn)
+    proposals = propose(Predictions(grid, torch.randn(2, grid.num_samples, 1), shift), views.sizes, detector.config.rpn)
     assert proposals.boxes.shape == (2, 60, 4)
     assert not proposals.valid.any()
     assert not proposals.boxes.any()
+
+
+def test_proposals_are_the_same_whatever_shares_an_nms_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes several images at once, whose boxes it gives back in the order of their scores."""
+    detector, views = detector_of(), views_of((2, 0, 1))
+    predictions = detector.run(views, {"rpn": Supervision(views.targets)})["rpn"]
+    one_by_one = propose(predictions, views.sizes, SMALL.rpn)
+    monkeypatch.setattr("dtg_core.boxes.NMS_BY_IMAGE", frozenset())
+    together = propose(predictions, views.sizes, SMALL.rpn)
+    assert torch.equal(one_by_one.valid, together.valid)
+    assert torch.equal(one_by_one.boxes, together.boxes)
+
+
+def test_the_coarsest_map_serves_the_rpn_only() -> None:
+    """A proposal as large as the view is pooled from stride 32, not from stride 64 (FPN, Sec. 4.2)."""
+    rcnn = RCNN(SMALL.rcnn, 16, (4, 8, 16, 32, 64), CLASSES)
+    maps = [torch.full((1, 16, 1024 // stride, 1024 // stride), float(stride)) for stride in (4, 8, 16, 32, 64)]
+    boxes = torch.tensor([[[0.0, 0, 1000, 1000], [0, 0, 300, 300], [0, 0, 40, 40]]])
+    pooled, rows = rcnn.pool(maps, Proposals(boxes, torch.ones(1, 3, dtype=torch.bool)))
+    assert dict(zip(rows.tolist(), pooled.amax((1, 2, 3)).tolist())) == {0: 32, 1: 16, 2: 4}
+
+
+@pytest.mark.parametrize("focal", ["sigmoid", "softmax"])
+def test_the_second_stage_starts_at_the_prior(focal: str) -> None:
+    """Otherwise the many background samples decide the first steps; with softmax all classes are equally likely."""
+    torch.manual_seed(0)
+    config = replace(SMALL.rcnn, focal=focal, hidden=256)  # type: ignore[arg-type]
+    rcnn = RCNN(config, 16, SMALL.strides, CLASSES)
+    maps = [torch.rand(1, 16, 96 // stride, 96 // stride) for stride in SMALL.strides]
+    predictions = rcnn(maps, Proposals(torch.tensor([[[4.0, 4, 40, 40], [10, 20, 90, 80]]]), torch.ones(1, 2, dtype=torch.bool)))
+    prior = 0.01 if focal == "sigmoid" else 1 / (CLASSES + 1)
+    torch.testing.assert_close(predictions.logits.sigmoid(), torch.full((1, 2, CLASSES), prior), rtol=0.15, atol=0)
+    assert predictions.raw[..., : 4 * CLASSES].abs().max() < 0.05
+    for layer in (rcnn.layers.fc6, rcnn.layers.fc7):  # Glorot's uniform range
+        limit = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.98 * limit < layer.weight.abs().max() <= limit
+        assert not layer.bias.any()
+    assert rcnn.boxes.weight.std().item() == pytest.approx(0.001, rel=0.1)
+    assert rcnn.classes.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_only_the_best_pairs_of_an_image_enter_the_final_nms() -> None:
+    config = replace(SMALL, rcnn=replace(SMALL.rcnn, max_candidates=4, nms_iou=1.0))
+    detector, views = detector_of(config), views_of()
+    predictions = detector.run(views)["rcnn"]
+    proposals = predictions.samples
+    assert isinstance(proposals, Proposals)
+    logits = torch.randn(predictions.logits.shape, generator=torch.Generator().manual_seed(0))
+    found = detector.detect({"rcnn": replace(predictions, logits=logits)}, views, 0.0)
+    for image in range(2):
+        scores = logits[image][proposals.valid[image]].sigmoid().flatten()
+        torch.testing.assert_close(found.scores[found.image == image], scores.topk(4).values)
+
+
+def test_defaults_are_mmdetections() -> None:
+    """Of configs/_base_/models/faster_rcnn_r50_fpn.py, and PseCo's focal loss."""
+    assert FasterRCNNConfig() == FasterRCNNConfig(
+        channels=256, strides=(4, 8, 16, 32, 64), anchor_scale=8.0, ratios=(0.5, 1.0, 2.0),
+        rpn=RPNConfig(
+            loss="bce", positive_iou=0.7, negative_iou=0.3, low_quality_iou=0.3, samples=256, positive_share=0.5, pre_nms=2000,
+            post_nms=1000, nms_iou=0.7, min_side=0.01,
+        ),
+        rcnn=RCNNConfig(
+            focal="sigmoid", focal_weight=10.0, iou=0.5, samples=512, positive_share=0.25, add_truth=True, pool_size=7,
+            sampling_ratio=0, hidden=1024, class_agnostic=False, delta_stds=(0.1, 0.1, 0.2, 0.2), nms_iou=0.5,
+            max_candidates=5000, detections_per_image=100,
+        ),
+    )  # fmt: skip
+
+
+def test_build_makes_coarser_levels_without_weights() -> None:
+    detector = build(replace(FasterRCNNConfig(), channels=8), BackboneConfig("test_resnet", pretrained=False, freeze_to_stride=0), 3)
+    maps = detector.pyramid(views_of())
+    assert torch.equal(maps[4], maps[3][:, :, ::2, ::2])  # stride 64: every second cell of stride 32
 
 
 def permuted(views: ViewBatch, order: list[int]) -> ViewBatch:

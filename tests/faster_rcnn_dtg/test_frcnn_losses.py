@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, one_hot
 from torchvision.ops import sigmoid_focal_loss
 
+from dtg_core.anchors import anchor_grid
 from dtg_core.deltas import encode
 from dtg_core.focal import sigmoid_focal
-from dtg_core.structures import Assignment, DenseGuidance, Predictions, Proposals
+from dtg_core.structures import Assignment, DenseGuidance, Predictions, Proposals, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
 from faster_rcnn_dtg.losses import log_odds, softmax_focal
 from faster_rcnn_dtg.rcnn import RCNNStage
@@ -144,6 +145,26 @@ def test_quality_is_the_class_target(focal: str) -> None:
     torch.testing.assert_close(losses.classification[1], losses.background[0, 2])
 
 
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_quality_is_the_rpns_target(loss: str) -> None:
+    """A quality of 1 is the plain loss, of 0 the background's, and a loss is least at its quality."""
+    *_, predictions, whole = case(RCNNConfig())
+    quality = torch.tensor([1.0, 0.0, 0.4])
+    dense = DenseGuidance(torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), quality=quality)
+    told = Assignment(whole.image, whole.sample, torch.zeros(3, dtype=torch.int64), whole.box, torch.ones(2, 6, dtype=torch.bool), dense)
+    logits = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(0))
+    stage = RPNStage(RPNConfig(loss=loss))  # type: ignore[arg-type]
+
+    def losses(assignment: Assignment, shift: float = 0.0) -> Unreduced:
+        moved = torch.where(torch.arange(6).view(1, 6, 1) == 5, math.log(0.4 / 0.6) + shift, logits)
+        return stage.losses(Predictions(predictions.samples, moved, torch.zeros(2, 6, 4)), assignment)
+
+    guided, plain = losses(told), losses(replace(told, dense=None))
+    torch.testing.assert_close(guided.classification[0], plain.classification[0])
+    torch.testing.assert_close(guided.classification[1], guided.background[0, 2])
+    assert guided.classification[2] < min(losses(told, shift).classification[2] for shift in (-0.1, 0.1))
+
+
 def test_degenerate_boxes_stay_finite() -> None:
     config = RCNNConfig()
     *_, predictions, assignment = case(config)
@@ -166,3 +187,11 @@ def test_rpn_focal_loss() -> None:
     plain = RPNStage(RPNConfig()).losses(predictions, assignment)
     torch.testing.assert_close(plain.classification, torch.log1p((-rows).exp()))
     assert math.isclose(float(plain.box_count), 8)
+
+
+def test_the_rpn_knows_one_class() -> None:
+    objects = Targets(torch.tensor([[10.0, 10, 50, 60], [30.0, 5, 60, 40]]), torch.tensor([2, 1]), torch.tensor([0, 0]))
+    grid = anchor_grid((64, 64), (8, 16, 32), 4, (0.5, 1.0, 2.0), torch.device("cpu"))
+    found = RPNStage(RPNConfig()).assign(grid, objects, torch.tensor([[64, 64]]), torch.tensor([5]))
+    assert len(found.label) > 0
+    assert not found.label.any()

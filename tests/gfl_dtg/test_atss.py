@@ -120,6 +120,32 @@ def test_the_canvas_has_no_say(seed: int) -> None:
     assert len(found[0]) > 10
 
 
+def test_only_anchors_of_the_view_have_a_say_in_the_threshold() -> None:
+    """The view is a corner of 8 x 8 px: of each level's candidates one is in it, and all of these but the first are too large."""
+    grid = grid_of((128, 128), (8, 16))
+    box = Targets(torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([0]), torch.tensor([0]))
+    usable = grid.usable(torch.tensor([[8.0, 8.0]]))
+    assert usable.sum() == 2
+    alone = torch.zeros_like(usable)
+    alone[0, 0] = True
+    centers = (grid.anchors[:, :2] + grid.anchors[:, 2:]) / 2
+    shifted = Targets(torch.tensor([[-4.0, -4, 4, 4]]), torch.tensor([0]), torch.tensor([0]))
+    assert centers[0].tolist() == [0, 0]  # inside the second box, on the corner of the first
+    assert assign_atss(grid, box, usable, 9)[1].tolist() == []
+    # A mean over itself is reached by the IoU of a single candidate.
+    assert assign_atss(grid, shifted, alone, 9)[1].tolist() == [0]
+
+
+@pytest.mark.parametrize(("edge", "positive"), [(63.98, True), (63.995, False), (64.0, False)])
+def test_a_centre_on_the_border_is_outside(edge: float, positive: bool) -> None:
+    """mmdetection's margin of 0.01 px, for the anchor around (64, 64)."""
+    grid = grid_of((128, 128), (8,))
+    targets = Targets(torch.tensor([[edge, 34, edge + 64, 94]]), torch.tensor([0]), torch.tensor([0]))
+    usable = torch.zeros(1, grid.num_samples, dtype=torch.bool)
+    usable[0, 8 * 16 + 8] = True
+    assert assign_atss(grid, targets, usable, 9)[1].tolist() == ([8 * 16 + 8] if positive else [])
+
+
 def test_crowded_anchors_go_to_the_largest_iou() -> None:
     """Two objects around one another claim the same anchors; the one with the anchor's size gets most of them."""
     boxes = torch.tensor([[31.0, 31, 99, 99], [33.0, 33, 97, 97]])

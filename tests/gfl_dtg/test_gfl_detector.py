@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torchvision.ops import nms
 
 from dtg_core.config import BackboneConfig
+from dtg_core.models.backbone import ExtraConvs
 from dtg_core.protocol import Detector
 from dtg_core.structures import AnchorGrid, Predictions, Rows, Supervision, Targets, ViewBatch
 from gfl_dtg import GFL, GFLConfig, build
@@ -154,6 +155,18 @@ def test_detect_is_the_looped_algorithm(config: GFLConfig) -> None:
         assert_close(found.boxes[mine], torch.tensor([box for _, _, box in entries]), rtol=0, atol=1e-4)
 
 
+def test_only_the_best_pairs_of_each_level_enter_nms() -> None:
+    """Single pixels far apart suppress nothing: as many are left as entered, the best ones of each level."""
+    detector, views = tiny(config=replace(SMALL, pre_nms=5)), views_of(noise(1), no_targets())
+    samples = detector.grid(views.canvas, torch.device("cpu"))
+    logits = torch.randn(1, samples.num_samples, 3, generator=torch.Generator().manual_seed(0))
+    sides = torch.zeros(1, samples.num_samples, 4, 17)
+    sides[..., 0] = 50.0  # all sides at their anchor's centre
+    found = detector.detect({"head": Predictions(samples, logits, sides.flatten(2))}, views, 0.0)
+    best = [level.flatten().sigmoid().topk(5).values for level in logits.split(samples.level_sizes, 1)]
+    assert_close(found.scores, torch.cat(best).sort(descending=True).values)
+
+
 def test_detect_nothing() -> None:
     detector, views = tiny(), views_of(noise(2), no_targets())
     found = detector.detect(detector.run(views), views, 0.99)
@@ -208,6 +221,14 @@ def test_two_images_are_learned() -> None:
     assert found.scores.numel() == 3
 
 
+def test_defaults_are_mmdetections() -> None:
+    """Of configs/gfl/gfl_r50_fpn_1x_coco.py."""
+    assert GFLConfig() == GFLConfig(
+        channels=256, tower_depth=4, strides=(8, 16, 32, 64, 128), anchor_scale=8.0, reg_max=16, prior=0.01, atss_topk=9,
+        qfl_beta=2.0, quality_weight=1.0, giou_weight=2.0, dfl_weight=0.25, pre_nms=1000, nms_iou=0.6, detections_per_image=100,
+    )
+
+
 def test_build_gives_a_detector_of_the_protocol() -> None:
     config = GFLConfig(channels=32, tower_depth=1)
     detector: Detector = build(config, BackboneConfig(name="resnet18", pretrained=False), 5)
@@ -215,4 +236,6 @@ def test_build_gives_a_detector_of_the_protocol() -> None:
     predictions = detector.run(views)["head"]
     assert predictions.logits.shape == (1, predictions.samples.num_samples, 5)
     assert detector.grid((64, 64), torch.device("cpu")).base_size == 64
+    (extra,) = (module for module in detector.modules() if isinstance(module, ExtraConvs))
+    assert len(extra.convs) == 2  # of strides 64 and 128
     loss_of(detector, views).backward()

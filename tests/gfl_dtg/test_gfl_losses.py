@@ -50,6 +50,9 @@ def test_background_loss_has_the_derivative_that_autograd_finds(beta: float) -> 
     (expected,) = torch.autograd.grad((plain * weight).sum(), logits)
     (found,) = torch.autograd.grad((loss * weight).sum(), logits)
     assert_close(found, expected)
+    assigned = logits.detach().flatten(0, 1)  # towards a quality of 0
+    labels, quality = torch.zeros(10, dtype=torch.int64), torch.zeros(10)
+    assert_close(quality_focal_loss(assigned, labels, quality, beta), plain.detach().flatten())
 
 
 def test_background_loss_of_half_precision_logits_is_float32() -> None:
@@ -59,6 +62,9 @@ def test_background_loss_of_half_precision_logits_is_float32() -> None:
     assert_close(loss, background_quality_focal_loss(logits.float(), 2.0))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient.dtype == torch.bfloat16
+    single = logits.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(background_quality_focal_loss(single, 2.0).sum(), single)
+    assert torch.equal(gradient, expected.bfloat16())  # rounded once, at the end
 
 
 def test_background_loss_keeps_one_copy_of_the_logits() -> None:

@@ -160,6 +160,22 @@ def test_permuted_images_have_the_same_losses() -> None:
     assert_close(reduced(second), reduced(first))
 
 
+def test_weights_act_on_their_own_losses() -> None:
+    grid = grid_of()
+    predictions = random_predictions(grid, 2, 3)
+    targets = random_targets([4, 3], CANVAS, 3, torch.Generator().manual_seed(0))
+
+    def losses(**weights: float) -> Unreduced:
+        stage = GFLStage(GFLConfig(**{"giou_weight": 1.0, "dfl_weight": 1.0, **weights}), 3)
+        return stage.losses(predictions, stage.assign(grid, targets, SIZES, SEEDS))
+
+    plain, quality = losses(), losses(quality_weight=3.0)
+    assert_close(quality, replace(plain, classification=3 * plain.classification, background=3 * plain.background))
+    giou, dfl = losses(dfl_weight=0.0).box, losses(giou_weight=0.0).box
+    assert_close(plain.box, giou + dfl)
+    assert_close(losses(giou_weight=2.0, dfl_weight=3.0).box, 2 * giou + 3 * dfl)
+
+
 def dense_assignment(grid: AnchorGrid, quality: Tensor | None) -> Assignment:
     """Two samples toward boxes that reach beyond the bins."""
     boxes = torch.tensor([[-300.0, 10, 90, 80], [20.0, 30, 500, 400]])

@@ -125,6 +125,31 @@ def test_random_move_keeps_its_limits() -> None:
     assert kinds.min() > 200
 
 
+def test_random_moves_go_both_ways_and_about_the_centre() -> None:
+    """Up to their limits, which are shares of the own side; both shears are drawn apart."""
+    config, generator = ViewsConfig(rotate=30, shear=30, translate=0.1), np.random.default_rng(0)
+    x, y, turns, shears = [], [], [], []
+    for _ in range(1000):
+        matrix = random_move(HEIGHT, WIDTH, config, generator)
+        if np.allclose(matrix[:2, :2], np.eye(2)):
+            (x if matrix[0, 2] else y).append(matrix[0, 2] or matrix[1, 2])
+        elif np.isclose(matrix[0, 0], matrix[1, 1]):
+            turns.append(np.degrees(np.arcsin(matrix[1, 0])))
+            np.testing.assert_allclose(matrix @ (WIDTH / 2, HEIGHT / 2, 1), (WIDTH / 2, HEIGHT / 2, 1), atol=1e-9)
+        else:
+            shears.append(np.degrees(np.arctanh((matrix[0, 1], matrix[1, 0]))))
+    for drawn, limit in ((x, 0.1 * WIDTH), (y, 0.1 * HEIGHT), (turns, 30), (np.ravel(shears), 30)):
+        assert -limit <= min(drawn) < -0.9 * limit
+        assert 0.9 * limit < max(drawn) <= limit
+    assert abs(np.corrcoef(np.transpose(shears))[0, 1]) < 0.3
+
+
+def test_a_move_by_half_a_pixel_mixes_neighbours() -> None:
+    found = np.asarray(warp(painted(), shift(0.5, 0)))[27, :, 0]
+    assert found[30] == pytest.approx(127.5, abs=1)
+    assert (found[31:50] == 255).all()
+
+
 def test_moves_at_the_limits_can_be_undone() -> None:
     """Fault 69: the largest moves that the settings allow, of the narrowest images."""
     config, generator = ViewsConfig(rotate=180, shear=80, translate=0.999), np.random.default_rng(0)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dtg_core.config import Hull, ViewsConfig
+from dtg_core.config import Config, DataConfig, GuidanceConfig, Hull, RunConfig, ViewsConfig
 from dtg_core.data.coco import list_folder
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.plan import LABELED, StepData, eval_batches, permutation, planned_row, steps_loader
+from dtg_core.data.plan import LABELED, MicroBatches, StepData, eval_batches, permutation, planned_row, step_data, steps_loader
+from dtg_core.data.sources import Sources
 from dtg_core.errors import UserError
 
 VIEWS = ViewsConfig(short_edge=(40, 64), test_short_edge=64, long_edge=96)
@@ -120,6 +121,33 @@ def test_shares_of_the_ranks_are_the_whole_batch(labeled: CocoIndex, unlabeled: 
             assert_same(one.targets.boxes, torch.cat([piece.targets.boxes for piece in pieces]))
             sums = [piece.pixels.long().sum((1, 2, 3)) for piece in pieces]  # the canvases may differ
             assert_same(one.pixels.long().sum((1, 2, 3)), torch.cat(sums))
+
+
+def test_weak_and_strong_views_are_drawn_apart(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    """Otherwise both would be flipped and sized alike, and the student would learn from its teacher's own view."""
+    data = StepData(labeled, unlabeled, replace(VIEWS, geometric=0.0), 0, 1, 7)
+    pairs = [data[step].unlabeled for step in range(4)]
+    scales = torch.cat([pair.student_from_teacher for pair in pairs if pair is not None])[:, 0, 0]
+    assert (scales < 0).float().mean() == pytest.approx(0.5, abs=0.3)  # one is a mirror image of the other
+    assert len(scales.abs().round(decimals=3).unique()) > 10
+
+
+def test_micro_batches_are_parts_of_a_step(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+    """All parts of a step before those of the next, and together the batch of one process."""
+    sources = Sources(labeled, unlabeled, None)
+    config = Config(
+        views=VIEWS, run=RunConfig(seed=3), data=DataConfig(labeled_per_device=2, unlabeled_per_device=1),
+        guidance=GuidanceConfig(start_step=1),
+    )  # fmt: skip
+    items = MicroBatches([step_data(config, sources, part, 3) for part in range(3)])
+    whole = StepData(labeled, unlabeled, VIEWS, 3, 6, 3, unlabeled_from=1)
+    for step in range(3):
+        batch, parts = whole[step], [items[3 * step + part] for part in range(3)]
+        assert [part.step for part in parts] == [step] * 3
+        assert_same(batch.labeled.seeds, torch.cat([part.labeled.seeds for part in parts]))
+        assert {part.unlabeled is None for part in parts} == {batch.unlabeled is None} == {step < 1}
+        if batch.unlabeled is not None:
+            assert_same(batch.unlabeled.student.seeds, torch.cat([part.unlabeled.student.seeds for part in parts if part.unlabeled]))
 
 
 def test_targets(labeled: CocoIndex, unlabeled: CocoIndex) -> None:

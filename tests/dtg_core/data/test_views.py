@@ -12,7 +12,7 @@ from PIL import Image
 from dtg_core.boxes import project
 from dtg_core.config import Hull, ViewsConfig
 from dtg_core.data import photometric, views
-from dtg_core.data.geometry import FILL, shift
+from dtg_core.data.geometry import FILL, rotation, shift
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.report import Report
 from dtg_core.data.views import (
@@ -67,7 +67,7 @@ def test_flip_twice_is_identity() -> None:
 
 @pytest.mark.parametrize("hull", ["ellipse", "corners"])
 def test_resize_moves_boxes_by_what_was_achieved(hull: Hull) -> None:
-    config = replace(PLAIN, short_edge=(333, 333), test_short_edge=333, box_hull=hull)
+    config = replace(PLAIN, test_short_edge=333, box_hull=hull)
     view = views.test_view(noise(150, 190), BOXES, LABELS, config)
     assert view.size == (333, round(190 * 333 / 150))
     ratio = np.array((view.size[1] / 190, view.size[0] / 150) * 2)
@@ -92,6 +92,41 @@ def test_colors_never_move_a_pixel() -> None:
             np.testing.assert_array_equal(view.view_from_image, np.eye(3))
             np.testing.assert_array_equal(view.boxes.numpy(), BOXES)
     assert image.tobytes() == before
+
+
+def test_colours_are_of_labelled_and_strong_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, before or after the geometric move; the teacher sees the image's own colours."""
+    order: list[str] = []
+    monkeypatch.setattr(views, "random_color", lambda image, _: order.append("colour") or image)
+    monkeypatch.setattr(views, "warp", lambda image, _: order.append("move") or image)
+    seen = set()
+    for color, moves in ((True, 0.0), (True, 1.0), (False, 1.0)):
+        config = replace(PLAIN, color=color, geometric=moves)
+        for seed in range(20):
+            for make, expected in ((labeled_view, ["colour"] * color), (weak_view, []), (strong_view, ["colour"] * color + ["move"] * int(moves))):
+                order.clear()
+                make(noise(), BOXES, LABELS, config, np.random.default_rng(seed))
+                assert sorted(order) == expected
+                seen.add(tuple(order))
+    assert {("colour", "move"), ("move", "colour")} <= seen
+
+
+def test_shrinking_averages() -> None:
+    """Single pixels of a fine pattern would be noise to the network."""
+    pattern = np.repeat(((np.indices((160, 160)).sum(0) % 2) * 254).astype(np.uint8)[..., None], 3, 2)
+    view = weak_view(Image.fromarray(pattern), BOXES, LABELS, replace(PLAIN, short_edge=(80, 80)), np.random.default_rng(0))
+    assert (view.pixels[:, 2:-2, 2:-2].float() - 127).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("hull", "reach"), [("ellipse", 30.0), ("corners", 30 * 2**0.5)])
+def test_a_strong_view_moves_its_own_image_and_boxes_as_configured(monkeypatch: pytest.MonkeyPatch, hull: Hull, reach: float) -> None:
+    """By 45 degrees about the centre of a view of 160 x 240 px."""
+    sizes = []
+    monkeypatch.setattr(views, "random_move", lambda *args: sizes.append(args[:2]) or rotation(45, *args[:2]))
+    square = np.array(((90, 50, 150, 110),), np.float32)
+    view = strong_view(noise(160, 240), square, LABELS[:1], replace(PLAIN, geometric=1.0, box_hull=hull), np.random.default_rng(0))
+    assert sizes == [(160, 240)]
+    np.testing.assert_allclose(view.boxes[0], (120 - reach, 80 - reach, 120 + reach, 80 + reach), atol=1e-3)
 
 
 def test_color_operations() -> None:
@@ -132,6 +167,9 @@ def test_erase() -> None:
         shares.append((view.pixels[0] > 0).float().mean().item())
     assert 0 < np.mean(shares) < 4 * 0.2**2
     assert max(shares) <= 4 * 0.2**2
+    single = replace(PLAIN, erase_patches=(1, 1))
+    sides = [(strong_view(black, BOXES, LABELS, single, np.random.default_rng(seed)).pixels[0] > 0).any(0).sum().item() for seed in range(50)]
+    assert min(sides) < 8 < np.median(sides) < 24 < max(sides) <= 32  # px; patches are of all sizes
 
 
 def test_box_of_a_painted_object() -> None:

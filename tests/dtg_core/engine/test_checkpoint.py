@@ -154,6 +154,27 @@ def test_retention_and_newest(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == tmp_path / "step_00000030"
 
 
+def test_what_another_course_has_left_is_not_counted(tmp_path: Path) -> None:
+    """Later checkpoints than the one that is saved: they neither replace nor are replaced by it."""
+    for step in (10, 30, 20):
+        saved(tmp_path, step, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000020", "step_00000030"]
+
+
+def test_a_refused_state_changes_nothing(tmp_path: Path) -> None:
+    path, (student, teacher, optimizer) = saved(tmp_path, 10), parts(7)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+
+    def refuse(state: Any) -> None:
+        assert state == {"best": 1.5}
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        load_checkpoint(path, student, teacher, optimizer, refuse)
+    assert equal(dict(student.state_dict()), before)
+    assert not optimizer.state
+
+
 def test_saving_a_step_again(tmp_path: Path) -> None:
     path = saved(tmp_path, 10)
     before = (path / "student.safetensors").read_bytes()

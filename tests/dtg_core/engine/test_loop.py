@@ -110,7 +110,7 @@ def test_four_micro_batches_are_one_batch(name: str, paradigm: str) -> None:
     for step in range(3):
         together, apart = one.step([four_images(step)]), four.step(split(four_images(step), 4))
         for key, value in together.items():
-            if not key.startswith("guidance/"):
+            if not key.startswith("guidance/") or key.endswith(("/candidates", "/clusters", "/pseudo_boxes")):  # means over images
                 assert apart[key] == pytest.approx(value, rel=1e-5, abs=1e-7), (step, key)
     assert any(key.startswith("unlabeled/") and value > 0 for key, value in together.items())
     changed = 0.0
@@ -153,6 +153,13 @@ def test_no_two_parts_of_a_step_share_their_dropout(monkeypatch: pytest.MonkeyPa
         assert drawn[-1] == seeds[: len(mine)]
     assert len(set(drawn[0])) == 4
     assert drawn[1] + drawn[2] == drawn[0]
+    monkeypatch.setattr(Accelerator, "process_index", 0)
+    other_run = replace(settings, run=replace(settings.run, seed=settings.run.seed + 1))
+    for chosen, step in ((settings, 1), (other_run, 0)):
+        parts = Parts("gfl", chosen, accelerator)
+        seeds.clear()
+        parts.step(split(four_images(step), 4))
+        assert not set(seeds) & set(drawn[0])
 
 
 def test_counting_ahead_leaves_batch_statistics_alone() -> None:
@@ -164,6 +171,66 @@ def test_counting_ahead_leaves_batch_statistics_alone() -> None:
         twice.step([part])  # each one forward pass
     for (key, buffer), other in zip(parts.detector.named_buffers(), twice.detector.buffers()):
         torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_the_optimizer_has_the_settings_and_leaves_frozen_parameters_out() -> None:
+    """Two steps of gradient 1 from a weight of 2, by the textbook's formulas; a bias that is frozen."""
+    accelerator = Accelerator(cpu=True)
+
+    def moved(settings: OptimConfig) -> list[float]:
+        module, course = nn.Linear(1, 1), []
+        module.bias.requires_grad_(False)
+        nn.init.constant_(module.weight, 2.0)
+        optimizer = make_optimizer(module, settings, accelerator)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+        for _ in range(2):
+            module.weight.grad = torch.ones(1, 1)
+            optimizer.step()
+            course.append(module.weight.item())
+        return course
+
+    weight, speed, expected = 2.0, 0.0, []
+    for _ in range(2):
+        speed = 0.5 * speed + 1 + 0.1 * weight
+        weight -= 0.01 * speed
+        expected.append(weight)
+    assert moved(OptimConfig(lr=0.01, momentum=0.5, weight_decay=0.1)) == pytest.approx(expected)
+    # AdamW's step is lr for a constant gradient, besides the decay.
+    expected = [2.0 * (1 - 0.01 * 0.1) - 0.01]
+    expected.append(expected[0] * (1 - 0.01 * 0.1) - 0.01)
+    assert moved(OptimConfig(name="adamw", lr=0.01, weight_decay=0.1)) == pytest.approx(expected)
+
+
+def test_a_step_follows_the_schedules() -> None:
+    """Step 3 of a warm-up of 10 steps, before, at and after the start of the guidance, and the teacher's own rate."""
+    guidance = replace(config().guidance, start_step=3, ramp_steps=2)
+    settings = Config(guidance=guidance, optim=OptimConfig(lr=0.01, warmup_steps=10, ema=0.6, clip_norm=1e9))
+    for step, weight in ((2, 0.0), (3, 1.0), (4, 2.0)):
+        parts = Parts("gfl", settings, Accelerator(cpu=True))
+        before = parts.weights()
+        figures = parts.step([four_images(step)])
+        (group,) = parts.training.optimizer.param_groups
+        assert group["lr"] == pytest.approx(0.01 * (0.001 + 0.999 * step / 10))
+        assert any(key.startswith("unlabeled/") for key in figures) == (weight > 0)
+        assert any(key.startswith("guidance/") for key in figures) == (weight > 0)
+        rate = min(0.6, 1 - 1 / (step + 1))
+        for key, tensor in parts.training.teacher.state_dict().items():
+            torch.testing.assert_close(tensor, torch.lerp(parts.weights()[key], before[key], rate) if tensor.is_floating_point() else tensor)
+        assert all(parameter.grad is None for parameter in parts.detector.parameters())
+        # What has moved the weights: the gradient of the labelled losses and, with its weight, of the unlabelled ones.
+        again = Parts("gfl", settings, Accelerator(cpu=True))
+        batch = four_images(step)
+        assert batch.unlabeled is not None
+        rules = settings.guidance.stages
+        told = teach(again.training.teacher, batch.unlabeled, rules)[0] if weight else {}
+        losses = again.training.module(batch.labeled, batch.unlabeled.student if weight else None, told)
+        total = sum((1.0 if name.branch == "labeled" else weight * (rules["head"].rank_weight if name.kind == "rank" else 1.0))
+                    * term.total / term.count.clamp(min=1) for name, term in losses.items())  # fmt: skip
+        total.backward()
+        for key, parameter in again.detector.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.grad + settings.optim.weight_decay * before[key]
+                torch.testing.assert_close(parts.weights()[key], before[key] - group["lr"] * decayed, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -221,6 +288,17 @@ def test_bfloat16_trains_and_guides_as_float32_does(name: str) -> None:
         for field in ("image", "sample", "label", "box", "background"):
             assert torch.equal(getattr(mine, field), getattr(other, field)), field
         assert torch.equal(mine.dense.teacher_logit, other.dense.teacher_logit)
+
+
+def test_teacher_and_student_run_in_the_same_precision() -> None:
+    """Otherwise the teacher's pass would take the time and the memory of float32."""
+    parts = Parts("gfl", config(), Accelerator(cpu=True, mixed_precision="bf16"))
+    seen: dict[str, set[bool]] = {"teacher": set(), "student": set()}
+    for who, detector in (("teacher", parts.training.teacher), ("student", parts.detector)):
+        conv = next(module for module in detector.modules() if isinstance(module, nn.Conv2d))  # type: ignore[attr-defined]
+        conv.register_forward_hook(lambda *_, who=who: seen[who].add(torch.is_autocast_enabled("cpu")))
+    parts.step([four_images()])
+    assert seen == {"teacher": {True}, "student": {True}}
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -334,6 +412,20 @@ def test_spoilt_batch_statistics_come_back_from_the_teacher() -> None:
     assert is_finite(detector), name
 
 
+def test_a_skipped_step_leaves_no_spoilt_batch_statistics() -> None:
+    """They are counted in the forward pass, before anyone knows that the step will be skipped."""
+    parts = Parts("gfl", config(lr=0.01), Accelerator(cpu=True), "train")
+    with torch.no_grad():
+        weight = next(parameter for parameter in parts.detector.parameters() if parameter.requires_grad)
+        good = weight.clone()
+        weight.fill_(float("nan"))
+    assert parts.step([four_images()])["skipped"] == 1
+    with torch.no_grad():
+        weight.copy_(good)
+    assert is_finite(parts.detector)
+    assert parts.step([four_images(1)])["skipped"] == 0
+
+
 def test_window_takes_means_and_of_skipped_steps_only_that() -> None:
     accelerator, window = Accelerator(cpu=True), Window()
     for value, skipped in ((1.0, 0.0), (float("nan"), 1.0), (2.0, 0.0)):
@@ -345,6 +437,8 @@ def test_window_takes_means_and_of_skipped_steps_only_that() -> None:
     assert again.means(accelerator) == window.means(accelerator)
     window.clear()
     assert window.means(accelerator) == {}
+    window.add({BOX: torch.tensor(4.0)}, {"skipped": 0.0})
+    assert window.means(accelerator) == {"labeled/head/box": 4.0, "skipped": 0.0}
 
 
 def test_memory_does_not_grow() -> None:

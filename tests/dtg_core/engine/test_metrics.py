@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from conftest import Terminal
 
 from dtg_core.engine import metrics
-from dtg_core.engine.metrics import MetricsWriter, Progress, read_metrics
+from dtg_core.engine.metrics import Clock, MetricsWriter, Progress, Trackers, guidance_figures, read_metrics
 
 
 def test_lines(tmp_path: Path) -> None:
@@ -100,3 +101,88 @@ def test_a_closed_stream_stops_nothing(kind: type[io.StringIO]) -> None:
         progress.advance()
         progress.report({"loss": 2.0})
         progress.say("saved")
+
+
+class Hands:
+    """A clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        for name in ("monotonic", "perf_counter"):
+            monkeypatch.setattr(metrics.time, name, lambda: self.now)
+
+
+def test_the_time_left_counts_this_runs_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed at step 40 of 100, with 3 seconds a step."""
+    hands, stream = Hands(monkeypatch), io.StringIO()
+    progress = Progress(100, 40, stream)
+    for _ in range(20):
+        hands.now += 3
+        progress.advance()
+    progress.report({})
+    assert stream.getvalue().split("  ")[-2:] == ["3.00 s/step", "02:00 left\n"]
+
+
+def test_steps_are_timed_without_pauses_and_apart_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two laps of 4 and 2 steps; a step takes 3 seconds, of which 1 is spent waiting for its batch."""
+    hands = Hands(monkeypatch)
+
+    def batches() -> Any:
+        for number in range(6):
+            hands.now += 1
+            yield number
+
+    clock = Clock(10)
+    for number in clock.waiting(batches()):
+        hands.now += 2
+        if number in (3, 5):
+            with clock.paused():  # an evaluation
+                hands.now += 500
+            assert clock.lap(11 + number) == {"step_seconds": 3.0, "data_seconds": 1.0}
+
+
+def test_figures_of_guidance_are_named_by_stage() -> None:
+    means = {"guidance/rpn/candidates": 9.0, "guidance/rcnn/clusters": 2.0, "guidance/rcnn/background": 1.0, "unlabeled/rpn/box": 0.5}
+    assert guidance_figures(means) == {"rpn candidates": 9.0, "rcnn clusters": 2.0}
+
+
+def test_a_tracker_that_fails_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told of once and not asked again; the others go on, and none of them may read the terminal."""
+    from accelerate import tracking
+
+    log: list[Any] = []
+
+    class Good:
+        requires_logging_directory = False
+
+        def __init__(self, run: str) -> None:
+            log.append((run, sys.stdin.read()))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            log.append(values)
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            log.append((step, values))
+
+        def finish(self) -> None:
+            log.append("finished")
+
+    class Bad(Good):
+        def log(self, values: dict[str, float], step: int) -> None:
+            log.append("bad")
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", {"good": Good, "bad": Bad})
+    before = sys.stdin
+    trackers = Trackers(["bad", "good"], tmp_path / "mine", {"optim.lr": 0.1})
+    assert sys.stdin is before
+    assert log == [("mine", ""), {"optim.lr": "0.1"}] * 2
+    log.clear()
+    for step in (1, 2):
+        trackers.write(step, {"loss": 2.0})
+    trackers.close()
+    trackers.close()
+    assert log == ["bad", (1, {"loss": 2.0}), (2, {"loss": 2.0}), "finished"]
+    assert capsys.readouterr().err.count("tracker bad: given up (gone)") == 1

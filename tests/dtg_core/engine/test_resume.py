@@ -14,16 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import DETECTORS, ROOT
 from runs import Process, TinyData, checkpoint_state, command, errors, lines, run, start, start_many, weights, write_coco
 
 from dtg_core.config import Config
+from dtg_core.data.index import CocoIndex
 from dtg_core.engine import checkpoint
 from dtg_core.engine.checkpoint import load_weights, newest_checkpoint
 from dtg_core.engine.predict import load_detector
-from dtg_core.engine.resume import changed_course, check_stamp
+from dtg_core.engine.resume import changed_course, check_stamp, digest
 from dtg_core.engine.signals import ONE_REQUEST
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
@@ -362,6 +364,45 @@ def test_a_stamp_of_before_a_setting_was_there_is_accepted() -> None:
     other = {**new, "config": {**new["config"], key: 0.05}}
     with pytest.raises(UserError, match=r"rcnn\.tau_rate: 0\.0 -> 0\.05"):
         check_stamp(old, other, False)
+
+
+def test_just_these_settings_may_change_unasked() -> None:
+    """Each of all others changes what is trained, so a resumed run would be neither the old one nor a new one."""
+    config = json.loads(json.dumps(flatten(RunSettings())))
+    stamp = {"config": config, "global_batch": {"labeled": 1, "unlabeled": 1}, "processes": 1, "torch": "2", "code": "0",
+             "data": {"labeled": None, "unlabeled": None, "val": None}, "mixed_precision": "no"}  # fmt: skip
+    assert config["detector"] == "gfl"
+    free = set()
+    for key in config:
+        try:
+            check_stamp(stamp, {**stamp, "config": {**config, key: "changed"}}, False)
+        except UserError as error:
+            assert key in str(error)  # noqa: PT017
+        else:
+            free.add(key)
+    of_others = {key for key in free if key.startswith(("faster_rcnn.", "guidance.stages.rpn.", "guidance.stages.rcnn."))}
+    names = {
+        "run": "checkpoint_every evaluate_batch evaluate_every init log_every max_skipped output reset_head score_threshold steps trackers",
+        "data": "images labeled labeled_per_device shapes_labeled shapes_seed shapes_unlabeled shapes_val unlabeled unlabeled_images "
+                "unlabeled_per_device unlisted val val_images workers",
+        "optim": "accumulate reference_batch", "backbone": "pretrained weights",
+    }  # fmt: skip
+    assert free - of_others == {"schema"} | {f"{section}.{name}" for section, keys in names.items() for name in keys.split()}
+
+
+def test_a_digest_tells_data_apart() -> None:
+    """By all that is learnt from a list of images, whose own pixels are not read."""
+    index = CocoIndex(
+        Path(), [1, 2], ["a.png", "b.png"], np.array(((9, 9), (9, 9)), np.int32), np.array(((0, 0, 5, 5), (1, 1, 6, 6)), np.float32),
+        np.array((0, 1)), np.array((0, 1, 2)), np.zeros(2, bool), ("cat", "dog"), [1, 2],
+    )  # fmt: skip
+    others = [
+        replace(index, file_names=["a.png", "c.png"]), replace(index, boxes=index.boxes + 1), replace(index, labels=np.array((1, 0))),
+        replace(index, box_start=np.array((0, 2, 2))), replace(index, crowd=np.array((False, True))),
+        replace(index, class_names=("cat", "cow")),
+    ]  # fmt: skip
+    assert digest(index) == digest(replace(index, root=Path("/elsewhere")))
+    assert len({digest(one)["sha256"] for one in (index, *others)}) == 7  # type: ignore[index]
 
 
 def test_settings_of_another_detector_are_no_change() -> None:

@@ -108,6 +108,32 @@ def test_noise_and_what_the_paradigm_does_not_use_are_not_taken_for_shrinking() 
     assert not [text for step in range(100) for text in enough.line(step, 50, {"guidance/head/clusters": max(9.0 - step, 1.0)})]
 
 
+def test_shrinking_is_measured_from_the_most_that_was_ever_found() -> None:
+    """Also when that was long after the start, and before a resume."""
+    one = Watch(GuidanceConfig(), 3.0, ["dot", "bar"], str)
+    for done, found in ((50, 1.6), (300, 6.0), (550, 6.0)):
+        assert not one.line(done, 250, {**FINE, "guidance/head/clusters": found})
+    again = Watch(GuidanceConfig(), 3.0, ["dot", "bar"], str)
+    again.restore(json.loads(json.dumps(one.state())))
+    for watching in (one, again):
+        (text,) = watching.line(800, 250, {**FINE, "guidance/head/clusters": 1.0})
+        assert "sees 1 objects in an unlabelled image after 6 before" in text
+
+
+def test_many_objects_where_labelled_images_have_few_are_no_collapse() -> None:
+    """With one object in ten labelled images, some of which show a crowd, a multiple of 0.1 says little."""
+    few = Watch(GuidanceConfig(), 0.1, ["dot", "bar"], str)
+    assert not few.line(50, 50, {**FINE, "guidance/head/clusters": 29.0})
+    assert few.line(100, 50, {**FINE, "guidance/head/clusters": 31.0})
+
+
+def test_while_nothing_is_found_the_losses_are_not_judged() -> None:
+    one, nothing = watch(), {"guidance/head/candidates": 0.0, "loss_ratio": 1e-6, "unlabeled_weight": 4.0}
+    assert not one.line(50, 50, nothing)
+    assert not one.line(100, 50, {**FINE, "loss_ratio": 1.0})
+    assert one.line(150, 50, {**FINE, "loss_ratio": 1e-6})
+
+
 @pytest.mark.parametrize("paradigm", ["dense", "sparse"])
 def test_what_to_do_about_a_threshold(paradigm: str) -> None:
     """One that follows is not lowered by hand; one that does not may be told to."""
@@ -220,6 +246,9 @@ def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.Cap
     report.close()
     assert "teacher  AP -  AP50 1.00  AP75 -" in capsys.readouterr().err
     assert next(read_metrics(tmp_path / "metrics.jsonl"))["teacher/AP"] is None
+    for again, left in ((False, [3]), (True, [])):  # whether that evaluation will be made once more
+        RunReport(tmp_path, RunConfig(), {}, 3, again).close()
+        assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == left
 
 
 def test_overfitting_without_guidance_is_no_matter_of_guidance() -> None:

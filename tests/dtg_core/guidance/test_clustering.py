@@ -166,3 +166,30 @@ def test_candidates_and_background_with_a_pencil():
     assert found.box.tolist() == [[0, 2, 60, 40], [10, 5, 20, 15]]
     everything = select_candidates(stage, predictions, torch.tensor([[40, 60]]), replace(rule, background_tau=None))
     assert everything.background.tolist() == [[True, False, True, True, False]]
+
+
+def test_padding_is_neither_candidate_nor_background():
+    """However likely the teacher finds it; the network sees padding too."""
+    stage, predictions = constant_case([[2.0], [2.0], [-2.0], [-2.0]], [[1.0, 1, 9, 9]] * 4)
+    predictions = replace(predictions, samples=replace(predictions.samples, valid=torch.tensor([[True, False, True, False]])))
+    for threshold in (None, torch.tensor([0.5])):
+        found = select_candidates(stage, predictions, torch.tensor([[40, 60]]), StageRule(tau=0.5), threshold)
+        assert found.sample.tolist() == [0]
+        assert found.foreground.tolist() == [[True, False, False, False]]
+        assert found.background.tolist() == [[False, False, True, False]]
+
+
+def test_each_class_has_its_own_threshold():
+    """Scores of 0.57 and 0.27: the first is too low for its class, the second high enough for its own."""
+    stage, predictions = constant_case([[0.3, -9.0], [-9.0, -1.0]], [[1.0, 1, 9, 9]] * 2)
+    found = select_candidates(stage, predictions, torch.tensor([[40, 60]]), StageRule(tau=0.9), torch.tensor([0.6, 0.2]))
+    assert (found.sample.tolist(), found.label.tolist()) == ([1], [1])
+    assert found.background.tolist() == [[True, False]]
+
+
+def test_an_overlap_of_exactly_the_threshold_suppresses_nothing():
+    """The last box has an IoU of 0.5 with the first and of 0.8 with the second, which alone suppresses it."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 5], [0, 0, 10, 5]])
+    clusters = cluster_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
+    assert clusters.keep.tolist() == [0, 1]
+    assert clusters.cluster.tolist() == [0, 1, 1]

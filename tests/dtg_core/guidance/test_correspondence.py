@@ -11,6 +11,7 @@ from oracles import best_anchor_by_force
 from dtg_core.anchors import anchor_grid
 from dtg_core.boxes import paired_iou
 from dtg_core.guidance import anchor_level, best_anchor, correspond
+from dtg_core.guidance.correspondence import to_student
 from dtg_core.structures import AnchorGrid, Proposals
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_anchors_that_leave_the_view_have_no_partner():
 
 
 def test_proposals_correspond_by_index_and_are_dropped_outside():
-    boxes = torch.tensor([[[0.0, 0, 20, 20], [50, 50, 64, 64], [5, 5, 9, 9]]])
+    boxes = torch.tensor([[[0.0, 0, 20, 20], [50, 50, 64, 64], [40, 5, 60, 9]]])
     proposals = Proposals(boxes, torch.tensor([[True, True, False]]))
     shift = torch.tensor([[1.0, 0, -20.5], [0, 1, 0], [0, 0, 1]])
     moved, row = correspond(proposals, rpn_grid(64, 64), make_pair(1, 64, 64, shift), 0.3)
@@ -128,3 +129,34 @@ def test_rotated_view_finds_overlapping_partners(hull):
     rotate = torch.tensor([[c, -s, 80 - 80 * c + 80 * s], [s, c, 80 - 80 * s - 80 * c], [0, 0, 1]])
     _, row = correspond(grid, grid, replace(make_pair(1, 160, 160, rotate), hull=hull), 0.3)
     assert (row >= 0).float().mean() > 0.5
+
+
+def test_a_pair_of_exactly_the_least_iou_is_kept():
+    """Squashed to half its height, an anchor of 32 px lies within its partner and has an IoU of 1/2 with it."""
+    grid = anchor_grid((64, 64), (8,), 4.0, (1.0,), CPU)
+    pair = make_pair(1, 64, 64, torch.diag(torch.tensor([1.0, 0.5, 1.0])))
+    assert (correspond(grid, grid, pair, 0.5)[1] >= 0).all()
+    assert (correspond(grid, grid, pair, 0.501)[1] == -1).all()
+
+
+@pytest.mark.parametrize(("hull", "reach"), [("ellipse", 16.0), ("corners", 16 * 2**0.5)])
+def test_all_boxes_are_moved_as_the_pair_says(hull, reach):
+    """A turn by 45 degrees about (64, 64), where an anchor of 32 px is: its ellipse fits itself, its corners' box does not."""
+    c = 0.5**0.5
+    turn = torch.tensor([[c, -c, 64], [c, c, 64 - 128 * c], [0, 0, 1]])
+    grid = anchor_grid((128, 128), (8,), 4.0, (1.0,), CPU)
+    pair = replace(make_pair(1, 128, 128, turn), hull=hull)
+    square, moved = torch.tensor([[48.0, 48, 80, 80]]), torch.tensor([[64 - reach, 64 - reach, 64 + reach, 64 + reach]])
+    torch.testing.assert_close(to_student(square, torch.tensor([0]), pair), moved)
+    proposals = Proposals(square[None], torch.ones(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(correspond(proposals, grid, pair, 0.3)[0].boxes[0], moved)
+    own = int((grid.anchors == square).all(1).nonzero())
+    assert correspond(grid, grid, pair, 0.9)[1][0, own] == (own if hull == "ellipse" else -1)
+
+
+def test_targets_are_clipped_to_the_students_view():
+    """Views of both sizes, larger and smaller than the teacher's; each image has its own."""
+    pair = make_pair(2, 64, 64, torch.diag(torch.tensor([2.0, 2.0, 1.0])))
+    pair = replace(pair, student=replace(pair.student, sizes=torch.tensor([[90.0, 120.0], [50.0, 40.0]])))
+    boxes = to_student(torch.tensor([[10.0, 10, 60, 60]]).repeat(2, 1), torch.tensor([0, 1]), pair)
+    assert boxes.tolist() == [[20, 20, 120, 90], [20, 20, 40, 50]]

@@ -1,6 +1,8 @@
 """Inverse NMS Clustering: labels, targets and background on pencil cases, and Eqs. 2 to 6 against a loop."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_pair
@@ -94,6 +96,16 @@ def test_all_that_collide_may_teach():
     assert one.background.tolist() == every.background.tolist()
 
 
+def test_what_the_teacher_takes_for_neither_teaches_nothing():
+    """Padding, scores between both thresholds and scores that are no numbers; a partner of one of them stays background if
+    another sample says so."""
+    candidates = make_candidates(THREE, 1, 6)
+    candidates = replace(candidates, background=torch.tensor([[True, False, False, False, False, False]]))
+    assert assign(candidates, torch.arange(6)[None], 6).background.tolist() == [[True, False, False, False, False, False]]
+    shared = torch.tensor([[5, 1, 2, 5, 4, 5]])
+    assert assign(candidates, shared, 6).background.tolist() == [[False, False, False, False, False, True]]
+
+
 def test_images_do_not_mix():
     rows = [(0, 0, 1, 1.0, [0.0, 0, 10, 10]), (1, 0, 1, 2.0, [0.0, 0, 10, 10])]
     result = assign(make_candidates(rows, 2, 2), torch.arange(2).repeat(2, 1), 2)
@@ -102,12 +114,12 @@ def test_images_do_not_mix():
 
 
 def test_members_whose_sample_is_far_from_the_target_are_ignored():
-    """The IoU of the student's samples with the kept box is 1, 0.6 and 0.4; the last neither learns the object nor background."""
+    """The IoU of the student's samples with the kept box is 1, 0.6 and 0.5; the last neither learns the object nor background."""
     rows = [(0, sample, 2, 2.0 - sample, [10.0, 10, 30, 30]) for sample in range(3)]
     candidates = make_candidates(rows, 1, 4)
-    boxes = torch.tensor([[[10.0, 10, 30, 30], [10, 10, 30, 22], [10, 10, 30, 18], [10, 10, 30, 30]]])
+    boxes = torch.tensor([[[10.0, 10, 30, 30], [10, 10, 30, 22], [10, 10, 30, 20], [10, 10, 30, 30]]])
     samples, pair = Proposals(boxes, torch.ones(1, 4, dtype=torch.bool)), make_pair(1, 100, 100)
-    for least, kept in ((0.0, [0, 1, 2]), (0.39, [0, 1, 2]), (0.41, [0, 1]), (0.61, [0])):
+    for least, kept in ((0.0, [0, 1, 2]), (0.5, [0, 1, 2]), (0.51, [0, 1]), (0.61, [0])):
         result = inverse_nms(candidates, clustered(candidates), torch.arange(4)[None], samples, pair, member_iou=least)
         assert result.sample.tolist() == kept
         assert result.background.tolist() == [[False, False, False, True]]

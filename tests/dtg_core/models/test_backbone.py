@@ -1,6 +1,7 @@
 """Backbone and pyramid: strides, freezing, normalisation and weights."""
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import pytest
@@ -161,6 +162,41 @@ def test_weights_of_another_model_are_refused(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="does not fit 'test_resnet'"):
         pyramid(weights=str(tmp_path / "w.safetensors"))
+
+
+def test_weights_of_another_width_are_refused(tmp_path):
+    """All names fit, one shape does not."""
+    tensors = {k: v.contiguous() for k, v in timm.create_model("test_resnet").state_dict().items()}
+    save_file({**tensors, "layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"does not fit 'test_resnet' \(1 of"):
+        pyramid(weights=str(tmp_path / "w.safetensors"))
+
+
+def test_code_in_a_packages_weights_is_not_run(tmp_path, monkeypatch):
+    class Code:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    class Package:
+        @staticmethod
+        def get_model_file_path():
+            return tmp_path / "weights.pt"
+
+    torch.save({"weight": Code()}, tmp_path / "weights.pt")
+    monkeypatch.setattr("dtg_core.models.backbone._package_of", lambda name: Package)
+    with pytest.raises(UnpicklingError, match="Weights only load failed"):
+        pyramid(pretrained=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_added_levels_start_with_the_variance_of_their_input():
+    """Uniform weights of variance 1 / fan-in: there is no ReLU between them, which would halve it."""
+    convs = pyramid((8, 16, 32, 64, 128)).fpn.extra_blocks.convs
+    assert len(convs) == 2
+    for conv in convs:
+        limit = (3 / (16 * 9)) ** 0.5
+        assert 0.98 * limit < conv.weight.abs().max() <= limit
+        assert not conv.bias.any()
 
 
 def test_frozen_blocks_drop_nothing():

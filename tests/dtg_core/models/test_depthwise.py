@@ -61,3 +61,15 @@ def test_other_convolutions_stay_as_they_are(options) -> None:
 def test_backbones_get_them() -> None:
     pyramid = build_pyramid(BackboneConfig("tf_efficientnet_lite0", pretrained=False), 16, (8, 16, 32), "pool")
     assert sum(isinstance(module, DepthwiseConv2d) for module in pyramid.modules()) == 7
+
+
+def test_half_precision_is_left_to_the_convolution() -> None:
+    """Under autocast values and their dtype are those of the convolution that was replaced."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(4, 4, 5, padding=2, groups=4))
+    quick, pixels = copy.deepcopy(body), torch.randn(2, 4, 8, 8)
+    replace_depthwise(quick)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = body(pixels), quick(pixels)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)

@@ -8,7 +8,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from dtg_core.models.teacher import keep_rate, make_teacher, update_teacher
+from dtg_core.models.teacher import copy_frozen, keep_rate, make_teacher, update_teacher
 
 
 def network() -> nn.Module:
@@ -49,6 +49,19 @@ def test_equals_timms_average():
         update_teacher(teacher, student, 1000, 0.97)
         oracle.update(student)
     torch.testing.assert_close(teacher.state_dict(), oracle.module.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_only_frozen_parameters_are_copied():
+    student = network()
+    teacher = make_teacher(student)
+    student[0].requires_grad_(False)
+    shaken(student)
+    before = copy.deepcopy(teacher.state_dict())
+    copy_frozen(teacher, student)
+    assert torch.equal(teacher[0].weight, student[0].weight)
+    assert torch.equal(teacher[0].bias, student[0].bias)
+    for name, tensor in teacher.state_dict().items():
+        assert name.startswith("0.") or torch.equal(tensor, before[name])
 
 
 def test_teacher_never_trains_and_shares_nothing():
