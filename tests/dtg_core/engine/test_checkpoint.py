@@ -437,6 +437,18 @@ class Hostile:
         return os.mkdir, (str(self.mark),)
 
 
+def test_weights_in_a_pt_file_may_lie_under_usual_names(tmp_path: Path) -> None:
+    """Flat, or where mmdetection's and Detectron2's files have them; what is no tensor is refused before anything is loaded."""
+    path, tensors = tmp_path / "w.pt", {"a": torch.ones(2), "b.c": torch.zeros(1)}
+    for content in (tensors, {"state_dict": tensors, "epoch": 3}, {"model": tensors, "iteration": 9}):
+        torch.save(content, path)
+        assert equal(load_weights(path)[0], tensors)
+    for content in ({**tensors, "epoch": 3}, {"model": {**tensors, "epoch": 3}}, [torch.ones(1)], {"state_dict": [1]}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="no dictionary of tensors"):
+            load_weights(path)
+
+
 def test_pickles_are_never_run(tmp_path: Path) -> None:
     mark, hostile = tmp_path / "mark", tmp_path / "hostile.pt"
     for content in (Hostile(mark), {"a": Hostile(mark)}, {"state_dict": {"a": Hostile(mark)}}):
