@@ -7,7 +7,7 @@ from torch import Tensor
 
 def softmax_focal(log_probability: Tensor, gamma: float = 1.5) -> Tensor:
     """-(1 - p)^gamma log p of the true class's log-probability (Unbiased Teacher's ``fast_rcnn.py``), same shape."""
-    # The clamp keeps the gradient of the power finite at p = 1.
+    # The clamp keeps the gradient of the power finite at p = 1 for every gamma.
     return -(1 - log_probability.exp()).clamp(min=1e-6) ** gamma * log_probability
 
 
