@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from dtg_core.engine.jobs import Job
     from dtg_core.engine.study import Phase, Plan, PlannedRun, Study
 
+#: Keys of a study file that say which runs there are, which --set may change, too.
+GRID = ("detectors", "paradigms", "seeds", "data.percents", "data.folds")
 TRAIN = Path(__file__).resolve().with_name("train.py")
 
 
@@ -45,7 +47,8 @@ def parser() -> Parser:
     add("--launcher", metavar="COMMAND",
         help='command that starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
     add("--dry-run", action="store_true", help="check the study, print the commands of its runs, and exit")
-    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change a setting of all runs")
+    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value",
+        help=f"change a setting of all runs, or which runs there are ({', '.join(GRID)})")
     return result
 
 
@@ -54,14 +57,16 @@ def main(argv: Sequence[str]) -> int:
 
     from dtg_core.engine.study import plan, read_study, require_data, require_study_folder
 
-    study = read_study(arguments.study)
+    grid = [text for text in arguments.set if text.partition("=")[0] in GRID]
+    overrides = [text for text in arguments.set if text not in grid]
+    study = read_study(arguments.study, grid)
     for detector in study.detectors:
         if detector not in DETECTORS:
             raise UserError(f"{arguments.study}: detectors: unknown value {detector!r}{nearest(detector, DETECTORS)}")
     folder = arguments.output or Path("runs") / arguments.study.stem
     require_study_folder(folder)
     warnings: list[str] = []
-    planned = plan(study, arguments.study, folder, arguments.set, lambda given: settings_of(given, warnings))
+    planned = plan(study, arguments.study, folder, overrides, lambda given: settings_of(given, warnings))
     require_data(study, arguments.study, planned.runs)
     for warning in dict.fromkeys(warnings):
         _say(f"warning: {warning}")
@@ -72,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
             print(line)
         return 0
     launcher = shlex.split(arguments.launcher) if arguments.launcher else [sys.executable]
-    return _run(study, arguments.study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)], arguments.set)
+    return _run(study, arguments.study, planned, folder, arguments.jobs, [*launcher, str(TRAIN)], overrides)
 
 
 def settings_of(arguments: Sequence[str], warnings: list[str]) -> Mapping[str, Any]:

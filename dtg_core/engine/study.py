@@ -193,9 +193,9 @@ def require_study_folder(folder: Path) -> None:
         raise UserError(f"{folder}: holds something that is not a study's (no {MARK}) - give another --output")
 
 
-def read_study(file: Path) -> Study:
-    """Read a study file. Raises UserError naming the file, line and key."""
-    study, origins = load_config(Study, file)
+def read_study(file: Path, changes: Sequence[str] = ()) -> Study:
+    """Read a study file; ``changes`` "dotted.key=value" replace what it says. Raises UserError naming the file, line and key."""
+    study, origins = load_config(Study, file, changes)
     check_ranges(study, origins)
     for key in ("detectors", "paradigms", "seeds"):
         if not getattr(study, key):

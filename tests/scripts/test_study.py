@@ -256,6 +256,22 @@ def test_guided_runs_have_unlabelled_images(tmp_path: Path, text: str, problem: 
     assert str(error.value).startswith(f"{file}: {problem}")
 
 
+def test_a_part_of_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What says which runs there are, beside a setting of them."""
+    file = write_study(tmp_path, "detectors: [gfl, faster_rcnn]\nparadigms: [supervised, dense]\ndata: {folds: [0, 1]}\n")
+    part = ["detectors=[gfl]", "data.folds=[1, 3]", "run.steps=7", "seeds=[5]", "paradigms=[dense]"]
+    assert script.main([str(file), "--output", str(tmp_path / "out"), "--dry-run", "--set", *part]) == 0
+    *commands, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("2 runs ")
+    runs = [command for command in commands if "--stop-at" not in command]
+    assert [Path(shlex.split(command)[shlex.split(command).index("--output") + 1]).name for command in runs] == [
+        "gfl-dense-fold1-seed5", "gfl-dense-fold3-seed5"
+    ]  # fmt: skip
+    assert all("run.steps=7" in command for command in runs)
+    with pytest.raises(UserError, match=r"detectors: unknown value 'gf' - did you mean 'gfl'\?"):
+        script.main([str(file), "--set", "detectors=[gf]"])
+
+
 def test_bad_command_lines(tmp_path: Path) -> None:
     file = write_study(tmp_path, "")
     for arguments, part in (
