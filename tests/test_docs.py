@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import read_settings  # noqa: E402
 from run_settings import RunSettings  # noqa: E402
 
+from dtg_core.engine.study import Study  # noqa: E402
 from dtg_core.settings_text import flatten  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -192,7 +193,7 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_exist(page):
-    keys = list(flatten(RunSettings()))
+    keys = [*flatten(RunSettings()), *flatten(Study())]
     for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
         for key in re.findall(rf"(?<![\w./])(?:{SECTIONS})\.[a-z_*<>|]+(?:\.[a-z_*<>|]+)*", code):
             if key.endswith((".py", ".yaml", ".json")):
