@@ -55,6 +55,7 @@ class StageRule:
     member_iou: PartialShare = 0.0  # least IoU of a member's student sample with the box that it learns; others are ignored
     consensus_rank: Positive | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
+    share_classes: bool = False  # share a member's class target out over the classes that its cluster's members see
     soft_background: bool = False  # weigh background by 1 - the teacher's score (after Soft Teacher)
     # Step size, in logits, with which each class's threshold (tau, sparse: pseudo_score) adapts until the teacher finds as many
     # objects per unlabelled image as labelled images have. 0: fixed thresholds

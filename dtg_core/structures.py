@@ -245,6 +245,7 @@ class DenseGuidance:
     rank_target: Tensor | None = None  # [P] what ranks the members instead of the teacher's logit
     quality: Tensor | None = None  # [P] classification target in 0..1; None: the stage's own rule
     members: Members | None = None  # in the student's view, if ``quality`` is to be their consensus
+    shares: Tensor | None = None  # [P, C] how a class target is shared out over the classes; None: all of it is the label's
     trust: Tensor | None = None  # [J] weight of each cluster's losses; None: 1
     background_weight: Tensor | None = None  # [N, A] weight of each background sample; None: 1
 
@@ -268,6 +269,12 @@ class Assignment:
     def quality(self) -> Tensor | None:
         """[P] classification target set by the guidance, None: the stage's own rule."""
         return None if self.dense is None else self.dense.quality
+
+    def class_targets(self, quality: Tensor, num_classes: int) -> Tensor:
+        """[P, C] target scores: ``quality`` [P] for the label and 0 for other classes, unless the guidance shares it out."""
+        if self.dense is not None and self.dense.shares is not None:
+            return quality.unsqueeze(1) * self.dense.shares
+        return quality.new_zeros(len(quality), num_classes).scatter(1, self.label.unsqueeze(1), quality.unsqueeze(1))
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,11 @@ class RetinaNetStage:
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss and L1 of the deltas, anchor by anchor: the core decides how they are weighted and summed."""
-        logits, (image, sample, label) = predictions.logits.float(), assignment.rows
+        logits, (image, sample, _) = predictions.logits.float(), assignment.rows
         background = sigmoid_focal(logits, torch.zeros_like(logits)).sum(2) * assignment.background  # [N, A]
         rows = logits[image, sample]  # [P, C]
         quality = torch.ones_like(rows[:, 0]) if assignment.quality is None else assignment.quality
-        target = torch.zeros_like(rows).scatter(1, label.unsqueeze(1), quality.unsqueeze(1))
+        target = assignment.class_targets(quality, self.num_classes)
         wanted = deltas.encode(predictions.samples.take(image, sample), assignment.box)
         box = l1_loss(predictions.raw[image, sample].float(), wanted, reduction="none").sum(1)
         weight = torch.ones_like(box)

@@ -151,7 +151,8 @@ class RCNNStage:
         The losses carry no weight; ``config.focal_weight`` of the ordinary reduction is in ``classification_count``.
         """
         rows = assignment.rows
-        target = torch.ones_like(rows.label, dtype=torch.float32) if assignment.quality is None else assignment.quality
+        quality = torch.ones_like(rows.label, dtype=torch.float32) if assignment.quality is None else assignment.quality
+        target = assignment.class_targets(quality, self.num_classes)
         classification, background = (
             self._softmax_losses(predictions, rows, target)
             if self.config.focal == "softmax"
@@ -165,14 +166,14 @@ class RCNNStage:
         return Unreduced(classification, box, background, torch.ones_like(box), count / weight, count)
 
     def _sigmoid_losses(self, predictions: Predictions, rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:
-        """[P] of the rows and [N, A] of every sample as background."""
+        """[P] of the rows, whose target scores are [P, C], and [N, A] of every sample as background."""
         logits = predictions.logits
         own = logits[rows.image, rows.sample]
-        targets = torch.zeros_like(own).scatter(1, rows.label.unsqueeze(1), target.unsqueeze(1))
-        return sigmoid_focal(own, targets).sum(-1), sigmoid_focal(logits, torch.zeros_like(logits)).sum(-1)
+        return sigmoid_focal(own, target).sum(-1), sigmoid_focal(logits, torch.zeros_like(logits)).sum(-1)
 
     def _softmax_losses(self, predictions: Predictions, rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:
-        """[P] of the rows and [N, A] of every sample as background."""
+        """[P] of the rows, whose target scores are [P, C], and [N, A] of every sample as background."""
         background = softmax_focal(predictions.raw[..., -1])
-        foreground = softmax_focal(logsigmoid(predictions.logits[rows]))
-        return target * foreground + (1 - target) * background[rows.image, rows.sample], background
+        foreground = softmax_focal(logsigmoid(predictions.logits[rows.image, rows.sample]))
+        rest = 1 - target.sum(1)
+        return (target * foreground).sum(1) + rest * background[rows.image, rows.sample], background

@@ -13,16 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def quality_focal_loss(logits: Tensor, labels: Tensor, quality: Tensor, beta: float) -> Tensor:
+def quality_focal_loss(logits: Tensor, targets: Tensor, beta: float) -> Tensor:
     """[P] quality focal loss (GFL, Eq. 5) of assigned samples, summed over the classes.
 
     Args:
         logits: [P, C] float32.
-        labels: [P] int64 in 0..C-1.
-        quality: [P] target score of the label, in 0..1; the target of every other class is 0.
+        targets: [P, C] scores in 0..1: the quality of the label's box, and 0 for every other class.
         beta: focusing power.
     """
-    targets = torch.zeros_like(logits).scatter(1, labels.unsqueeze(1), quality.unsqueeze(1))
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return ((targets - logits.sigmoid()).abs().pow(beta) * cross_entropy).sum(1)
 

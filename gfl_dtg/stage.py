@@ -63,7 +63,7 @@ class GFLStage:
         The class target is the IoU of the predicted box with the target box, unless dense guidance provides its own. In
         the ordinary reduction a box is weighted by its best score, and an image counts as at least 1 positive.
         """
-        config, (image, sample, label) = self.config, assignment.rows
+        config, (image, sample, _) = self.config, assignment.rows
         logits = predictions.logits[image, sample].float()
         sides = side_logits(predictions, assignment.rows)
         centers, strides = centers_and_strides(predictions.samples, sample)
@@ -73,7 +73,7 @@ class GFLStage:
         quality = assignment.quality
         if quality is None:
             quality = paired_iou(boxes.detach(), targets)
-        classification = quality_focal_loss(logits, label, quality, config.qfl_beta)
+        classification = quality_focal_loss(logits, assignment.class_targets(quality, self.num_classes), config.qfl_beta)
         background = background_quality_focal_loss(predictions.logits, config.qfl_beta)
         background = torch.where(assignment.background, background, 0.0)
         distances = distances_from_boxes(centers, targets, config.reg_max)

@@ -22,7 +22,7 @@ CORE = {field.name for field in fields(Config)} | {BATCH}
 DENSE_ONLY = {
     "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples",
     "normalization", "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust",
-    "soft_background",
+    "share_classes", "soft_background",
 }  # fmt: skip
 SPARSE_ONLY = {"pseudo_score", "proposals"}
 #: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, and anchors are no

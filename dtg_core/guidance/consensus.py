@@ -32,6 +32,12 @@ def cluster_trust(members: Members, num_clusters: int) -> Tensor:
     return zero.index_add(0, members.cluster, peer_consensus(members)) / size.clamp(min=1)
 
 
+def class_shares(scores: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
+    """[M, C] the mean scores [M, C] of each member's cluster [M], over their sum: how likely it thinks each class, if any."""
+    sums = scores.new_zeros(num_clusters, scores.shape[1]).index_add(0, cluster, scores)
+    return (sums / sums.sum(1, keepdim=True).clamp(min=1e-12))[cluster]
+
+
 @torch.no_grad()
 def consensus_quality(stage: Stage, predictions: Predictions, assignment: Assignment) -> Assignment:
     """The student's class targets: the consensus of its own predicted boxes with the teacher's members."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtg_core.config import StageRule
 from dtg_core.guidance.clustering import cluster_nms, select_candidates
-from dtg_core.guidance.consensus import cluster_trust, consensus
+from dtg_core.guidance.consensus import class_shares, cluster_trust, consensus
 from dtg_core.guidance.correspondence import correspond, to_student
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
 from dtg_core.guidance.pseudo_labels import pseudo_labels
@@ -128,6 +128,9 @@ def _dense(
     assignment = _with_options(labels.assignment, labels.samples, pair, rule)
     assert assignment.dense is not None
     dense = _with_consensus(assignment.dense, candidates, clusters, pair, rule)
+    if rule.share_classes and stage.num_classes > 1:
+        scores = predictions.logits[candidates.image, candidates.sample].float().sigmoid()
+        dense = replace(dense, shares=class_shares(scores, clusters.cluster, clusters.num_clusters)[dense.candidate])
     if rule.soft_background:
         dense = replace(dense, background_weight=1 - teacher_scores(predictions, labels, pair))
     assignment = replace(assignment, dense=dense)

@@ -145,6 +145,30 @@ def test_quality_is_the_class_target(focal: str) -> None:
     torch.testing.assert_close(losses.classification[1], losses.background[0, 2])
 
 
+@pytest.mark.parametrize("focal", ["sigmoid", "softmax"])
+def test_class_targets_may_be_shared_out(focal: str) -> None:
+    """All of it to the label is the plain loss; otherwise a loss is least where the scores are as the shares say."""
+    config = RCNNConfig(focal=focal)  # type: ignore[arg-type]
+    *_, predictions, assignment = case(config)
+    stage = RCNNStage(config, 3)
+
+    def losses(shares: Tensor, predictions: Predictions = predictions) -> Tensor:
+        dense = DenseGuidance(torch.arange(3), 3, torch.arange(3), torch.zeros(3), torch.ones(3), torch.tensor(3), shares=shares)
+        return stage.losses(predictions, replace(assignment, dense=dense)).classification
+
+    torch.testing.assert_close(losses(torch.eye(3)[assignment.label]), stage.losses(predictions, assignment).classification)
+    mixed = torch.tensor([[0.5, 0.3, 0.2]]).repeat(3, 1)
+    whole = [losses(torch.eye(3)[torch.full((3,), label)]) for label in range(3)]
+    if focal == "softmax":
+        torch.testing.assert_close(losses(mixed), 0.5 * whole[0] + 0.3 * whole[1] + 0.2 * whole[2])
+    else:
+        right = replace(predictions, logits=mixed[:1].logit().expand(2, 6, 3))
+        for label in range(3):
+            for shift in (-0.1, 0.1):
+                moved = right.logits + shift * torch.eye(3)[label]
+                assert (losses(mixed, right) < losses(mixed, replace(right, logits=moved))).all()
+
+
 @pytest.mark.parametrize("loss", ["bce", "focal"])
 def test_quality_is_the_rpns_target(loss: str) -> None:
     """A quality of 1 is the plain loss, of 0 the background's, and a loss is least at its quality."""

@@ -32,7 +32,8 @@ def test_quality_focal_loss_is_mmdetections(case: str) -> None:
     )
     logits.requires_grad_()
     foreground = labels < logits.shape[1]
-    assigned = quality_focal_loss(logits[foreground], labels[foreground], scores[foreground], 2.0)
+    targets = F.one_hot(labels, logits.shape[1] + 1)[:, :-1] * scores.unsqueeze(1)
+    assigned = quality_focal_loss(logits[foreground], targets[foreground], 2.0)
     background = background_quality_focal_loss(logits[~foreground], 2.0)
     assert_close(assigned, expected[foreground], rtol=1e-5, atol=1e-7)
     assert_close(background, expected[~foreground], rtol=1e-5, atol=1e-7)
@@ -51,8 +52,7 @@ def test_background_loss_has_the_derivative_that_autograd_finds(beta: float) -> 
     (found,) = torch.autograd.grad((loss * weight).sum(), logits)
     assert_close(found, expected)
     assigned = logits.detach().flatten(0, 1)  # towards a quality of 0
-    labels, quality = torch.zeros(10, dtype=torch.int64), torch.zeros(10)
-    assert_close(quality_focal_loss(assigned, labels, quality, beta), plain.detach().flatten())
+    assert_close(quality_focal_loss(assigned, torch.zeros(10, 3), beta), plain.detach().flatten())
 
 
 def test_background_loss_of_half_precision_logits_is_float32() -> None:
@@ -124,10 +124,9 @@ def test_distances_and_boxes_are_inverse_within_the_reach_of_the_bins() -> None:
 def test_losses_of_nothing_are_connected() -> None:
     logits = torch.zeros(0, 3, requires_grad=True)
     sides = torch.zeros(0, 4, 17, requires_grad=True)
-    empty = torch.zeros(0)
     boxes = boxes_from_distances(torch.zeros(0, 2), integral(sides))
     total = (
-        quality_focal_loss(logits, empty.long(), empty, 2.0).sum()
+        quality_focal_loss(logits, torch.zeros(0, 3), 2.0).sum()
         + distribution_focal_loss(sides, torch.zeros(0, 4)).sum()
         + boxes.sum()
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gfl_helpers import load, no_targets, random_targets, reduced, tensor
 from torch import Tensor
 from torch.testing import assert_close
@@ -158,6 +159,23 @@ def test_permuted_images_have_the_same_losses() -> None:
     first = stage.losses(predictions, stage.assign(grid, targets, sizes, seeds))
     second = stage.losses(swapped, stage.assign(grid, moved, sizes[back], seeds))
     assert_close(reduced(second), reduced(first))
+
+
+def test_class_targets_may_be_shared_out() -> None:
+    """A class whose share is the score that the student gives it, as part of its box's IoU, costs nothing."""
+    grid = grid_of()
+    predictions, stage = random_predictions(grid, 2, 3), GFLStage(GFLConfig(), 3)
+    plain = dense_assignment(grid, torch.tensor([0.5, 0.25]))
+    shares = torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.0, 1.0]])
+    assert plain.dense is not None
+    shared = replace(plain, dense=replace(plain.dense, shares=shares))
+    targets = torch.tensor([[0.1, 0.15, 0.25], [0.0, 0.0, 0.25]])
+    logits = predictions.logits[plain.image, plain.sample]
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    expected = ((targets - logits.sigmoid()).abs() ** 2 * cross_entropy).sum(1)
+    assert_close(stage.losses(predictions, shared).classification, expected)
+    own = replace(plain, dense=replace(plain.dense, shares=torch.eye(3)[plain.label]))
+    assert_close(stage.losses(predictions, own).classification, stage.losses(predictions, plain).classification)
 
 
 def test_weights_act_on_their_own_losses() -> None:

@@ -10,14 +10,14 @@ from oracles import iou
 
 from dtg_core.config import StageRule
 from dtg_core.guidance import teach
-from dtg_core.guidance.consensus import cluster_trust, consensus, peer_consensus
+from dtg_core.guidance.consensus import class_shares, cluster_trust, consensus, peer_consensus
 from dtg_core.guidance.inverse_nms import best_scores
 from dtg_core.losses import dense_terms
 from dtg_core.models.student import StudentModule, learn
 from dtg_core.structures import Assignment, DenseGuidance, Members, Rows, Unreduced
 
 STAGES = [("gfl", "head"), ("faster_rcnn", "rpn"), ("faster_rcnn", "rcnn")]
-CURES = {"consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "quality": "consensus"}
+CURES = {"consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "quality": "consensus", "share_classes": True}
 MATRIX = torch.tensor([[-1.0, 0, 96], [0, 1, 3], [0, 0, 1]])
 # A whole square, its upper and its left half (IoU 1/2 with the square and 1/3 with each other), and a box that is alone.
 FOUR = Members(
@@ -72,6 +72,14 @@ def test_nothing_and_boxes_without_area():
     assert cluster_trust(nothing, 0).shape == (0,)
     flat = Members(torch.zeros(2, 4), torch.ones(2), torch.zeros(2).long())
     assert peer_consensus(flat).tolist() == [0, 0]
+
+
+def test_class_shares_with_a_pencil():
+    """Clusters of two, of one and of nobody; one that sees no class at all shares nothing out."""
+    scores = torch.tensor([[0.6, 0.2], [0.2, 0.2], [0.1, 0.3], [0.0, 0.0]])
+    shares = class_shares(scores, torch.tensor([1, 1, 0, 3]), 4)
+    torch.testing.assert_close(shares, torch.tensor([[2 / 3, 1 / 3], [2 / 3, 1 / 3], [0.25, 0.75], [0, 0]]))
+    assert class_shares(torch.zeros(0, 2), torch.zeros(0).long(), 0).shape == (0, 2)
 
 
 def test_best_scores():
@@ -134,12 +142,15 @@ def test_each_option_changes_its_own_part_only(name, stage):
     for option, value in CURES.items():
         *_, cured = lesson(name, stage, **{option: value})
         ours, theirs = vars(cured.assignment.dense), vars(plain.assignment.dense)
-        changed = {"consensus_rank": "rank_target", "cluster_trust": "trust", "soft_background": "background_weight"}.get(option, "members")
+        changed = {"consensus_rank": "rank_target", "cluster_trust": "trust", "soft_background": "background_weight",
+                   "quality": "members", "share_classes": "shares"}[option]  # fmt: skip
+        if changed == "shares" and stage == "rpn":  # it has one class
+            changed = ""
         for field in ours:
             same = ours[field] is theirs[field] or (ours[field] is not None and theirs[field] is not None and torch.equal(
                 torch.as_tensor(ours[field]), torch.as_tensor(theirs[field])))  # fmt: skip
             assert same == (field != changed), field
-        assert theirs[changed] is None
+        assert not changed or theirs[changed] is None
         assert torch.equal(cured.assignment.background, plain.assignment.background)
 
 
@@ -163,6 +174,10 @@ def test_options_against_loops(name, stage):
     in_teacher = Members(boxes, members.score, members.cluster)
     peers, agreed = peer_consensus(in_teacher), consensus(boxes, members.cluster, in_teacher)
     torch.testing.assert_close(dense.rank_target, agreed[dense.candidate] / 0.1, atol=1e-3, rtol=1e-3)
+    for j in range(dense.num_clusters) if stage != "rpn" else ():
+        every = predictions.logits[image, sample].sigmoid()[members.cluster == j].mean(0)
+        for row in (dense.cluster == j).nonzero().flatten():
+            torch.testing.assert_close(dense.shares[row], every / every.sum(), atol=1e-5, rtol=1e-4)
     for j in range(dense.num_clusters):
         assert dense.trust[j].item() == pytest.approx(peers[members.cluster == j].mean().item(), abs=1e-4)
     assert torch.equal(members.cluster[dense.candidate], dense.cluster)
