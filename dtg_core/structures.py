@@ -322,6 +322,8 @@ class LossName(NamedTuple):
 
 #: The losses of a step.
 Losses = dict[LossName, Tensor]
+#: Other figures for the log, by name; scalar tensors where only the device knows them.
+Figures = dict[str, Tensor | float]
 
 
 @dataclass(frozen=True)

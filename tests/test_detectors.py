@@ -12,7 +12,7 @@ from conftest import DETECTORS, make_pair, make_views, tiny_detector
 from dtg_core.boxes import shortest_side
 from dtg_core.config import StageRule, paper_stages
 from dtg_core.guidance import inverse_nms, teach
-from dtg_core.guidance.paradigms import dense_labels, teacher_scores
+from dtg_core.guidance.dense import dense_labels, teacher_scores
 from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule, learn
 from dtg_core.models.teacher import make_teacher
@@ -246,7 +246,7 @@ def test_options_of_inverse_nms_come_from_the_rule(name):
     for collisions, member_iou in (("best", 0.0), ("all", 0.0), ("best", 0.6)):
         rule = rules(tau=0.5, min_iou=0.1, collisions=collisions, member_iou=member_iou)[stage]
         labels = dense_labels(detector.stages[stage], predictions, grid, pair, rule)
-        expected = inverse_nms(labels.candidates, labels.clusters, labels.row, labels.samples, pair, member_iou, collisions)
+        expected = inverse_nms(labels.candidates, labels.clusters, labels.partner, labels.samples, pair, member_iou, collisions)
         assert torch.equal(labels.assignment.sample, expected.sample)
         assert torch.equal(labels.assignment.background, expected.background)
         found[collisions, member_iou] = len(expected.sample)

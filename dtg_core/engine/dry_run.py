@@ -20,9 +20,8 @@ from dtg_core.engine.loop import prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import global_batch
 from dtg_core.errors import UserError
-from dtg_core.guidance.paradigms import Figures
 from dtg_core.protocol import Detector
-from dtg_core.structures import Losses
+from dtg_core.structures import Figures, Losses
 
 CHECKPOINTS = 3  # kept at once while a new one is written
 

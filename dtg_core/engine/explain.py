@@ -14,10 +14,10 @@ from torchvision.ops import box_iou
 from dtg_core.boxes import clip, paired_iou, project, shortest_side, to_float64
 from dtg_core.config import Hull, StageRule
 from dtg_core.data.index import CocoIndex
-from dtg_core.guidance import pseudo_labels
 from dtg_core.guidance.correspondence import MIN_SIDE
+from dtg_core.guidance.dense import dense_labels, teacher_scores
 from dtg_core.guidance.inverse_nms import best_scores
-from dtg_core.guidance.paradigms import dense_labels, teacher_scores
+from dtg_core.guidance.sparse import pseudo_labels
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
     Assignment,
@@ -138,7 +138,8 @@ def explain(
     return Explained(
         labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,
         teacher_scores(predictions, labels, pair),
-        best_scores(labels.candidates.foreground.float(), labels.row, moved.num_samples) > 0, stage.num_classes, rule, threshold,
+        best_scores(labels.candidates.foreground.float(), labels.partner, moved.num_samples) > 0,
+        stage.num_classes, rule, threshold,
     )  # fmt: skip
 
 

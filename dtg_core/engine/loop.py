@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from dtg_core.config import Config, OptimConfig
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.guidance import teach
-from dtg_core.guidance.paradigms import Figures
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
 from dtg_core.models.backbone import compile_backbones
 from dtg_core.models.student import StudentModule
 from dtg_core.models.teacher import make_teacher, update_teacher
 from dtg_core.protocol import Detector
-from dtg_core.structures import Losses, LossName, LossTerm, StepBatch, Supervision
+from dtg_core.structures import Figures, Losses, LossName, LossTerm, StepBatch, Supervision
 
 Name = TypeVar("Name")
 

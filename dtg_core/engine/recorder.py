@@ -22,9 +22,8 @@ from dtg_core.engine.report import save_pictures, write_report
 from dtg_core.engine.run_state import RunState
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.watch import Watch
-from dtg_core.guidance.paradigms import Figures
 from dtg_core.settings_text import flatten, to_yaml
-from dtg_core.structures import Losses
+from dtg_core.structures import Figures, Losses
 
 
 class Recorder:

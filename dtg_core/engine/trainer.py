@@ -30,9 +30,8 @@ from dtg_core.engine.resume import stamp
 from dtg_core.engine.run_state import RunState
 from dtg_core.engine.signals import StopSignals
 from dtg_core.errors import UserError
-from dtg_core.guidance.paradigms import Figures
 from dtg_core.protocol import Detector
-from dtg_core.structures import Losses, StepBatch
+from dtg_core.structures import Figures, Losses, StepBatch
 
 #: Exit statuses of a run besides 0; for a signal it is 128 plus the signal's number.
 GAVE_UP = 3

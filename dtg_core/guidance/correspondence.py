@@ -82,7 +82,7 @@ def correspond(
         min_iou: pairs of anchors below this IoU are dropped, as are anchors whose centre has left the view (A5).
 
     Returns:
-        (student samples, row [N, A] int64 into them; -1: no partner).
+        (student samples, partner [N, A] int64 among them; -1: none).
     """
     matrix = pair.student_from_teacher[:, None]
     sizes = pair.student.sizes[:, None]

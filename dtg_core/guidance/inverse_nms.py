@@ -15,7 +15,7 @@ from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance,
 
 
 def inverse_nms(
-    candidates: Candidates, clusters: Clusters, row: Tensor, samples: Samples, pair: PairBatch, member_iou: float = 0,
+    candidates: Candidates, clusters: Clusters, partner: Tensor, samples: Samples, pair: PairBatch, member_iou: float = 0,
     collisions: Collisions = "best",
 ) -> Assignment:
     """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
@@ -25,7 +25,7 @@ def inverse_nms(
 
     Args:
         candidates, clusters: the teacher's, in its view.
-        row: [N, A] int64, student sample of each teacher sample, -1: none.
+        partner: [N, A] int64, student sample of each teacher sample, -1: none.
         samples: the student's.
         pair: both views.
         member_iou: least IoU of a member's student sample with its target; below it the sample is ignored (not in the paper).
@@ -38,16 +38,16 @@ def inverse_nms(
     target = to_student(candidates.box[keep], image[keep], pair)  # [J, 4]
     in_view = shortest_side(target) >= MIN_SIDE
 
-    partner = row[image, candidates.sample]
-    alive = (partner >= 0) & in_view[clusters.cluster]
+    sample = partner[image, candidates.sample]  # the student's
+    alive = (sample >= 0) & in_view[clusters.cluster]
     if member_iou > 0:
-        alive &= paired_iou(samples.take(image, partner.clamp(min=0)), target[clusters.cluster]) >= member_iou
+        alive &= paired_iou(samples.take(image, sample.clamp(min=0)), target[clusters.cluster]) >= member_iou
     if collisions == "best":
-        alive &= _is_best(image * num_samples + partner, alive, candidates.logit, row.shape[0] * num_samples)
+        alive &= _is_best(image * num_samples + sample, alive, candidates.logit, partner.shape[0] * num_samples)
     chosen = alive.nonzero().squeeze(1)  # sync: the number of assigned samples.
 
     cluster, num_clusters = clusters.cluster[chosen], clusters.num_clusters
-    members = torch.zeros(num_clusters, device=row.device).index_add(0, cluster, torch.ones_like(cluster, dtype=torch.float32))
+    members = torch.zeros(num_clusters, device=partner.device).index_add(0, cluster, torch.ones_like(cluster, dtype=torch.float32))
     dense = DenseGuidance(
         cluster=cluster,
         num_clusters=num_clusters,
@@ -56,21 +56,21 @@ def inverse_nms(
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
     )
-    background = _hit(row, candidates.background, num_samples)
+    background = _hit(partner, candidates.background, num_samples)
     if collisions == "best":  # "clear background" only reaches student samples that no candidate points to
-        background &= ~_hit(row, candidates.foreground, num_samples)
-    return Assignment(image[chosen], partner[chosen], candidates.label[chosen], target[cluster], background, dense)
+        background &= ~_hit(partner, candidates.foreground, num_samples)
+    return Assignment(image[chosen], sample[chosen], candidates.label[chosen], target[cluster], background, dense)
 
 
-def best_scores(scores: Tensor, row: Tensor, num_samples: int) -> Tensor:
+def best_scores(scores: Tensor, partner: Tensor, num_samples: int) -> Tensor:
     """[N, S] highest score of the teacher samples that correspond to each student sample; -1 where none does.
 
     Args:
-        scores: [N, A] the teacher's, -1 where a sample is not usable. row: [N, A] as in ``inverse_nms``.
+        scores: [N, A] the teacher's, -1 where a sample is not usable. partner: [N, A] as in ``inverse_nms``.
         num_samples: S, how many samples an image has in the student's view.
     """
-    best = scores.new_full((len(row), num_samples + 1), -1.0)
-    return best.scatter_reduce(1, torch.where(row >= 0, row, num_samples), scores, "amax")[:, :num_samples]
+    best = scores.new_full((len(partner), num_samples + 1), -1.0)
+    return best.scatter_reduce(1, torch.where(partner >= 0, partner, num_samples), scores, "amax")[:, :num_samples]
 
 
 def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:
@@ -83,8 +83,8 @@ def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Te
     return first[place] == rank
 
 
-def _hit(row: Tensor, source: Tensor, num_samples: int) -> Tensor:
+def _hit(partner: Tensor, source: Tensor, num_samples: int) -> Tensor:
     """[N, S] bool: the student samples that the teacher samples of the mask ``source`` [N, A] correspond to."""
-    target = torch.where(source & (row >= 0), row, num_samples)
-    hit = torch.zeros(row.shape[0], num_samples + 1, dtype=torch.bool, device=row.device)
+    target = torch.where(source & (partner >= 0), partner, num_samples)
+    hit = torch.zeros(partner.shape[0], num_samples + 1, dtype=torch.bool, device=partner.device)
     return hit.scatter_(1, target, True)[:, :num_samples]
