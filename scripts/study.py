@@ -46,6 +46,7 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
     add("--launcher", metavar="COMMAND",
         help='command that starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
+    add("--rows", nargs="+", action="extend", default=[], metavar="NAME", help="only these rows of the study file (default: all)")
     add("--dry-run", action="store_true", help="check the study, print the commands of its runs, and exit")
     add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value",
         help=f"change a setting of all runs, or which runs there are ({', '.join(GRID)})")
@@ -55,11 +56,13 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
 
-    from dtg_core.engine.study import plan, read_study, require_data, require_study_folder
+    from dtg_core.engine.study import only_rows, plan, read_study, require_data, require_study_folder
 
     grid = [text for text in arguments.set if text.partition("=")[0] in GRID]
     overrides = [text for text in arguments.set if text not in grid]
     study = read_study(arguments.study, grid)
+    if arguments.rows:
+        study = only_rows(study, arguments.study, arguments.rows)
     for detector in study.detectors:
         if detector not in DETECTORS:
             raise UserError(f"{arguments.study}: detectors: unknown value {detector!r}{nearest(detector, DETECTORS)}")

@@ -34,7 +34,7 @@ from dtg_core.engine.effective import BATCH, effective, stage_paradigms
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.resume import digest
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, nearest
 from dtg_core.ranges import Percent, Seed, Whole, check_ranges
 from dtg_core.settings import load_config, overridden, plain_yaml, refuse
 from dtg_core.settings_text import dotted, yaml_scalar
@@ -233,6 +233,15 @@ def read_study(file: Path, changes: Sequence[str] = ()) -> Study:
             refuse("rows", f"{names[plain]!r} and {row!r} give the same folder names - rename one", origins)
         names[plain] = row
     return study
+
+
+def only_rows(study: Study, file: Path, names: Sequence[str]) -> Study:
+    """The same study with the named rows only. Raises UserError for a name that its file does not have."""
+    for name in names:
+        if name not in study.rows:
+            remedy = nearest(name, study.rows, "" if study.rows else "the file has none: leave --rows out")
+            raise UserError(f"{file}: --rows: there is no row {name!r}{remedy}")
+    return replace(study, rows={name: changes for name, changes in study.rows.items() if name in names})
 
 
 def cells(study: Study) -> Iterator[Cell]:

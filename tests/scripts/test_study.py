@@ -284,6 +284,19 @@ def test_bad_command_lines(tmp_path: Path) -> None:
             script.main(arguments)
 
 
+def test_rows_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_study(tmp_path, "paradigms: [supervised, dense]\nrows: {low: {guidance.stages.head.tau: 0.2}, 'tau 0.5': {}, none: {}}\n")
+    assert script.main([str(file), "--output", str(tmp_path / "out"), "--dry-run", "--rows", "tau 0.5", "low"]) == 0
+    *commands, _ = capsys.readouterr().out.splitlines()
+    ran = [Path(command.partition("--output ")[2].split()[0]).name for command in commands if "--stop-at" not in command]
+    assert ran == ["gfl-supervised-low-seed0", "gfl-dense-low-seed0", "gfl-dense-tau_0.5-seed0"]
+    with pytest.raises(UserError, match=r"study\.yaml: --rows: there is no row 'tau 0\.4' - did you mean 'tau 0\.5'\?"):
+        script.main([str(file), "--dry-run", "--rows", "tau 0.4"])
+    with pytest.raises(UserError, match="there is no row 'low' - the file has none: leave --rows out"):
+        script.main([str(write_study(tmp_path / "plain", "paradigms: [dense]\n")), "--dry-run", "--rows", "low"])
+
+
+
 def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_study(tmp_path, "seeds: [0, 1]\n")
     assert script.main([str(file), "--dry-run", "--output", str(tmp_path / "out"), "--set", "guidance.start_step=7"]) == 0
