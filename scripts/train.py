@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.dry_run import dry_run
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.processes import main_first, on_main
-    from dtg_core.engine.reach import missed_classes
+    from dtg_core.engine.reach import classes_out_of_reach
     from dtg_core.engine.trainer import Trainer
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     detector, remarks = _detector(settings, sources, resumed)
     if accelerator.is_main_process:
         if not resumed:
-            remarks += [f"{labeled}: {line}" for line in missed_classes(detector, sources.labeled, settings.views)]
+            remarks += [f"{labeled}: {line}" for line in classes_out_of_reach(detector, sources.labeled, settings.views)]
         _warn(remarks)
     if arguments.dry_run:
         for line in dry_run(settings, detector, sources, folder.path, accelerator):

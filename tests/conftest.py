@@ -102,8 +102,10 @@ def random_proposals(seed: int, objects: tuple[int, ...] = (4, 0, 6), samples: i
 DETECTORS = ["gfl", "faster_rcnn"]
 
 
-def tiny_detector(name: str, num_classes: int = 3, batch_norm: str = "frozen") -> torch.nn.Module:
-    """A small detector of each kind on a small untrained backbone: GFL with two levels, Faster R-CNN with two."""
+def tiny_detector(
+    name: str, num_classes: int = 3, batch_norm: str = "frozen", strides: tuple[int, ...] = (8, 16)
+) -> torch.nn.Module:
+    """A small detector of each kind on a small untrained backbone."""
     import faster_rcnn_dtg
     import gfl_dtg
     from dtg_core.config import BackboneConfig
@@ -113,9 +115,9 @@ def tiny_detector(name: str, num_classes: int = 3, batch_norm: str = "frozen") -
     torch.manual_seed(0)
     backbone = BackboneConfig("test_resnet", pretrained=False, freeze_to_stride=0, batch_norm=batch_norm)
     if name == "gfl":
-        config = GFLConfig(channels=16, tower_depth=1, strides=(8, 16), anchor_scale=4.0)
+        config = GFLConfig(channels=16, tower_depth=1, strides=strides, anchor_scale=4.0)
         return gfl_dtg.build(config, backbone, num_classes)
     rpn, rcnn = RPNConfig(pre_nms=100, post_nms=40, samples=32), RCNNConfig(samples=24, hidden=32)
     return faster_rcnn_dtg.build(
-        FasterRCNNConfig(channels=16, strides=(8, 16), anchor_scale=4.0, rpn=rpn, rcnn=rcnn), backbone, num_classes
+        FasterRCNNConfig(channels=16, strides=strides, anchor_scale=4.0, rpn=rpn, rcnn=rcnn), backbone, num_classes
     )

@@ -1,7 +1,7 @@
-"""Which classes a detector's anchors miss, found with its own label assignment before training begins.
+"""Which classes are out of a detector's reach, found before training begins.
 
 An object without any sample is background to the detector, and a class most of whose objects are background is never learnt,
-whatever the losses say.
+whatever the losses say. Objects of hardly a cell of the finest level get samples, but are seen badly.
 """
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import fitted
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import SMALLEST_SIDE, canvas, largest_sides
+from dtg_core.errors import counted
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets
 
 TRIED, LEAST = 200, 3  # objects that are tried in total, and at least per class; of many classes only the most frequent are tried
 MOST = 0.5  # share of them without a sample above which a class is reported
+CELLS = 2  # of the finest level; a class whose median side is below is reported (platelets of 1.6 gain much by half of the stride)
+FINEST = 4  # stride of the finest maps that backbones have with some meaning
 
 
 @torch.no_grad()
-def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) -> Iterator[str]:
-    """A line for each class most of whose boxes get no sample in the detector's first stage.
+def classes_out_of_reach(detector: Detector, index: CocoIndex, config: ViewsConfig) -> Iterator[str]:
+    """A line for each class most of whose boxes get no sample in the detector's first stage, and one for all that are small for it.
 
     Boxes are tried one by one, in a view of the middle training size, so that they do not compete.
 
@@ -31,6 +34,10 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
         detector: on the CPU; only its first stage's assignment is used. index: labelled images.
     """
     short = sum(config.short_edge) // 2
+    grid = detector.grid(canvas([(short, short)]), torch.device("cpu"))
+    finest = grid.strides[0]
+    small: list[str] = []
+    finer = f"put {finest // 2} in front of strides, or " if finest > FINEST else ""
     image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     tries = max(TRIED // len(index.class_names), LEAST)
     largest = largest_sides(index, config)
@@ -48,10 +55,15 @@ def missed_classes(detector: Detector, index: CocoIndex, config: ViewsConfig) ->
             sides.append(float((box[2:] - box[:2]).prod().sqrt()))
             missed += not _has_sample(detector, box, size)
         if missed > MOST * len(sides):
-            least = detector.grid(canvas([(short, short)]), torch.device("cpu")).base_size
             yield (f"class {name!r}: {missed} of {len(sides)} boxes fit no anchor in a view of {short} px, so it is hardly learnt "
-                   f"(their side is {np.median(sides):.0f} px, the smallest anchor's {least:.0f}) - change anchor_scale, or "
-                   "views.short_edge, views.test_short_edge and views.long_edge")  # fmt: skip
+                   f"(their side is {np.median(sides):.0f} px, the smallest anchor's {grid.base_size:.0f}) - change anchor_scale, "
+                   "or views.short_edge, views.test_short_edge and views.long_edge")  # fmt: skip
+        elif sides and np.median(sides) < CELLS * finest:
+            small.append(f"{name!r} ({np.median(sides):.0f} px)")
+    if small:
+        yield (f"{counted(len(small), 'class has', 'classes have')} boxes of less than {CELLS} cells of the finest level, "
+               f"{CELLS * finest} px, in a view of {short} px: {', '.join(small[:3])}{', ...' * (len(small) > 3)} - {finer}enlarge "
+               "views.short_edge, views.test_short_edge and views.long_edge")  # fmt: skip
 
 
 def _has_sample(detector: Detector, box: torch.Tensor, size: tuple[int, int]) -> bool:

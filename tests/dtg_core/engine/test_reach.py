@@ -10,7 +10,7 @@ from conftest import tiny_detector
 from dtg_core.config import ViewsConfig
 from dtg_core.data.index import CocoIndex
 from dtg_core.engine import reach
-from dtg_core.engine.reach import missed_classes
+from dtg_core.engine.reach import classes_out_of_reach
 
 VIEWS = ViewsConfig(short_edge=(96, 160), long_edge=200)  # 128 px in the middle
 
@@ -31,23 +31,37 @@ def test_a_class_that_fits_no_anchor_is_told_of() -> None:
     smallest = detector.grid((128, 128), "cpu").base_size
     tiny, fitting = round(2 * smallest * 0.5), round(2 * smallest * 0.75)
     index = index_of({"tiny": [tiny] * 4, "fitting": [fitting] * 4, "half": [tiny, fitting], "absent": []})
-    (line,) = missed_classes(detector, index, VIEWS)
+    (line,) = classes_out_of_reach(detector, index, VIEWS)
     assert line.startswith("class 'tiny': 4 of 4 boxes fit no anchor in a view of 128 px")
     assert f"(their side is {smallest / 2:.0f} px, the smallest anchor's {smallest:.0f})" in line
     larger = replace(VIEWS, short_edge=(192, 192))
-    assert not list(missed_classes(detector, index, larger))
+    assert not list(classes_out_of_reach(detector, index, larger))
 
 
 @pytest.mark.parametrize("change", ["crowd", "no size"])
 def test_boxes_that_are_never_trained_on_say_nothing(change: str) -> None:
     index = index_of({"tiny": [8] * 4})
-    assert list(missed_classes(tiny_detector("faster_rcnn"), index, VIEWS))
+    assert list(classes_out_of_reach(tiny_detector("faster_rcnn"), index, VIEWS))
     index = replace(index, crowd=np.ones(4, bool)) if change == "crowd" else replace(index, sizes=np.zeros((1, 2), np.int32))
-    assert not list(missed_classes(tiny_detector("faster_rcnn"), index, VIEWS))
+    assert not list(classes_out_of_reach(tiny_detector("faster_rcnn"), index, VIEWS))
 
 
-def test_atss_has_a_sample_for_small_boxes() -> None:
-    assert not list(missed_classes(tiny_detector("gfl"), index_of({"tiny": [20] * 4}), VIEWS))
+def test_small_boxes_have_samples_by_atss_but_want_a_finer_level() -> None:
+    """Views are half as large as the image: boxes of 15 and 17 px in cells of 8 px. A finer level, or larger views, will do."""
+    index = index_of({"small": [30] * 4, "larger": [34] * 4, "half": [30, 30, 34, 34], "absent": []})
+    detector = tiny_detector("gfl")
+    assert detector.grid((128, 128), "cpu").strides[0] == 8
+    (line,) = classes_out_of_reach(detector, index, VIEWS)
+    assert line.startswith("1 class has boxes of less than 2 cells of the finest level, 16 px, in a view of 128 px: 'small' (15 px) - ")
+    assert " - put 4 in front of strides, or enlarge views.short_edge, " in line
+    (line,) = classes_out_of_reach(detector, index_of({name: [size] * 4 for name, size in zip("abcd", range(26, 32))}), VIEWS)
+    assert line.startswith("4 classes have ")
+    assert "px: 'a' (13 px), 'b' (14 px), 'c' (14 px), ... - " in line
+    assert not list(classes_out_of_reach(detector, index, replace(VIEWS, short_edge=(144, 144))))
+    fine = tiny_detector("gfl", strides=(4, 8, 16))
+    assert not list(classes_out_of_reach(fine, index, VIEWS))
+    (line,) = classes_out_of_reach(fine, index_of({"tiny": [14] * 4}), VIEWS)
+    assert " - enlarge views.short_edge, " in line
 
 
 def test_of_many_classes_the_most_frequent_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +69,7 @@ def test_of_many_classes_the_most_frequent_are_tried(monkeypatch: pytest.MonkeyP
     tried = []
     monkeypatch.setattr(reach, "_has_sample", lambda detector, box, size: tried.append(float(box[2] - box[0])))
     often, rare = {f"often{number}": [64] * 4 for number in range(10)}, {f"rare{number}": [32] for number in range(500)}
-    lines = list(missed_classes(tiny_detector("gfl"), index_of({**rare, **often}), VIEWS))
+    lines = list(classes_out_of_reach(tiny_detector("gfl"), index_of({**rare, **often}), VIEWS))
     assert len(tried) <= reach.TRIED
     assert sum(side == 32 for side in tried) == 30  # a half-size view of 64 px: all ten frequent classes, three boxes of each
     assert sum("often" in line for line in lines) == 10
