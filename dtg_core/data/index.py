@@ -1,10 +1,10 @@
 """Images and boxes as arrays, without a Python object per box, and subsets of them.
 
-n images, B boxes in all, C classes. Boxes are in pixels of the image as ``read_image`` turns it.
+n images, B boxes in all, C classes. Boxes are in pixels of the image as ``dtg_core.data.images`` turns it.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 
 from dtg_core.config import DataRules
 from dtg_core.data.files import real_paths
-from dtg_core.data.images import read_image
+from dtg_core.data.images import Decoded, decode
 from dtg_core.data.packed import packed
 from dtg_core.errors import UserError
 
@@ -60,12 +60,18 @@ class CocoIndex:
 
         Raises UserError when it cannot be read, or does not have the size that its boxes were made for.
         """
+        return self.decoded(row, odd).image
+
+    def decoded(
+        self, row: int, odd: set[str] | None = None, wanted: Callable[[int, int], tuple[int, int]] | None = None
+    ) -> Decoded:
+        """The same with its whole size; reduced if ``wanted`` is given, see ``dtg_core.data.images.decode``."""
         height, width = self.sizes[row].tolist()
-        image = read_image(self.path(row), (height, width), self.rules, odd, self.as_stored)
-        if height and image.size != (width, height):
-            found = f"{image.width} x {image.height}"
-            raise UserError(f"{self.path(row)}: it is {found} px but its JSON says {width} x {height} - fix one of them")
-        return image
+        found = decode(self.path(row), (height, width), self.rules, odd, self.as_stored, wanted)
+        if height and found.size != (height, width):
+            size = f"{found.size[1]} x {found.size[0]}"
+            raise UserError(f"{self.path(row)}: it is {size} px but its JSON says {width} x {height} - fix one of them")
+        return found
 
 
 def unlabeled_index(root: Path, file_names: list[str], image_ids: list[Any], rules: DataRules) -> CocoIndex:

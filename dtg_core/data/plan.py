@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dtg_core.config import Config, ViewsConfig
+from dtg_core.data.geometry import fitted
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
 from dtg_core.data.views import (
@@ -96,9 +98,11 @@ class StepData(Dataset[StepBatch]):
     def _labeled_batch(self, step: int) -> ViewBatch:
         views, seeds, ids = [], [], []
         for slot in self._slots(self.labeled_per_device):
-            row, image = self._image(self.labeled, LABELED, step, slot, self.labeled_per_device)
+            row, image, scale = self._image(self.labeled, LABELED, step, slot, self.labeled_per_device)
             boxes, labels = self.labeled.objects(row)
-            views.append(labeled_view(image, boxes, labels, self.views, self._generator(LABELED, step, slot, WEAK)))
+            boxes = boxes * np.tile(scale, 2)
+            view = labeled_view(image, boxes, labels, self.views, self._generator(LABELED, step, slot, WEAK))
+            views.append(_of_whole(view, scale))
             seeds.append(self._seed(LABELED, step, slot))
             ids.append(self.labeled.image_ids[row])
         return collate(views, seeds, ids)
@@ -111,9 +115,10 @@ class StepData(Dataset[StepBatch]):
         seeds, ids = [], []
         nothing = NO_BOXES, NO_LABELS
         for slot in self._slots(self.unlabeled_per_device):
-            row, image = self._image(self.unlabeled, UNLABELED, step, slot, self.unlabeled_per_device)
-            weak.append(weak_view(image, *nothing, self.views, self._generator(UNLABELED, step, slot, WEAK)))
-            strong.append(strong_view(image, *nothing, self.views, self._generator(UNLABELED, step, slot, STRONG)))
+            row, image, scale = self._image(self.unlabeled, UNLABELED, step, slot, self.unlabeled_per_device)
+            for made, view, use in ((weak, weak_view, WEAK), (strong, strong_view, STRONG)):
+                generator = self._generator(UNLABELED, step, slot, use)
+                made.append(_of_whole(view(image, *nothing, self.views, generator), scale))
             seeds.append(self._seed(UNLABELED, step, slot))
             ids.append(self.unlabeled.image_ids[row])
         return collate_pair(weak, strong, seeds, ids, self.views.box_hull)
@@ -127,12 +132,18 @@ class StepData(Dataset[StepBatch]):
     def _seed(self, stream: int, step: int, slot: int) -> int:
         return int(self._generator(stream, step, slot, SEED).integers(2**63))
 
-    def _image(self, pool: CocoIndex, stream: int, step: int, slot: int, per_device: int) -> tuple[int, Image.Image]:
-        """The slot's row and image; an unreadable one is replaced by another of the pool, the same one in every run."""
+    def _image(
+        self, pool: CocoIndex, stream: int, step: int, slot: int, per_device: int
+    ) -> tuple[int, Image.Image, np.ndarray]:
+        """The slot's row and image, with its size [2] (x, y) as a share of the whole one, as large ones may come reduced.
+
+        An unreadable image is replaced by another of the pool, the same one in every run.
+        """
         row = planned_row(self.seed, stream, step * per_device * self.world_size + slot, len(pool))
         for attempt in range(TRIES):
             try:
-                return row, pool.image(row)
+                image, whole = pool.decoded(row, wanted=self._largest)
+                return row, image, np.array(image.size, np.float32) / np.array(whole[::-1], np.float32)
             except NeedsSetting:
                 raise
             except UserError as error:
@@ -143,6 +154,15 @@ class StepData(Dataset[StepBatch]):
         reason = problem.rpartition(" - ")[0]
         raise UserError(f"{pool.root}: {TRIES} images in a row cannot be used (step {step}; {reason}) - check the data and the "
                         "disk")
+
+    def _largest(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the largest view of an image."""
+        return fitted(height, width, self.views.short_edge[1], self.views.long_edge)
+
+
+def _of_whole(view: View, scale: np.ndarray) -> View:
+    """The same view, whose matrix begins at the whole image instead of one that is ``scale`` [2] as large."""
+    return replace(view, view_from_image=view.view_from_image @ np.diag((*scale, 1.0)))
 
 
 def step_data(config: Config, sources: Sources, part: int, parts: int) -> StepData:
