@@ -162,7 +162,7 @@ class RCNNStage:
         box = l1_loss(self._deltas(predictions, rows), deltas, reduction="none").sum(-1)
         count = (assignment.background.sum() + len(rows.image)).float()
         weight = 1.0 if self.config.focal == "softmax" else self.config.focal_weight
-        background = background * assignment.background
+        background = torch.where(assignment.background, background, 0.0)
         return Unreduced(classification, box, background, torch.ones_like(box), count / weight, count)
 
     def _sigmoid_losses(self, predictions: Predictions, rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:

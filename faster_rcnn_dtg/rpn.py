@@ -70,7 +70,7 @@ class RPNStage:
         logits = predictions.logits.squeeze(-1)
         rows = logits[image, sample]
         classification = loss(rows, torch.ones_like(rows) if assignment.quality is None else assignment.quality)
-        background = loss(logits, torch.zeros_like(logits)) * assignment.background
+        background = torch.where(assignment.background, loss(logits, torch.zeros_like(logits)), 0.0)
         target = encode(predictions.samples.take(image, sample), assignment.box)
         box = l1_loss(predictions.raw[image, sample], target, reduction="none").sum(-1)
         count = (assignment.background.sum() + image.shape[0]).float()

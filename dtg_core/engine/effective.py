@@ -25,14 +25,14 @@ DENSE_ONLY = {
     "share_classes", "soft_background",
 }  # fmt: skip
 SPARSE_ONLY = {"pseudo_score", "proposals"}
-#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, and anchors are no
-#: proposals.
+#: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, anchors are no proposals,
+#: and an RPN has no classes.
 UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions", "guidance.stages.rpn.proposals",
-          "guidance.stages.head.proposals"}  # fmt: skip
+          "guidance.stages.rpn.share_classes", "guidance.stages.head.proposals"}  # fmt: skip
 #: Settings that only matter where something is learnt from unlabelled images.
 UNLABELED_ONLY = {"data.unlabeled", "data.unlabeled_images", "data.unlisted", f"{BATCH}.unlabeled", "data.shapes_unlabeled",
-                  "views.geometric", "views.rotate", "views.shear", "views.translate", "views.erase_patches",
-                  "views.erase_size"}  # fmt: skip
+                  "views.geometric", "views.rotate", "views.shear", "views.translate", "views.box_hull",
+                  "views.erase_patches", "views.erase_size"}  # fmt: skip
 
 
 def of_another(key: str, detector: object) -> bool:

@@ -34,8 +34,8 @@ from dtg_core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-#: What a folder may hold before its run has written config.yaml: a lock, half of that file, and log lines that a study puts in.
-BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl"}
+#: What a folder may hold before its run has written config.yaml: a lock, half of that file, and what a study puts in.
+BEFORE_CONFIG = {".lock", "config.yaml.tmp", "metrics.jsonl", "weights"}
 #: The name of a checkpoint's folder, by the number of steps before it.
 CHECKPOINT = re.compile(r"step_(\d{8,})")
 #: All names used by a run and the scripts that look at it; ``--overwrite`` deletes nothing else.

@@ -96,9 +96,9 @@ def train_step(training: Training, batches: Sequence[StepBatch]) -> tuple[Losses
 
     Returns:
         The losses, and other figures by name: guidance, and the totals of both branches; all still on the device. "skipped" is
-        1 if the loss, the gradient or the updated weights were not finite; the teacher is then unchanged, and in the first two
-        cases so is the student, except for the statistics of trained batch norms. "overflowed" is set if the weights themselves
-        are not finite, which no later step can repair.
+        1 if the gradient or the updated weights were not finite; the teacher is then unchanged, and in the first case so is the
+        student, except for the statistics of trained batch norms. "overflowed" is set if the weights themselves are not finite,
+        which no later step can repair.
     """
     config, accelerator, student, teacher = training.config, training.accelerator, training.student, training.teacher
     step, detector = batches[0].step, training.module.detector

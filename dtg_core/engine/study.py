@@ -159,11 +159,16 @@ class PlannedRun:
             return ""
 
     def command(self) -> list[str]:
-        """Arguments of train.py, to continue from what exists. A run that starts from a phase takes over its log lines."""
+        """Arguments of train.py, to continue from what exists. A run that starts from a phase takes over its log lines and
+        best weights."""
         if self.phase is None or self.started:
             return [*self.arguments, "--resume", "auto"]
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.phase.folder / "metrics.jsonl", self.folder / "metrics.jsonl")
+        best = self.phase.folder / "weights" / "best.safetensors"
+        if best.is_file():
+            (self.folder / "weights").mkdir(exist_ok=True)
+            shutil.copyfile(best, self.folder / "weights" / best.name)
         return [*self.arguments, "--resume", str(self.phase.checkpoint), "--resume-with-changes"]
 
 

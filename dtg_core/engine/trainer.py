@@ -152,9 +152,10 @@ class Trainer:
     def _save_and_evaluate(self, done: int, signals: StopSignals, stop_at: int | None) -> None:
         """What is due after ``done`` steps. A checkpoint comes first, so that nothing is lost if the evaluation fails; where the
         run is to stop anyway it comes last, so that a run that goes on from there need not evaluate again."""
-        run, guided = self.config.run, self.sources.unlabeled is not None
-        # Before guidance begins, too: what it has brought, or spoilt, is seen against that.
-        before = guided and done == self.config.guidance.start_step
+        run = self.config.run
+        # Before guidance begins, too: what it has brought, or spoilt, is seen against that. A guided run may
+        # continue a supervised one, and is compared with it.
+        before = done == self.config.guidance.start_step
         self.state.evaluation_due = bool(run.evaluate_every) and (done % run.evaluate_every == 0 or before)
         saved = bool(signals.agreed) or (bool(run.checkpoint_every) and done % run.checkpoint_every == 0 and done != stop_at)
         if saved:

@@ -65,6 +65,29 @@ def case(config: RCNNConfig, seed: int = 0) -> tuple[Tensor, Tensor, Predictions
     return outputs, deltas, predictions, assignment
 
 
+@pytest.mark.parametrize("focal", ["sigmoid", "softmax"])
+def test_an_ignored_sample_may_overflow(focal: str) -> None:
+    """Its loss is 0, not infinity times 0."""
+    config = RCNNConfig(focal=focal)
+    _, _, predictions, assignment = case(config)
+    stage, place = RCNNStage(config, 3), (0, 0)  # neither assigned nor background
+    assert not assignment.background[place]
+    expected = stage.losses(predictions, assignment).background
+    predictions.logits.data[place], predictions.raw.data[place] = torch.inf, torch.inf
+    torch.testing.assert_close(stage.losses(predictions, assignment).background, expected)
+
+
+@pytest.mark.parametrize("loss", ["bce", "focal"])
+def test_an_ignored_anchor_may_overflow(loss: str) -> None:
+    proposals = Proposals(torch.tensor(((0.0, 0, 10, 10),) * 3).expand(1, 3, 4), torch.ones(1, 3, dtype=torch.bool))
+    predictions = Predictions(proposals, torch.tensor((torch.inf, 0.5, 1.5)).view(1, 3, 1), torch.zeros(1, 3, 4))
+    first = torch.zeros(1, dtype=torch.int64)
+    assignment = Assignment(first, first + 2, first, torch.tensor(((0.0, 0, 10, 10),)), torch.tensor(((False, True, False),)))
+    found = RPNStage(RPNConfig(loss=loss)).losses(predictions, assignment).background[0]
+    assert found.isfinite().all()
+    assert found.count_nonzero() == 1
+
+
 def test_sigmoid_stage() -> None:
     config = RCNNConfig()
     outputs, _, predictions, assignment = case(config)

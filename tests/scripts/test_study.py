@@ -58,12 +58,14 @@ def train(plan_: Plan, logs: Path) -> None:
         assert ended.status == 0, ended.err
 
 
-def test_shared_supervised_phases_change_nothing(data: TinyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [1, 100])
+def test_shared_supervised_phases_change_nothing(data: TinyData, tmp_path: Path, every: int) -> None:
     """Every weight and every figure of the log, as if each run had been trained from its first step."""
     file = write_study(tmp_path, "detectors: [gfl]\nparadigms: [supervised, dense, sparse]\n", data)
-    shared = planned(file, *SETTINGS, "run.evaluate_every=3")
+    evaluated = f"run.evaluate_every={every}"
+    shared = planned(file, *SETTINGS, evaluated)
     file.write_text(file.read_text() + "share_supervised_phase: false\n")
-    alone = planned(file, *SETTINGS, "run.evaluate_every=3", folder="alone")
+    alone = planned(file, *SETTINGS, evaluated, folder="alone")
     assert (len(shared.phases), len(alone.phases)) == (1, 0)
     train(shared, tmp_path / "logs")
     train(alone, tmp_path / "logs")
@@ -75,6 +77,8 @@ def test_shared_supervised_phases_change_nothing(data: TinyData, tmp_path: Path)
         assert lines(one.folder) == lines(other.folder)
         assert (one.folder / "results.json").read_text() == (other.folder / "results.json").read_text()
         assert not (one.folder / "checkpoints" / "step_00000003").exists()  # it went on from the phase's
+        evaluations = [line["step"] for line in lines(one.folder) if "teacher/AP" in line]
+        assert evaluations == [*range(1, STEPS + 1)] if every == 1 else [START, STEPS]
         final.append(weights(one.folder))
     assert final[0] != final[1] != final[2]
 

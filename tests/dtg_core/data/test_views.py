@@ -129,6 +129,17 @@ def test_a_strong_view_moves_its_own_image_and_boxes_as_configured(monkeypatch: 
     np.testing.assert_allclose(view.boxes[0], (120 - reach, 80 - reach, 120 + reach, 80 + reach), atol=1e-3)
 
 
+def test_the_hull_makes_no_difference_without_a_geometric_move() -> None:
+    """So labelled images do not depend on it, and studies may share their supervised steps."""
+    config = replace(PLAIN, short_edge=(100, 190), flip=0.5)
+    for seed in range(10):
+        made = [
+            labeled_view(noise(160, 240), BOXES, LABELS, replace(config, box_hull=hull), np.random.default_rng(seed)).boxes
+            for hull in ("ellipse", "corners")
+        ]  # fmt: skip
+        assert made[0].equal(made[1])
+
+
 def test_color_operations() -> None:
     ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3))
 
