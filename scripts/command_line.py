@@ -38,6 +38,10 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of ``argv``, or name the first argument that is not known."""
         arguments, unknown = self.parse_known_args(argv)
+        given = [text.partition("=")[0] for text in argv]
+        for action in self._actions:
+            if action.nargs is None and sum(map(given.count, action.option_strings)) > 1:
+                raise UserError(f"{action.option_strings[-1]}: is given twice, and the first would be ignored - give it once")
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             advice = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else ""

@@ -9,8 +9,9 @@ weights file, and ``evaluation-NAME`` for ``--annotations NAME.json``. Earlier o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,7 @@ def _data_set(loaded: Predictor, data: DataConfig, annotations: Path | None, ima
 
     if annotations is not None:
         index = load_coco(annotations, images, rules=data.rules)
+        _warn_of_training_images(index, annotations, data)
     else:
         flags = "--annotations and --images"
         require_own_files(data, {"val": flags, "labeled": flags, "images": flags, "val_images": flags}, run)
@@ -112,6 +114,20 @@ def _data_set(loaded: Predictor, data: DataConfig, annotations: Path | None, ima
         where, differ = annotations or "validation set", f"only one of them has {', '.join(map(repr, odd[:5]))}"
         raise UserError(f"{where}: its classes are not the detector's ({differ}) - use the same categories")
     return with_classes(index, loaded.class_names)
+
+
+def _warn_of_training_images(index: CocoIndex, annotations: Path, data: DataConfig) -> None:
+    """Warn if the run has learnt from images of ``index``, as far as its labelled file can still be read."""
+    from dtg_core.data.coco import load_coco
+    from dtg_core.data.index import without
+
+    if data.labeled is None:
+        return
+    with suppress(UserError):
+        labeled = load_coco(Path(data.labeled), Path(data.images) if data.images else None, rules=data.rules)
+        if seen := len(index) - len(without(index, labeled)):
+            print(f"warning: {annotations}: THE RUN HAS LEARNT FROM {seen} OF ITS {len(index)} IMAGES, SO THE FIGURES SAY NOTHING "
+                  "OF NEW IMAGES", file=sys.stderr)
 
 
 if __name__ == "__main__":

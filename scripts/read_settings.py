@@ -112,7 +112,7 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
     settings = overridden(of_file, overrides, origins)
     if missing := [stage for stage in STAGES[settings.detector] if stage not in settings.guidance.stages]:
         raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
-    settings = _fill_paradigms(_at_home(settings), origins, settings.paradigm != of_file.paradigm)
+    settings = _fill_paradigms(_plain_paths(settings), origins, settings.paradigm != of_file.paradigm)
     check_ranges(settings, origins)
     acting = replace(settings, guidance=settings.guidance.only(STAGES[settings.detector]))  # no other stage can be wrong
     for name, rule in acting.guidance.stages.items():
@@ -138,16 +138,18 @@ def _stage_paradigm(paradigm: str) -> Paradigm:
     return "none" if paradigm == "supervised" else cast("Paradigm", paradigm)
 
 
-def _at_home(settings: RunSettings) -> RunSettings:
-    """A leading ~ in a path becomes the user's folder, which neither YAML nor the shell does in key=~/file."""
+def _plain_paths(settings: RunSettings) -> RunSettings:
+    """A leading ~ in a path becomes the user's folder, which neither YAML nor the shell does in key=~/file. ./photos/ becomes
+    photos, so that runs with the two are alike."""
 
-    def expanded(section: T, *keys: str) -> T:
-        found = {key: value for key in keys if (value := getattr(section, key)) is not None}
-        return replace(section, **{key: os.path.expanduser(value) for key, value in found.items()})  # type: ignore[type-var]
+    def plain(section: T, *keys: str) -> T:
+        found = {key: value for key in keys if (value := getattr(section, key))}
+        changed = {key: os.path.normpath(os.path.expanduser(value)) for key, value in found.items()}
+        return replace(section, **changed)  # type: ignore[type-var]
 
     return replace(
-        settings, data=expanded(settings.data, "labeled", "unlabeled", "val", "images", "val_images", "unlabeled_images"),
-        run=expanded(settings.run, "output", "init"), backbone=expanded(settings.backbone, "weights"),
+        settings, data=plain(settings.data, "labeled", "unlabeled", "val", "images", "val_images", "unlabeled_images"),
+        run=plain(settings.run, "output", "init"), backbone=plain(settings.backbone, "weights"),
     )  # fmt: skip
 
 

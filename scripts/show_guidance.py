@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     stages = stages_of(teacher, arguments.stage)
     require_new((arguments.output / f"{name}.png" for name in stages), arguments.overwrite)
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
+    _require_apart(arguments.output, config.unlabeled)
     sources = open_sources(config, False)
     assert sources.unlabeled is not None
     images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
@@ -77,6 +78,12 @@ def main(argv: Sequence[str]) -> int:
             guidance_sheet(explained, pair, teacher.class_names, range(arguments.count)).save(path)
         print(f"written to {path}")
     print(f"images, from the top: {', '.join(printable(str(name)) for name in pair.teacher.image_ids)}")
+    for name in stages:
+        if name in teacher.thresholds:
+            limits = teacher.thresholds[name].tolist()
+            names = teacher.class_names if len(limits) > 1 else ("object",)
+            told = ", ".join(f"{printable(thing)} {score:.2f}" for thing, score in zip(names, limits))
+            print(f"{name}, thresholds that training has come to: {told}")
     if truth is None:
         return 0
 
@@ -90,9 +97,6 @@ def main(argv: Sequence[str]) -> int:
         limit = teacher.thresholds.get(name)
         parts = [(explain(*models, pair, name, rule, limit), objects_in(pair.teacher, truth, pair.hull)) for pair in pairs]
         if limit is not None:
-            classes = teacher.class_names if len(limit) > 1 else ("object",)
-            told = ", ".join(f"{thing} {score:.2f}" for thing, score in zip(classes, limit.tolist()))
-            print(f"{name}, thresholds that training has come to: {told}")
             for kind, count in tally(parts, limit).items():
                 print(line(f"{name}, {kind} over their threshold", count))
             continue
@@ -101,6 +105,15 @@ def main(argv: Sequence[str]) -> int:
                 if kind != "clusters" or score >= rule.tau:  # below tau there are none
                     print(line(f"{name}, {kind} over {score:g}", count))
     return 0
+
+
+def _require_apart(output: Path, unlabeled: str | None) -> None:
+    """UserError if the sheets would lie in a folder of unlabelled images, of which training would then take them for one."""
+    if unlabeled is not None and os.path.isdir(unlabeled):
+        target, root = os.path.realpath(output), os.path.realpath(unlabeled)
+        if os.path.commonpath((target, root)) == root:
+            raise UserError(f"--output {output}: lies in the unlabelled images' folder {unlabeled}, and training would take the "
+                            "sheets for photos - give an --output beside it")
 
 
 def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:

@@ -125,10 +125,15 @@ def _preflight(folder: RunFolder, settings: RunSettings, arguments: argparse.Nam
 
 def _require_start(init: str | None, resume: str | None) -> None:
     """UserError if there is nothing at the path that the run should start from."""
+    from dtg_core.data.files import holds_run
     from dtg_core.engine.predict import find_weights
 
-    if resume not in (None, "auto") and not Path(resume).is_dir():
-        raise UserError(f"--resume {resume}: no such checkpoint - give auto, or a checkpoint's folder")
+    if resume is not None and resume != "auto":
+        if not Path(resume).is_dir():
+            raise UserError(f"--resume {resume}: no such checkpoint - give auto, or a checkpoint's folder")
+        if holds_run(Path(resume)):
+            raise UserError(f"--resume {resume}: a run's folder - give --resume auto with --output {resume}, or a folder in "
+                            f"{Path(resume) / 'checkpoints'}")
     if init is not None and not (path := find_weights(Path(init))).is_file():
         raise UserError(f"--init {path}: no such weights file - give a .safetensors file, or a run folder")
 

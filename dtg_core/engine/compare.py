@@ -20,7 +20,7 @@ from typing import Any
 from dtg_core.config import RENAMED
 from dtg_core.drafts import write_text, writing
 from dtg_core.engine.effective import BATCH, effective, paradigm_of, stage_paradigms
-from dtg_core.engine.metrics import read_metrics
+from dtg_core.engine.metrics import logged_warnings, read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
 from dtg_core.settings import plain_yaml
@@ -32,6 +32,7 @@ PRECISION = "mixed_precision"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
+PATHS = (LABELED, UNLABELED, "data.val", "data.images", "data.val_images", "data.unlabeled_images", "run.init")
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
 _FOLD = re.compile(r"(?<=(?<![a-z])fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 
@@ -46,6 +47,7 @@ class Run:
     curve: list[tuple[int, float, float]]  # step, seconds of training until then, the teacher's AP
     seconds: float  # of training, without evaluations
     waiting: float  # seconds of these that were spent waiting for data
+    warnings: list[str]  # of training
     over: tuple[str, ...] = ()  # values of other settings in which the runs of a row may differ
 
     @property
@@ -129,6 +131,7 @@ def read_run(path: Path) -> Run:
     """A run folder's settings, results and curve. Raises UserError unless it is finished and evaluated."""
     config, results = _read(path / "config.yaml", path), _read(path / "results.json", path)
     told = dotted(plain_yaml(config, str(path / "config.yaml"), RENAMED))
+    told |= {key: os.path.normpath(told[key]) for key in PATHS if told.get(key)}  # of versions that kept them as they were given
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]
@@ -140,14 +143,15 @@ def read_run(path: Path) -> Run:
                         "let it end, or continue it with --resume auto")
     curve, seconds, waiting, before = [], 0.0, 0.0, 0
     file = path / "metrics.jsonl"
-    for line in read_metrics(file) if file.is_file() else ():
+    lines = list(read_metrics(file)) if file.is_file() else []
+    for line in lines:
         if line.get("step_seconds"):
             seconds += (line["step"] - before) * line["step_seconds"]
             waiting += (line["step"] - before) * (line.get("data_seconds") or 0)
             before = line["step"]
         if line.get("teacher/AP") is not None:
             curve.append((line["step"], seconds, line["teacher/AP"]))
-    return Run(path, settings, found, curve, seconds, waiting)
+    return Run(path, settings, found, curve, seconds, waiting, logged_warnings(lines))
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
@@ -418,3 +422,4 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
         for run in row.runs:
             for change in run.results.get("changed", ()):
                 yield f"- {run.path}: had other settings or data until step {change['step']} ({'; '.join(change['changes'])})"
+            yield from (f"- {run.path}: warned at {warning}" for warning in run.warnings)

@@ -74,6 +74,7 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
         f"batch: {images[0]} labelled and {0 if sources.unlabeled is None else images[1]} unlabelled images, over "
         f"{processes} {'process' if processes == 1 else 'processes'}",
         f"step: {training:.2f} s training, {reading:.2f} s reading with one process",
+        *slow_reading(training, reading, config),
         *(["losses were not finite - lower optim.lr, or check the data"] if broken else []),
         f"run: about {timedelta(seconds=round(whole))} for {config.run.steps} steps, evaluation "
         "not counted",
@@ -81,6 +82,14 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
         f"disk: {size / 1e6:.0f} MB a checkpoint, {free / 1e9:.1f} GB free",
         "dry run: nothing was written",
     ]
+
+
+def slow_reading(training: float, reading: float, config: Config) -> list[str]:
+    """What to do if training will wait for images, whose steps take these seconds (see ``forecast``)."""
+    if reading <= max(config.data.workers, 1) * training:
+        return []
+    return ["reading is the slower part - raise data.workers if cores are idle, or store smaller images: no view's side is over "
+            f"{config.views.long_edge} px (views.long_edge)"]
 
 
 def forecast(training: float, reading: float, parts: int, config: Config) -> tuple[float, float, float]:

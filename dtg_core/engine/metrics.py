@@ -64,6 +64,11 @@ class MetricsWriter:
             _print(f"warning: {self.path}: cannot be written ({error.strerror}) - training goes on, its lines are lost")
 
 
+def logged_warnings(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The warnings among the lines of a metrics file, each once."""
+    return list(dict.fromkeys(f"step {line['step']}: {line['warning']}" for line in lines if "warning" in line))
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file, without torn ones."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -24,7 +24,7 @@ from dtg_core.drafts import draft_of, write_text
 from dtg_core.engine import evaluate
 from dtg_core.engine.effective import paradigm_of, stage_paradigms
 from dtg_core.engine.explain import explain
-from dtg_core.engine.metrics import read_metrics
+from dtg_core.engine.metrics import logged_warnings, read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
 from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
 from dtg_core.engine.predict import ImageDetections
@@ -128,6 +128,7 @@ def write_report(folder: Path) -> None:
     body = [
         paragraph(f"{settings.get('detector', 'detector')} on {settings.get('backbone.name')}, {_paradigms(settings, lines)}; seed "
                   f"{settings.get('run.seed')}; step {step} of {settings.get('run.steps')}"),
+        *([section("Warnings", *map(paragraph, warned))] if (warned := logged_warnings(lines)) else []),
         *([section("COCO figures", table(_figures(results)))] if results else []),
         section("Curves", charts(_curves(lines))),
         *([section("Classes", table(_classes(results)))] if results else []),

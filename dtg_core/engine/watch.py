@@ -77,12 +77,14 @@ class Watch:
         for stage, limits in scores.items():
             names = self.classes if len(limits) == len(self.classes) else ("objects",)
             sunk = [name for name, limit in zip(names, limits) if limit < 1.01 * LOWEST]
+            sunk = [name for name in sunk if f"sunk/{stage}/{name}" not in self.told]
             if sunk and getattr(self.guidance.stages[stage], self._key(stage)) > LOWEST:  # otherwise it has begun there
+                self.told += [f"sunk/{stage}/{name}" for name in sunk]
                 named = ", ".join(sunk[:NAMED] + ["..."] * (len(sunk) > NAMED))
                 text = f"{stage}'s adaptive thresholds have sunk to {LOWEST:g} for {named}"
                 why = "the teacher finds fewer of them in an unlabelled image than labelled ones have"
                 advice = f"if fewer are there, set guidance.stages.{stage}.tau_rate=0, or what is none will be taught"
-                warnings += self._once(f"sunk/{stage}", f"{text}: {why} - {advice}")
+                warnings.append(f"{text}: {why} - {advice}")
         return warnings
 
     def end(self, done: int) -> list[str]:
@@ -151,4 +153,4 @@ class Watch:
         if kind in self.told:
             return []
         self.told.append(kind)
-        return [f"warning: {text}"]
+        return [text]

@@ -80,6 +80,7 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
         (["--detectr", "gfl"], ["--detectr", "did you mean '--detector'"]),
         (["--stepz=3"], ["--stepz=3", "did you mean '--steps'"]),
         (["gfl"], ["gfl: unknown argument"]),
+        (["--detector", "gfl", "--labeled", "a.json", "--labeled=b.json"], ["--labeled: is given twice", "give it once"]),
         ([], ["--detector: missing", "gfl, faster_rcnn"]),
         (["--steps", "x"], ["--steps: wanted a whole number (found 'x')"]),
         (["--stop-at", "0"], ["--stop-at: is out of range (found 0) - use at least 1"]),
@@ -442,6 +443,20 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=problem):
             load_detector(run_folder(tmp_path / "run", **metadata))
+
+
+def test_evaluating_on_training_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As far as the run's labelled file can be read."""
+    annotations = data_set(tmp_path / "data")
+    for number, (labeled, told) in enumerate(((annotations, True), (tmp_path / "gone.json", False))):
+        settings, _ = load_config(
+            RunSettings, None, [*TINY, "detector=gfl", "views.test_short_edge=64", "views.long_edge=64", f"data.labeled={labeled}"]
+        )
+        config = to_yaml(settings)
+        folder = run_folder(tmp_path / f"run{number}", config=config)
+        assert evaluate.main([str(folder), "--annotations", str(annotations)]) == 0
+        warning = f"warning: {annotations}: THE RUN HAS LEARNT FROM 3 OF ITS 3 IMAGES, SO THE FIGURES SAY NOTHING OF NEW IMAGES"
+        assert (warning in capsys.readouterr().err) == told
 
 
 def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

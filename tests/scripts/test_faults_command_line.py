@@ -53,6 +53,15 @@ def test_dry_run_writes_nothing(data: TinyData, tmp_path: Path, name: str) -> No
     assert tree(data.labeled.parent) == before
 
 
+def test_slow_reading_is_told() -> None:
+    config = Config(data=DataConfig(workers=2))
+    assert dry_run_module.slow_reading(1.0, 1.9, config) == []
+    assert dry_run_module.slow_reading(1.0, 0.9, Config(data=DataConfig(workers=0))) == []
+    (line,) = dry_run_module.slow_reading(1.0, 2.1, config)
+    assert line.startswith("reading is the slower part - raise data.workers if ")
+    assert "1333 px (views.long_edge)" in line
+
+
 @pytest.mark.parametrize(("workers", "accumulate", "parts", "expected"), [
     (0, 1, 1, (2, 3, 50)),  # a step of 2 + 3 s
     (0, 4, 2, (4, 12, 160)),  # two micro-batches were trained on and one was read, of four

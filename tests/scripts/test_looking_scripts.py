@@ -599,6 +599,7 @@ def test_show_guidance(detector, tmp_path, monkeypatch, capsys):
     save_file(tensors, file, {"dtg_ssod": json.dumps({**told, "thresholds": limits})})
     assert show_guidance.main([str(run), "--output", str(tmp_path / "followed"), *flags]) == 0
     shown = capsys.readouterr().out
+    assert shown.index("thresholds that training has come to") < shown.index("hidden labels")  # they need none
     assert f"{stages[0]}, thresholds that training has come to: {CLASSES[0]} 0.25, {CLASSES[1]} 0.50" in shown
     assert ("rpn, thresholds that training has come to: object 0.50" in shown) == ("rpn" in stages)
     assert all(f"{stage}, {kind} over their threshold" in shown for stage in stages for kind in ("clusters", "pseudo boxes"))
@@ -633,6 +634,16 @@ def test_the_runs_data_are_looked_for_where_it_was_trained(tmp_path, monkeypatch
         assert str(caught.value) == problem.format("unlabeled=folder", ", or give --unlabeled")
         with pytest.raises(UserError, match=r"own\.json: .*(JSON|empty)"):  # --unlabeled is taken
             main([*flags, *more, "--unlabeled", str(tmp_path)])
+
+
+def test_sheets_do_not_lie_among_unlabelled_images(tmp_path):
+    """Training would take them for photos."""
+    settings = tiny_settings("gfl")
+    labeled, photos = write_coco(tmp_path / "labeled", 2, 0), write_coco(tmp_path / "photos", 2, 1).parent
+    run = write_weights(tmp_path / "run", settings=replace(settings, data=replace(settings.data, labeled=str(labeled), unlabeled=str(photos))))
+    for output in (photos, photos / "sheets"):
+        with pytest.raises(UserError, match=f"--output {output}: lies in the unlabelled images' folder {photos}, "):
+            show_guidance.main([str(run), "--output", str(output), "--device", "cpu"])
 
 
 def test_no_figure_of_nothing():
@@ -734,7 +745,8 @@ def test_measure_guidance_draws_no_image_twice(run, tmp_path, monkeypatch, capsy
 def test_measure_guidance_refuses(run, tmp_path, monkeypatch, arguments, problem):
     monkeypatch.setenv("DTG_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=problem):
-        measure_guidance.main([str(run), "--batch", "2", "--device", "cpu", *arguments])
+        defaults = [flag for flag in ("--batch=2", "--device=cpu") if flag.partition("=")[0] not in arguments]
+        measure_guidance.main([str(run), *defaults, *arguments])
 
 
 def test_measure_guidance_reports_settings_without_effect(run, tmp_path, monkeypatch, capsys):

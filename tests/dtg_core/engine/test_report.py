@@ -119,8 +119,15 @@ def test_a_report_takes_what_there_is(finished, tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert stands_alone(text)
     assert "Learning rate" in text
+    assert "Warnings" not in text
     assert "Step 8:" in text  # 12 is of a time before the run went back to step 8
     assert text.count("data:image/") == 1
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(2 * '{"step": 8, "warning": "the teacher sleeps"}\n')  # once more after resuming
+    write_report(tmp_path)
+    words = " ".join(read_page((tmp_path / "report.html").read_text()).text)
+    assert "Warnings" in words
+    assert words.count("step 8: the teacher sleeps") == 1
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError):
         write_report(tmp_path)

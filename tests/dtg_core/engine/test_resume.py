@@ -499,6 +499,9 @@ def test_missing_and_damaged_checkpoints(data: TinyData, half: Path, tmp_path: P
     assert named.status == 2
     assert "no such checkpoint" in named.err
     assert len(errors(named)) == 1
+    folder = run([*arguments, "--resume", str(half)], tmp_path / "logs")
+    assert folder.status == 2
+    assert f"--resume {half}: a run's folder - give --resume auto with --output {half}, or a folder in" in folder.err
     auto = run([*arguments, "--resume", "auto"], tmp_path / "logs")
     assert auto.status == 0
     assert "no checkpoint yet - starting at step 0" in auto.err

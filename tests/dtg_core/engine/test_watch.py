@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from runs import TinyData, command, run
+from runs import TinyData, command, lines, run
 
 from dtg_core.config import GuidanceConfig, RunConfig
 from dtg_core.engine.metrics import MetricsWriter, RunReport, _number, read_metrics
@@ -154,6 +154,9 @@ def test_thresholds_that_have_sunk_are_told_once_by_class() -> None:
     (text,) = one.thresholds({"rcnn": [0.3, 0.1]})
     assert "rcnn's adaptive thresholds have sunk to 0.1 for bar:" in text
     assert "set guidance.stages.rcnn.tau_rate=0" in text
+    assert not one.thresholds({"rcnn": [0.3, 0.1]})
+    (text,) = one.thresholds({"rcnn": [0.1, 0.1]})
+    assert "have sunk to 0.1 for dot:" in text
     assert not one.thresholds({"rcnn": [0.1, 0.1]})
     (text,) = one.thresholds({"rpn": [0.1]})
     assert "for objects:" in text
@@ -213,7 +216,9 @@ def test_the_histogram_is_of_the_run_itself(tmp_path: Path) -> None:
         ended = run(command(data, name, tmp_path / name, *settings), tmp_path / "logs", prepare=impatient)
         assert ended.status == 0, ended.err
         for stage in stages:
-            assert ended.err.count(f"the teacher's {stage} has found nothing") == 1
+            assert ended.err.count(f"warning: the teacher's {stage} has found nothing") == 1
+            logged = [line["warning"] for line in lines(tmp_path / name) if "warning" in line]
+            assert sum(text.startswith(f"the teacher's {stage} has found nothing") for text in logged) == 1
         assert "by tenths: 0.0: " in ended.err or "by tenths: 0.4: " in ended.err, ended.err
 
 
