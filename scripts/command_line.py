@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         given = [text.partition("=")[0] for text in argv]
         for action in self._actions:
             if action.nargs is None and sum(map(given.count, action.option_strings)) > 1:
-                raise UserError(f"{action.option_strings[-1]}: is given twice, and the first would be ignored - give it once")
+                print(f"warning: {action.option_strings[-1]}: is given twice, and only the last counts", file=sys.stderr)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
             advice = nearest(unknown[0].partition("=")[0], flags) if unknown[0].startswith("-") else ""

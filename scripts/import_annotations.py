@@ -4,7 +4,8 @@
     python scripts/import_annotations.py --format voc --images DIR --labels DIR --output own.json
 
 Images without a label file count as images without objects, or are left out with ``--only-labeled``. File names in the JSON are
-relative to ``--images``. Folders with ``train/images`` and ``train/labels``, common for YOLO, are given by both flags.
+relative to ``--images``. Each part of a data set that is split into folders is imported by itself: ``--images DIR/train/images
+--labels DIR/train/labels``, then the same for ``valid``.
 """
 from __future__ import annotations
 

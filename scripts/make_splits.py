@@ -43,12 +43,12 @@ def parser() -> Parser:
     add("--annotations", type=Path, required=True, metavar="JSON", help="labelled images, COCO format")
     add("--output", type=Path, required=True, metavar="DIR", help="where the splits go")
     add_overwrite(result)
-    add("--protocol", type=one_of(PROTOCOLS), default=PROTOCOLS[0], metavar="|".join(PROTOCOLS),
-        help="how images are drawn (default: softteacher)")
+    add("--protocol", type=one_of(PROTOCOLS), metavar="|".join(PROTOCOLS), help="how images are drawn (default: softteacher)")
     add("--percent", type=number(Positive), nargs="+", metavar="P", help="shares of the images (default: 1 2 5 10)")
     add("--count", type=number(Count), nargs="+", metavar="N", help="numbers of images, instead of shares")
     add("--val", type=number(Percent), metavar="P", help="first set P percent of the images aside as val.json")
-    add("--folds", default="1-5", metavar="A-B", help="numbers of the folds, also used as their seeds (default: 1-5)")
+    add("--val-seed", type=number(Whole), metavar="N", help="of the draw of --val (default: 0)")
+    add("--folds", metavar="A-B", help="numbers of the folds, also used as their seeds (default: 1-5)")
     add("--indices", type=Path, metavar="FILE", help="Unbiased Teacher's COCO_supervision.txt, for --protocol ubteacher")
     add("--min-per-class", type=number(Whole), default=0, metavar="K", help="add images until each class has K boxes")
     add_rules(result)
@@ -59,7 +59,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     _check_flags(arguments)
-    folds, rules = _folds(arguments.folds), rules_of(arguments)
+    arguments.protocol = arguments.protocol or PROTOCOLS[0]
+    folds, rules = _folds(arguments.folds or "1-5"), rules_of(arguments)
     whole = ["val.json", *(["labeled.json"] if not _names(arguments) else [])] if arguments.val else []
     files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
     require_new((arguments.output / name for name in ("manifest.json", *whole, *files)), arguments.overwrite,
@@ -86,7 +87,8 @@ def main(argv: Sequence[str]) -> int:
     names = [category["name"] for category in content["categories"]]
     contents: dict[str, Any] = {}  # by file name
     if arguments.val:
-        held, rest = _hold_out(groups, arguments.val)
+        held, rest = _hold_out(groups, arguments.val, arguments.val_seed or 0)
+        _look_at_classes(names, counts[held], counts[rest])
         contents["val.json"], content = _labeled(content, held), _labeled(content, rest)
         if not _names(arguments):
             contents["labeled.json"] = content
@@ -105,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
         "sha256": sha256(arguments.annotations),
         "images": len(images),
         "set_aside": arguments.val,
+        "val_seed": arguments.val_seed,
         "protocol": arguments.protocol,
         "min_per_class": arguments.min_per_class,
         "group_by": arguments.group_by,
@@ -143,9 +146,12 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         if arguments.indices is None or arguments.count or arguments.group_by or arguments.val:
             raise UserError("--protocol ubteacher: it takes its images from --indices FILE by --percent - give these two, "
                             "and no --count, --group-by or --val")
-    elif arguments.min_per_class and not names:
-        raise UserError("--min-per-class: it is of labelled shares, and --val alone makes none - add --percent or --count, or "
-                        "leave it out")
+    elif not names and (odd := next((key for key in ("min_per_class", "folds", "protocol") if getattr(arguments, key)), None)):
+        remedy = "give another --val-seed for another draw" if odd == "folds" else "leave it out"
+        raise UserError(f"--{odd.replace('_', '-')}: it is of labelled shares, and --val alone makes none - add --percent or "
+                        f"--count, or {remedy}")
+    elif arguments.val_seed is not None and not arguments.val:
+        raise UserError("--val-seed: it is of the draw of --val - give both, or leave it out")
     elif arguments.indices is not None:
         raise UserError("--indices: belongs to --protocol ubteacher - leave one of the two out")
 
@@ -177,13 +183,22 @@ def _names(arguments: argparse.Namespace) -> list[str]:
     return [f"{percent:g}" for percent in arguments.percent or PERCENTS]
 
 
-def _hold_out(groups: np.ndarray, percent: float) -> tuple[np.ndarray, np.ndarray]:
+def _look_at_classes(names: Sequence[str], held: np.ndarray, rest: np.ndarray) -> None:
+    """Warn of classes that one of two parts has no box of; ``held`` and ``rest`` [n, C] are boxes per image."""
+    for part, counts, others in (("val.json", held.sum(0), rest.sum(0)), ("the other images", rest.sum(0), held.sum(0))):
+        if missing := [name for name, count, other in zip(names, counts, others) if count == 0 < other]:
+            named = ", ".join(map(repr, missing[:3])) + ", ..." * (len(missing) > 3)
+            print(f"warning: {part}: no box of {counted(len(missing), 'class', 'classes')} ({named}) - try another --val-seed",
+                  file=sys.stderr)
+
+
+def _hold_out(groups: np.ndarray, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the images set aside for validation, whole groups of them, and of the others, both sorted."""
     import numpy as np
 
     from dtg_core.data.splits import draw_groups
 
-    held = draw_groups(groups, max(round(percent / 100 * len(groups)), 1), 0)
+    held = draw_groups(groups, max(round(percent / 100 * len(groups)), 1), seed)
     rest = np.setdiff1d(np.arange(len(groups)), held)
     if len(rest) == 0:
         raise UserError(f"--val {percent:g}: all {len(groups)} images would be set aside - give a smaller share, or smaller groups")

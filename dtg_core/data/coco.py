@@ -38,7 +38,7 @@ from dtg_core.errors import UserError
 log = logging.getLogger(__name__)
 
 #: Labelling tools list every image of a job, also those that nobody has come to yet.
-EMPTY = "images have no annotation and count as background - if they are not labelled yet, take them out of the file"
+EMPTY = "images have no annotation and are used as background - if not labelled yet, take them out of the file"
 SAMPLE = 100  # images of a file whose real sizes are checked; checking all may take minutes
 NEARLY_ALL = 0.95  # of a file's boxes, for a guess at their format
 LARGEST = 1e9  # px; larger numbers are not coordinates
@@ -344,7 +344,7 @@ def _frame(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
                (names[row] for row in unknown))
     report.add(path, "images have another size than the JSON says; the file's is taken, so check that their boxes fit",
                (names[row] for row in differ if (scale[row] == 1).all()))
-    report.add(path, "images have another size than the JSON says; their boxes are scaled with them",
+    report.add(path, "images have another size than the JSON says; boxes will be scaled with them",
                (names[row] for row in differ if (scale[row] != 1).any()))
     return _Frame(told.astype(np.int32), scale, as_stored)
 
@@ -400,7 +400,7 @@ def _classes(categories: list[dict[str, Any]], path: Path, report: Report) -> tu
         if name in names[:number]:
             raise UserError(f"{path}: two categories are called {name!r} - join them, or rename one")
     alike = Counter(" ".join(name.split()).casefold() for name in names)
-    report.add(path, "classes are like another one but for case or spaces, and stay apart",
+    report.add(path, "classes are like another one but for case or spaces, and are kept apart",
                (repr(name) for name in names if alike[" ".join(name.split()).casefold()] > 1))
     name_of = dict(zip(ids, names))
     ids = sorted(ids)

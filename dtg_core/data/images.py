@@ -11,8 +11,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -32,13 +32,14 @@ NO_IMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, KeyError, Ind
 # What can be odd about an image that is used anyway.
 ALPHA = "images with transparency are laid over white"
 DEEP = "images of more than 8 bits are scaled to 8"
-DARK = "images of 16 bits have no value over 4095 and come out nearly black - set data.rules.float_range=[0, 4095] if that is white"
+DARK = "images of 16 bits have no value over 4095 and are nearly black - set data.rules.float_range=[0, 4095] if that is white"
 FRAMES = "images of several frames are used by their first"
 BAD_EXIF = "images have EXIF data that cannot be read, which is ignored"
 UNTURNED = "images are not turned by their EXIF orientation, as in the sizes of their JSON"
 
 
-class Decoded(NamedTuple):
+@dataclass(frozen=True)
+class Decoded:
     """An image, which may be a reduced one, and the (height, width) of the whole one, turned in the same way."""
 
     image: Image.Image

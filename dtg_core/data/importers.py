@@ -25,7 +25,11 @@ Record = dict[str, Any]
 YAML = ".yaml", ".yml"
 SLACK = 0.01  # by which rounded YOLO coordinates may leave 0 to 1
 NO_FILE = "images have no annotation file and are taken to show no object - --only-labeled leaves them out"
-ORPHAN = "annotation files have no image, and their objects are left out"
+#: Names of folders by which data sets are split.
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "train2017", "val2017", "test2017"}
+APART = ("folders seem to be parts of a data set that should stay apart, and one JSON has the images of all - import each by "
+         "itself, with its own folder for --images and --labels")
+ORPHAN = "annotation files with objects have no image and are left out"
 THIN = "boxes without a positive width and height are left out"
 ODD_LINE = "lines are not 'class x y width height' in 0 to 1 and left out"
 ODD_OBJECT = "objects have no name or no box and are left out"
@@ -137,8 +141,10 @@ def _sized(
     names = list_images(folder, listed := Report())
     for (_, kind), finding in listed.findings.items():  # the labels themselves may lie among the images
         report.add(folder, kind, (name for name in finding.items if kind != JUNK or not name.lower().endswith((suffix, *YAML))))
+    parts = sorted({first for name in names if (first := Path(name).parts[0]).lower() in PARTS and first != name})
+    report.add(folder, APART, parts if len(parts) > 1 else ())
     stems = Counter(os.path.splitext(name)[0] for name in names)
-    report.add(folder, "images share their annotation file with others, as they differ in the suffix only",
+    report.add(folder, "images have the annotation file of others, as only the suffix tells them apart",
                (name for name in names if stems[os.path.splitext(name)[0]] > 1))
     used = set()
     for name in names:
@@ -280,7 +286,7 @@ def _doubt_polygons(kinds: dict[tuple[int, bool], list[str]], labels: Path, repo
         points = counted((columns - 5) // 3, "keypoint")
         raise UserError(f"{labels}: every line has {columns} columns, as boxes with {points} have - {remedy}")
     if columns > 5 and columns % 2:
-        report.add(labels, f"lines of {columns} columns count as polygons - for boxes with keypoints {remedy}", places)
+        report.add(labels, f"lines of {columns} columns are taken for polygons - for boxes with keypoints {remedy}", places)
 
 
 def _yolo_object(

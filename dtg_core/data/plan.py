@@ -142,8 +142,8 @@ class StepData(Dataset[StepBatch]):
         row = planned_row(self.seed, stream, step * per_device * self.world_size + slot, len(pool))
         for attempt in range(TRIES):
             try:
-                image, whole = pool.decoded(row, wanted=self._largest)
-                return row, image, np.array(image.size, np.float32) / np.array(whole[::-1], np.float32)
+                found = pool.decoded(row, wanted=self._largest)
+                return row, found.image, np.array(found.image.size, np.float32) / np.array(found.size[::-1], np.float32)
             except NeedsSetting:
                 raise
             except UserError as error:

@@ -80,7 +80,6 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
         (["--detectr", "gfl"], ["--detectr", "did you mean '--detector'"]),
         (["--stepz=3"], ["--stepz=3", "did you mean '--steps'"]),
         (["gfl"], ["gfl: unknown argument"]),
-        (["--detector", "gfl", "--labeled", "a.json", "--labeled=b.json"], ["--labeled: is given twice", "give it once"]),
         ([], ["--detector: missing", "gfl, faster_rcnn"]),
         (["--steps", "x"], ["--steps: wanted a whole number (found 'x')"]),
         (["--stop-at", "0"], ["--stop-at: is out of range (found 0) - use at least 1"]),
@@ -443,6 +442,14 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=problem):
             load_detector(run_folder(tmp_path / "run", **metadata))
+
+
+def test_a_flag_that_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = train_parser().parse
+    assert parse(["--labeled", "a.json", "--labeled=b.json", "--set", "a=1", "--set", "b=2"]).labeled == "b.json"
+    assert capsys.readouterr().err == "warning: --labeled: is given twice, and only the last counts\n"
+    parse(["--labeled", "a.json", "--unlabeled", "a.json", "--overwrite"])
+    assert capsys.readouterr().err == ""
 
 
 def test_evaluating_on_training_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -262,7 +262,7 @@ def test_dark_images_are_told_of_once(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("b.png", "a.png"):
         read_image(tmp_path / name)
     (message,) = caplog.messages
-    assert message.startswith(f"{tmp_path / 'b.png'}: images of 16 bits have no value over 4095 and come out nearly black - set ")
+    assert message.startswith(f"{tmp_path / 'b.png'}: images of 16 bits have no value over 4095 and are nearly black - set ")
 
 
 def test_pixel_formats(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -274,7 +275,7 @@ def test_label_files_without_an_image_are_told(folder: Path, capsys: pytest.Capt
     for name, other in (("classes.txt", "cat\ndog\n"), ("train.txt", "images/a/1.png\n"), ("empty.txt", ""), ("style.xml", "<a/>")):
         (folder / "labels" / name).write_text(other)
     run(folder, kind)
-    told = f"2 annotation files have no image, and their objects are left out (a/9.{suffix}, c/1.{suffix})"
+    told = f"2 annotation files with objects have no image and are left out (a/9.{suffix}, c/1.{suffix})"
     assert told in capsys.readouterr().err
 
 
@@ -311,7 +312,7 @@ def test_images_that_share_a_file_are_told(folder: Path, capsys: pytest.CaptureF
     (folder / "labels/a" / ("1.txt" if kind == "yolo" else "1.xml")).write_text(text)
     Image.new("RGB", (100, 50)).save(folder / "images/a/1.jpg")
     assert len(run(folder, kind).boxes) == 2
-    told = "2 images share their annotation file with others, as they differ in the suffix only (a/1.jpg, a/1.png)"
+    told = "2 images have the annotation file of others, as only the suffix tells them apart (a/1.jpg, a/1.png)"
     assert told in capsys.readouterr().err
 
 
@@ -368,7 +369,7 @@ def test_lines_of_one_length_may_be_polygons(folder: Path, capsys: pytest.Captur
     (folder / "labels/a/1.txt").write_text("0 0.1 0.2 0.3 0.2 0.3 0.8 0.1 0.8\n" * 2)
     (folder / "labels/b/1.txt").write_text("1 0.5 0.2 0.7 0.2 0.7 0.8 0.5 0.8\n")
     np.testing.assert_allclose(run(folder, "yolo").boxes, [[10, 10, 30, 40], [50, 10, 70, 40]], atol=1e-4)
-    told = f"{folder / 'labels'}: 3 lines of 9 columns count as polygons - for boxes with keypoints give the data.yaml with their kpt_shape"
+    told = f"{folder / 'labels'}: 3 lines of 9 columns are taken for polygons - for boxes with keypoints give the data.yaml with their kpt_shape"
     assert told in capsys.readouterr().err
     (folder / "labels/b/1.txt").write_text("1 0.5 0.2 0.7 0.2 0.7 0.8\n")
     run(folder, "yolo", "--overwrite")
@@ -404,6 +405,23 @@ def test_turned_images_of_yolo_labels_are_told(folder: Path, capsys: pytest.Capt
     assert index.image(6).size == (50, 100)
     told = f"{folder / 'images'}: 6 images have an EXIF orientation, and their labels count as drawn on the turned image - "
     assert told in capsys.readouterr().err
+
+
+def test_parts_of_a_data_set_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All in one JSON, a detector would be trained on the images that it is measured on."""
+    both = folder / "images"
+    for part in ("train", "valid"):
+        for kind in ("images", "labels"):
+            (both / part / kind).mkdir(parents=True)
+        Image.new("RGB", (100, 50)).save(both / part / "images" / "1.png")
+        (both / part / "labels" / "1.txt").write_text("0 0.5 0.5 0.2 0.4\n")
+    assert len(run(folder, "yolo", "--images", str(both), "--labels", str(both))) == 2
+    shown = capsys.readouterr().err
+    assert f"{both}: 2 folders seem to be parts of a data set that should stay apart" in shown
+    assert "(train, valid)" in shown
+    shutil.rmtree(both / "valid")
+    assert len(run(folder, "yolo", "--images", str(both), "--labels", str(both), "--overwrite")) == 1
+    assert "seem to be parts" not in capsys.readouterr().err
 
 
 def test_labels_beside_images(folder: Path) -> None:

@@ -97,6 +97,27 @@ def test_a_validation_set_alone_leaves_all_others_labelled(tmp_path: Path) -> No
     assert len(held["annotations"]) + len(others["annotations"]) == len(json.loads(source.read_text())["annotations"])
 
 
+def test_a_validation_set_can_be_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And classes that it lacks are told."""
+    source = coco(tmp_path, 60)
+    content = json.loads(source.read_text())
+    first = content["images"][0]["id"]
+    content["annotations"].append({"id": 10**6, "image_id": first, "category_id": 4, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0})
+    source.write_text(json.dumps(content))
+    seen, told = set(), []
+    for seed in range(8):
+        split(source, "--val", 25, "--val-seed", seed)
+        drawn = tuple(ids_of(source, "val.json"))
+        part = "the other images" if first in drawn else "val.json"
+        told.append(part)
+        assert f"warning: {part}: no box of 1 class ('rare') - try another --val-seed" in capsys.readouterr().err
+        seen.add(drawn)
+    assert len(seen) == 8
+    assert set(told) == {"val.json", "the other images"}
+    with pytest.raises(UserError, match="--val-seed: it is of the draw of --val - give both"):
+        split(source, "--percent", 10, "--val-seed", 1)
+
+
 def test_published_first_draws() -> None:
     assert draw("softteacher", COCO, 11828, 1)[:3].tolist() == [105285, 107335, 49358]
 
@@ -220,8 +241,9 @@ def test_a_class_without_boxes_and_a_file_of_two_images_are_told(tmp_path: Path,
     assert f"warning: {source}: 1 class has no box (rare)" in capsys.readouterr().err
     with pytest.raises(UserError, match="'rare' has only 0 boxes in all - take it out of the JSON's categories"):
         split(source, "--count", 10, "--min-per-class", 1)
-    with pytest.raises(UserError, match="--min-per-class: it is of labelled shares, and --val alone makes none"):
-        split(source, "--val", 25, "--min-per-class", 1)
+    for flags in (("--min-per-class", 1), ("--folds", 2), ("--protocol", "stac")):
+        with pytest.raises(UserError, match=f"{flags[0]}: it is of labelled shares, and --val alone makes none"):
+            split(source, "--val", 25, *flags)
     content = json.loads(source.read_text())
     content["images"][7]["file_name"] = content["images"][3]["file_name"]
     source.write_text(json.dumps(content))

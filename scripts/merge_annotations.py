@@ -1,0 +1,68 @@
+"""Merge COCO JSONs, such as a first and a second round of labelling, into one.
+
+    python scripts/merge_annotations.py own.json more.json --images photos/ more_photos/ --output all.json
+
+``--images`` takes one folder for all files, or one for each. The folder that the merged file's names are relative to, for
+``--images`` of other scripts, is told at the end. Classes are matched by name, and ids are given anew.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from command_line import Parser, main_guard
+from shared_flags import add_overwrite, add_rules, require_new, rules_of
+
+from dtg_core.drafts import draft_of, writing
+from dtg_core.errors import UserError, counted
+
+
+def parser() -> Parser:
+    result = Parser("Merge COCO JSONs into one.")
+    add = result.add_argument
+    add("annotations", type=Path, nargs="+", metavar="JSON", help="the files, COCO format")
+    add("--images", type=Path, nargs="+", required=True, metavar="DIR", help="folder of their images, for all files or for each")
+    add("--output", type=Path, required=True, metavar="JSON", help="file to write")
+    add_overwrite(result)
+    add_rules(result)
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse(argv)
+    files, folders = arguments.annotations, arguments.images
+    if len(files) < 2:
+        raise UserError(f"{files[0]}: it is alone - give two files or more")
+    if len(folders) not in (1, len(files)):
+        raise UserError(f"--images: {counted(len(folders), 'folder')} for {len(files)} files - give one for all, or one for each")
+    for number, file in enumerate(files):
+        if os.path.realpath(file) in map(os.path.realpath, files[:number]):
+            raise UserError(f"{file}: is given twice - give it once")
+    rules = rules_of(arguments)
+    require_new([arguments.output], arguments.overwrite, inputs=files)
+
+    from dtg_core.data.coco import load_coco, parse_coco
+    from dtg_core.data.merge import merged
+    from dtg_core.data.report import Report
+
+    report, folders = Report(), folders * (len(files) if len(folders) == 1 else 1)
+    for file, folder in zip(files, folders):
+        load_coco(file, folder, rules=rules, report=report)  # with its images
+    root = Path(os.path.commonpath([os.path.realpath(folder) for folder in folders]))
+    contents = {str(file): parse_coco(file, rules)[0] for file in files}
+    content = merged(contents, [os.path.relpath(os.path.realpath(folder), root) for folder in folders], report)
+    with writing(arguments.output), draft_of(arguments.output) as draft:
+        draft.write_text(json.dumps(content), encoding="utf-8")
+    for line in report.lines():
+        print(f"warning: {line}", file=sys.stderr)
+    counts = [len(content[kind]) for kind in ("images", "annotations", "categories")]
+    print(f"{arguments.output}: {counted(counts[0], 'image')}, {counted(counts[1], 'box', 'boxes')} of "
+          f"{counted(counts[2], 'class', 'classes')}, for --images {os.path.relpath(root)}")
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
