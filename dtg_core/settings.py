@@ -295,7 +295,8 @@ class _Reader:
     def items(self, hint: Any, node: yaml.Node, key: str) -> tuple[Any, ...]:
         kinds = get_args(hint)
         endless = kinds[-1] is Ellipsis
-        wanted = f"a list such as [1, 2]{'' if endless else f' with {len(kinds)} items'}"
+        example = "[a, b]" if kinds[0] is str else "[1, 2]"
+        wanted = f"a list such as {example}{'' if endless else f' with {len(kinds)} items'}"
         if not isinstance(node, yaml.SequenceNode) or not (endless or len(node.value) == len(kinds)):
             self.wrong(node, key, wanted)
         return tuple(self.scalar(kinds[0] if endless else kinds[index], child, f"{key}[{index}]")

@@ -115,6 +115,7 @@ class Watch:
             return []
         key = self._key(stage)
         limit = f"guidance.stages.{stage}.{key}={getattr(self.guidance.stages[stage], key)}"
+        limit += ", or what it has adapted to," if self.guidance.stages[stage].tau_rate else ""
         text = f"the teacher's {stage} has found nothing over {limit} for {done - self.quiet_since[stage]} steps"
         advice = f"{self._remedy(stage, 'lower')}, or start the guidance later (guidance.start_step)"
         return self._once(f"nothing/{stage}", f"{text} ({self.histogram(stage)}) - {advice}")

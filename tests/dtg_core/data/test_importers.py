@@ -415,12 +415,12 @@ def test_parts_of_a_data_set_are_told(folder: Path, capsys: pytest.CaptureFixtur
             (both / part / kind).mkdir(parents=True)
         Image.new("RGB", (100, 50)).save(both / part / "images" / "1.png")
         (both / part / "labels" / "1.txt").write_text("0 0.5 0.5 0.2 0.4\n")
-    assert len(run(folder, "yolo", "--images", str(both), "--labels", str(both))) == 2
+    assert len(run(folder, "yolo", "--images", str(both), "--labels", str(both))) == 3 + 2
     shown = capsys.readouterr().err
     assert f"{both}: 2 folders seem to be parts of a data set that should stay apart" in shown
     assert "(train, valid)" in shown
     shutil.rmtree(both / "valid")
-    assert len(run(folder, "yolo", "--images", str(both), "--labels", str(both), "--overwrite")) == 1
+    assert len(run(folder, "yolo", "--images", str(both), "--labels", str(both), "--overwrite")) == 3 + 1
     assert "seem to be parts" not in capsys.readouterr().err
 
 
