@@ -20,8 +20,9 @@ from dtg_core.config import StageRule
 from dtg_core.deltas import encode
 from dtg_core.guidance import teach
 from dtg_core.structures import Assignment, Predictions, Proposals
-from faster_rcnn_dtg import FasterRCNN, FasterRCNNConfig
+from faster_rcnn_dtg import FasterRCNNConfig
 from faster_rcnn_dtg.config import RPNConfig
+from faster_rcnn_dtg.detector import FasterRCNN
 from faster_rcnn_dtg.rcnn import RCNNStage
 from faster_rcnn_dtg.rpn import RPNStage
 

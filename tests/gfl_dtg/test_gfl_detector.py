@@ -16,7 +16,8 @@ from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import ExtraConvs
 from dtg_core.protocol import Detector
 from dtg_core.structures import AnchorGrid, Predictions, Rows, Supervision, Targets, ViewBatch
-from gfl_dtg import GFL, GFLConfig, build
+from gfl_dtg import GFLConfig, build
+from gfl_dtg.detector import GFL
 
 SMALL = GFLConfig(channels=16, tower_depth=1, strides=(8, 16, 32), anchor_scale=4.0)
 

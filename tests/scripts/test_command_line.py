@@ -65,6 +65,15 @@ def test_parsing_needs_no_torch(script: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("arguments", [["--print-config"], ["--set", "optim.lrr=1"]])
+def test_reading_settings_needs_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    """Importing it takes seconds."""
+    folders = [str(ROOT), str(ROOT / "scripts")]
+    code = (f"import sys; sys.path[:0] = {folders!r}; import train\ntry: train.main(['--detector', 'gfl', *{arguments!r}])\n"
+            "except Exception as error: assert 'did you mean' in str(error)\nassert 'torch' not in sys.modules")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, cwd=tmp_path)
+
+
 def test_a_mistake_is_one_line_and_status_2() -> None:
     shown = run("train.py", "--detector", "gfk")
     assert (shown.returncode, shown.stdout) == (2, "")

@@ -58,14 +58,6 @@ def test_finding_something_starts_the_count_again() -> None:
         assert not one.line(done, 50, {"guidance/head/candidates": found})
 
 
-def test_an_adaptive_threshold_is_not_taken_for_its_first_value() -> None:
-    stages = {**GuidanceConfig().stages, "head": replace(GuidanceConfig().stages["head"], tau=0.3, tau_rate=0.05)}
-    one = Watch(GuidanceConfig(stages=stages), 2.0, ["dot"], str)
-    one.line(10, 10, {"guidance/head/candidates": 0.0})
-    (text,) = one.end(10)
-    assert "found nothing over guidance.stages.head.tau=0.3, or what it has adapted to, for 10 steps" in text
-
-
 @pytest.mark.parametrize(("paradigm", "kind", "key"), [("dense", "candidates", "tau"), ("sparse", "pseudo_boxes", "pseudo_score")])
 def test_a_run_too_short_for_patience_is_told_at_its_end(paradigm: Literal["dense", "sparse"], kind: str, key: str) -> None:
     one = watch(paradigm=paradigm)
