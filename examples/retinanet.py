@@ -70,7 +70,7 @@ class RetinaNetStage:
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """An anchor takes the object it overlaps most, from an IoU of 0.5 on; an object takes its best anchor in any case."""
         matches = matching.match(samples, targets, samples.usable(sizes), POSITIVE_IOU, NEGATIVE_IOU, ANY_OVERLAP)
-        return matching.assignment(matches, targets)
+        return matching.to_assignment(matches, targets)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss and L1 of the deltas, anchor by anchor: the core decides how they are weighted and summed."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from dtg_core.config import ViewsConfig
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import View, labeled_view, strong_view, weak_view
-from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Difference, Explained, agreement
+from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Difference, Explained, spearman
 from dtg_core.engine.predict import ImageDetections
 from dtg_core.errors import UserError
 from dtg_core.structures import AnchorGrid, PairBatch, ViewBatch
@@ -308,7 +308,7 @@ def _rank_tile(explained: Explained, image: int) -> Image.Image:
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colors[number], outline=INK)
         pen.text((left - 20, 12), "teacher", font=font(11), fill=INK)
         pen.text((right + 20, 12), "student", font=font(11), fill=INK, anchor="ra")
-        told = f"\u03c1 = {agreement(teacher, student):+.2f}"  # Spearman's rho
+        told = f"\u03c1 = {spearman(teacher, student):+.2f}"  # Spearman's rho
         pen.text(((left + right) / 2, TILE - 12), told, font=font(12), fill=INK, anchor="ms")
     return page
 
