@@ -17,16 +17,16 @@ from dtg_core.structures import AnchorGrid
 Made = TypeVar("Made", Tensor, AnchorGrid)
 
 
-def kept(most: int) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
+def cached(most: int) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
     """``lru_cache`` for tensors: none of a graph that is being traced, which are no numbers; all can be used in training."""
     def decorate(make: Callable[..., Made]) -> Callable[..., Made]:
-        cached = lru_cache(most)(torch.inference_mode(False)(make))
+        stored = lru_cache(most)(torch.inference_mode(False)(make))
 
         @wraps(make)
         def found(*given: object) -> Made:
-            return make(*given) if torch.compiler.is_compiling() else cached(*given)
+            return make(*given) if torch.compiler.is_compiling() else stored(*given)
 
-        found.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+        found.cache_clear = stored.cache_clear  # type: ignore[attr-defined]
         return found
 
     return decorate
@@ -39,7 +39,7 @@ def cell_anchors(size: float, ratios: tuple[float, ...]) -> Tensor:
     return torch.stack((-half_width, -half_height, half_width, half_height), 1).float()
 
 
-@kept(32)
+@cached(32)
 def _cells(size: float, ratios: tuple[float, ...], device: torch.device) -> Tensor:
     """``cell_anchors`` on the device: the only numbers that a grid takes from the host, once per run."""
     return cell_anchors(size, ratios).to(device)
@@ -47,7 +47,7 @@ def _cells(size: float, ratios: tuple[float, ...], device: torch.device) -> Tens
 
 # Holds the views of a few steps. Training with random sizes sees hundreds of canvases, so a grid has to be cheap to make: the host
 # only launches its kernels.
-@kept(8)
+@cached(8)
 def anchor_grid(
     canvas: tuple[int, int], strides: tuple[int, ...], scale: float, ratios: tuple[float, ...], device: torch.device
 ) -> AnchorGrid:

@@ -13,12 +13,12 @@ from torch import Tensor
 Stds = tuple[float, float, float, float]
 
 MAX_LOG_SCALE = abs(math.log(16 / 1000))  # a side grows or shrinks by 62.5 times at most
-MIN_SIDE = 1e-3  # pixels; keeps the quotients of degenerate boxes finite
+TINY_SIDE = 1e-3  # pixels; keeps the quotients of degenerate boxes finite
 
 
 def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x1, y1, x2, y2 = boxes.float().unbind(-1)
-    return (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1).clamp(min=MIN_SIDE), (y2 - y1).clamp(min=MIN_SIDE)
+    return (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1).clamp(min=TINY_SIDE), (y2 - y1).clamp(min=TINY_SIDE)
 
 
 def encode(samples: Tensor, boxes: Tensor, stds: Stds = (1.0, 1.0, 1.0, 1.0)) -> Tensor:

@@ -85,7 +85,7 @@ def balanced(matches: Matches, samples: int, positive_share: float, seeds: Tenso
     return Matches(matches.row, positive, negative)
 
 
-def assignment(matches: Matches, targets: Targets) -> Assignment:
+def to_assignment(matches: Matches, targets: Targets) -> Assignment:
     """The matches as an Assignment with the objects' own labels and boxes."""
     image, sample = matches.positive.nonzero().unbind(1)  # sync: the number of positives
     row = matches.row[image, sample]

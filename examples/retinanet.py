@@ -31,7 +31,7 @@ from dtg_core.engine.loop import Window, prepare, train_step
 from dtg_core.engine.processes import main_first
 from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
-from dtg_core.postprocess import final_boxes
+from dtg_core.postprocess import best_pairs, final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.ranges import check_ranges
 from dtg_core.settings import load_config
@@ -70,7 +70,7 @@ class RetinaNetStage:
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """An anchor takes the object it overlaps most, from an IoU of 0.5 on; an object takes its best anchor in any case."""
         matches = matching.match(samples, targets, samples.usable(sizes), POSITIVE_IOU, NEGATIVE_IOU, ANY_OVERLAP)
-        return matching.assignment(matches, targets)
+        return matching.to_assignment(matches, targets)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss and L1 of the deltas, anchor by anchor: the core decides how they are weighted and summed."""
@@ -108,14 +108,9 @@ class RetinaNet(Detector):
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """The 1000 best pairs of an anchor and a class go through NMS, and at most 100 boxes per image are kept."""
-        predictions, classes = outputs["head"], self.stage.num_classes
-        usable = predictions.samples.usable(views.sizes).unsqueeze(2)
-        scores = (predictions.logits.float().sigmoid() * usable).flatten(1)  # [N, A * C]
-        best, pairs = scores.topk(min(1000, scores.shape[1]), 1)
-        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores above the threshold
-        score, pair = best[image, column], pairs[image, column]
-        rows = Rows(image, pair // classes, pair % classes)
-        return final_boxes(self.stage, predictions, rows, score, views.sizes, NMS_IOU, 100)
+        predictions = outputs["head"]
+        rows, scores = best_pairs(predictions, views.sizes, 1000, score_threshold)
+        return final_boxes(self.stage, predictions, rows, scores, views.sizes, NMS_IOU, 100)
 
 
 def main(config: Config) -> list[dict[str, float]]:

@@ -9,9 +9,9 @@ from torch import nn
 from dtg_core.anchors import anchor_grid
 from dtg_core.config import BackboneConfig
 from dtg_core.models.backbone import build_pyramid
-from dtg_core.postprocess import final_boxes
+from dtg_core.postprocess import best_pairs, final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
-from dtg_core.structures import AnchorGrid, Detections, Predictions, Rows, Supervision, ViewBatch
+from dtg_core.structures import AnchorGrid, Detections, Predictions, Supervision, ViewBatch
 from faster_rcnn_dtg.config import FasterRCNNConfig
 from faster_rcnn_dtg.rcnn import RCNN, RCNNStage, sample_proposals
 from faster_rcnn_dtg.rpn import RPN, RPNStage, propose
@@ -65,13 +65,8 @@ class FasterRCNN(Detector):
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes in the views' pixels: R-CNN scores above the threshold, class-wise NMS, the best of each image."""
         config, stage, predictions = self.config.rcnn, self.stages["rcnn"], outputs["rcnn"]
-        usable = predictions.samples.usable(views.sizes).unsqueeze(-1)
-        scores = (predictions.logits.sigmoid() * usable).flatten(1)  # [N, A * C]
-        best, index = scores.topk(min(config.max_candidates, scores.shape[1]), dim=1)
-        image, column = (best > score_threshold).nonzero().unbind(1)  # sync: the number of scores above the threshold
-        score, pair = best[image, column], index[image, column]
-        rows = Rows(image, pair.div(stage.num_classes, rounding_mode="floor"), pair % stage.num_classes)
-        return final_boxes(stage, predictions, rows, score, views.sizes, config.nms_iou, config.detections_per_image)
+        rows, scores = best_pairs(predictions, views.sizes, config.max_candidates, score_threshold)
+        return final_boxes(stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)
 
 
 def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:

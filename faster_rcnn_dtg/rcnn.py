@@ -11,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from dtg_core.boxes import area, rank_in_group
 from dtg_core.deltas import decode, encode
 from dtg_core.focal import sigmoid_focal
-from dtg_core.matching import assignment, balanced, match
+from dtg_core.matching import balanced, match, to_assignment
 from dtg_core.structures import Assignment, Predictions, Proposals, Rows, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig
 from faster_rcnn_dtg.losses import log_odds, softmax_focal
@@ -143,7 +143,7 @@ class RCNNStage:
     def assign(self, samples: Samples, targets: Targets, sizes: Tensor, seeds: Tensor) -> Assignment:
         """Match the proposals as they are (``sample_proposals`` has drawn them); padding is ignored."""
         matches = match(samples, targets, samples.usable(sizes), self.config.iou, self.config.iou)
-        return assignment(matches, targets)
+        return to_assignment(matches, targets)
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss summed over the classes and L1 of the assigned class's deltas, both divided by the sampled proposals.

@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from dtg_core.boxes import clip, image_nms, rank_in_group, shortest_side
 from dtg_core.deltas import decode, encode
 from dtg_core.focal import sigmoid_focal
-from dtg_core.matching import assignment, balanced, match
+from dtg_core.matching import balanced, match, to_assignment
 from dtg_core.structures import AnchorGrid, Assignment, Predictions, Proposals, Rows, Samples, Targets, Unreduced
 from faster_rcnn_dtg.config import RPNConfig
 
@@ -58,7 +58,7 @@ class RPNStage:
         usable = samples.usable(sizes)
         matches = match(samples, targets, usable, config.positive_iou, config.negative_iou, config.low_quality_iou)
         matches = balanced(matches, config.samples, config.positive_share, seeds, samples.identity)
-        return assignment(matches, replace(targets, labels=torch.zeros_like(targets.labels)))
+        return to_assignment(matches, replace(targets, labels=torch.zeros_like(targets.labels)))
 
     def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Binary cross entropy (or focal loss) of the logits and L1 of the deltas, both divided by the sampled anchors.

@@ -119,8 +119,6 @@ def _step(arguments: argparse.Namespace, settings: RunSettings) -> tuple[dict[st
         settings, detector, sources, accelerator, kinds[arguments.paradigm], arguments.repeats, arguments.candidates,
         kinds[arguments.against],
     )
-    if arguments.against:
-        figures["against"]["paradigm"] = arguments.against
     data, views = settings.data, settings.views
     about = {
         "detector": settings.detector, "backbone": settings.backbone.name, "paradigm": arguments.paradigm,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from command_line import Parser, main_guard, number, one_of
-from predict import find_images
 from shared_flags import add_rules, add_weights, rules_of
 
 from dtg_core.drafts import require_writable, writing
@@ -55,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
 
     from dtg_core.data.files import IMAGE_SUFFIXES
+    from dtg_core.data.inputs import find_images
     from dtg_core.data.shapes import draw_scene
     from dtg_core.engine.export import export
     from dtg_core.engine.predict import find_weights, load_detector

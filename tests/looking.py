@@ -1,12 +1,14 @@
-"""Tiny weights files with all that a run writes into them, for tests of what looks at a trained detector."""
+"""Tiny weights files with all that a run writes into them, and photos, for tests of what looks at a trained detector."""
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from dtg_core.config import StageRule
 from dtg_core.engine.checkpoint import save_weights
@@ -48,4 +50,13 @@ def write_weights(folder: Path, detector: str = "gfl", settings: RunSettings | N
                 parameter.add_(0.02 * torch.randn_like(parameter))
         told = {"detector": detector, "class_names": CLASSES, "category_ids": IDS, "config": to_yaml(settings), "which": which}
         save_weights(folder / "weights" / f"{which}.safetensors", model, told)
+    return folder
+
+
+def write_photos(folder: Path) -> Path:
+    """Three images of noise, 64 x 48 px, in folders of three depths."""
+    for seed, name in enumerate(("a.png", "trip/b.jpg", "trip/day 2/c.tif")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
     return folder

@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -60,37 +60,20 @@ def planned_row(seed: int, stream: int, position: int, size: int) -> int:
     return int(permutation(seed, stream, epoch, size)[place])
 
 
+@dataclass(eq=False)
 class StepData(Dataset[StepBatch]):
-    """The batches of one process; item t is its share of step t's batch.
+    """The batches of one part of a run's steps; item t is its share of step t's batch, a contiguous one of the step's slots."""
 
-    Args:
-        labeled: images with boxes; those without any stay, as pure background.
-        unlabeled: images whose boxes are never read; None for supervised training.
-        views: how views are made.
-        seed: of the whole run, at least 0.
-        labeled_per_device: labelled images in each process's batch, at least 1.
-        unlabeled_per_device: unlabelled ones; 0 is the same as ``unlabeled=None``.
-        rank: of this process. A rank takes a contiguous share of the step's slots.
-        world_size: number of processes.
-        unlabeled_from: first step that has an unlabelled batch.
-    """
-
-    def __init__(
-        self,
-        labeled: CocoIndex,
-        unlabeled: CocoIndex | None,
-        views: ViewsConfig,
-        seed: int,
-        labeled_per_device: int,
-        unlabeled_per_device: int,
-        rank: int = 0,
-        world_size: int = 1,
-        unlabeled_from: int = 0,
-    ) -> None:
-        self.labeled, self.unlabeled, self.views, self.seed = labeled, unlabeled, views, seed
-        self.labeled_per_device, self.unlabeled_per_device = labeled_per_device, unlabeled_per_device
-        self.rank, self.world_size, self.unlabeled_from = rank, world_size, unlabeled_from
-        self.substituted = 0  # unreadable images that were replaced in this loader process
+    labeled: CocoIndex  # images with boxes; those without any stay, as pure background
+    unlabeled: CocoIndex | None  # images whose boxes are never read; None for supervised training
+    views: ViewsConfig  # how views are made
+    seed: int  # of the whole run, at least 0
+    labeled_per_device: int  # labelled images in each part's batch, at least 1
+    unlabeled_per_device: int  # unlabelled ones; 0 is the same as ``unlabeled=None``
+    part: int = 0
+    parts: int = 1  # as many as processes times micro-batches
+    unlabeled_from: int = 0  # first step that has an unlabelled batch
+    substituted: int = field(default=0, init=False)  # unreadable images that were replaced in this loader process
 
     def __getitem__(self, step: int) -> StepBatch:
         return StepBatch(step, self._labeled_batch(step), self._unlabeled_batch(step))
@@ -124,7 +107,7 @@ class StepData(Dataset[StepBatch]):
         return collate_pair(weak, strong, seeds, ids, self.views.box_hull)
 
     def _slots(self, per_device: int) -> range:
-        return range(self.rank * per_device, (self.rank + 1) * per_device)
+        return range(self.part * per_device, (self.part + 1) * per_device)
 
     def _generator(self, stream: int, step: int, slot: int, use: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, stream, step, slot, use))
@@ -139,7 +122,7 @@ class StepData(Dataset[StepBatch]):
 
         An unreadable image is replaced by another of the pool, the same one in every run.
         """
-        row = planned_row(self.seed, stream, step * per_device * self.world_size + slot, len(pool))
+        row = planned_row(self.seed, stream, step * per_device * self.parts + slot, len(pool))
         for attempt in range(TRIES):
             try:
                 found = pool.decoded(row, wanted=self._largest)
@@ -166,7 +149,7 @@ def _of_whole(view: View, scale: np.ndarray) -> View:
 
 
 def step_data(config: Config, sources: Sources, part: int, parts: int) -> StepData:
-    """The batches of one part of a run's steps; there are as many parts as processes times micro-batches."""
+    """The batches of one of a run's ``parts``, by its settings."""
     return StepData(
         sources.labeled, sources.unlabeled, config.views, config.run.seed, config.data.labeled_per_device,
         config.data.unlabeled_per_device, part, parts, unlabeled_from=config.guidance.start_step,
@@ -177,8 +160,8 @@ class MicroBatches(Dataset[StepBatch]):
     """The micro-batches of one process; item i is part i % K of step i // K.
 
     Args:
-        parts: K data sets. Part k of rank r is that of rank r * K + k among K times as many ranks, so the images of a step are
-            the same whether processes or micro-batches share them.
+        parts: K data sets. The k-th of process r is part r * K + k of K times as many parts as processes, so the images of a
+            step are the same whether processes or micro-batches share them.
     """
 
     def __init__(self, parts: Sequence[StepData]) -> None:

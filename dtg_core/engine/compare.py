@@ -26,7 +26,7 @@ from dtg_core.errors import UserError
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
 
-FIGURES = ("AP", "AP50", "AP75")
+COMPARED = ("AP", "AP50", "AP75")
 #: The launcher's, which is not a setting of the config either.
 PRECISION = "mixed_precision"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
@@ -157,15 +157,15 @@ def read_run(path: Path) -> Run:
 def tables(comparison: Comparison) -> dict[str, Table]:
     """The tables by title: results, the student's, AP on the way, cost, AP of each class, settings that differ."""
     rows, runs = comparison.rows, [run for row in comparison.rows for run in row.runs]
-    versus = [f"{name} - baseline" for name in FIGURES] if len(rows) > 1 else []
-    results: Table = [["", *FIGURES, *versus, "runs"]]
-    student: Table = [["student", *FIGURES]]
+    versus = [f"{name} - baseline" for name in COMPARED] if len(rows) > 1 else []
+    results: Table = [["", *COMPARED, *versus, "runs"]]
+    student: Table = [["student", *COMPARED]]
     cost: Table = [["", "minutes of training", "seconds per step", "waiting for data", "steps", "images of a step"]]
     for row in rows:
-        means = [_mean_and_spread(row.values("teacher", name)) for name in FIGURES]
-        differences = [_difference(row, reference(rows, row), name) for name in FIGURES] if versus else []
+        means = [_mean_and_spread(row.values("teacher", name)) for name in COMPARED]
+        differences = [_difference(row, reference(rows, row), name) for name in COMPARED] if versus else []
         results.append([row.name, *means, *differences, str(len(row.runs))])
-        student.append([row.name, *(_mean_and_spread(row.values("student", name)) for name in FIGURES)])
+        student.append([row.name, *(_mean_and_spread(row.values("student", name)) for name in COMPARED)])
         cost.append([row.name, *_cost(row)])
     found = {"Results": results, "Student (the teacher is its moving average)": student}
     if any(len(run.curve) > 1 for run in runs):

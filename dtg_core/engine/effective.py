@@ -19,12 +19,12 @@ BATCH = "images_of_a_step"
 #: Sections and keys that all detectors share.
 CORE = {field.name for field in fields(Config)} | {BATCH}
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
-DENSE_ONLY = {
+DENSE_KEYS = {
     "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples",
     "normalization", "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust",
     "share_classes", "soft_background",
 }  # fmt: skip
-SPARSE_ONLY = {"pseudo_score", "proposals"}
+SPARSE_KEYS = {"pseudo_score", "proposals"}
 #: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, anchors are no proposals,
 #: and an RPN has no classes.
 UNREAD = {"guidance.stages.rcnn.min_iou", "guidance.stages.rcnn.collisions", "guidance.stages.rpn.proposals",
@@ -72,7 +72,7 @@ def reads(paradigm: Any, key: str) -> bool:
     option = key.split(".")[-1]
     if option == "paradigm":
         return True
-    return paradigm != "none" and key not in UNREAD and option not in (SPARSE_ONLY if paradigm == "dense" else DENSE_ONLY)
+    return paradigm != "none" and key not in UNREAD and option not in (SPARSE_KEYS if paradigm == "dense" else DENSE_KEYS)
 
 
 def stage_paradigms(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def explain(
     )  # fmt: skip
 
 
-def agreement(first: Tensor, second: Tensor) -> float:
+def spearman(first: Tensor, second: Tensor) -> float:
     """Spearman's rank correlation of two lists [K] of scores; 1 for the same order. 0 for fewer than two."""
     if len(first) < 2:
         return 0.0

@@ -74,7 +74,7 @@ def on_canvas(picture: Image.Image, height: int, width: int) -> Prepared:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Deviation:
     """The largest differences between two lists of detections."""
 
     boxes: float  # px
@@ -85,17 +85,17 @@ class Difference:
         return self.boxes <= BOX_TOLERANCE and self.scores <= SCORE_TOLERANCE
 
 
-def difference(one: Boxes, other: Boxes) -> Difference:
+def difference(one: Boxes, other: Boxes) -> Deviation:
     """Each detection compared with the nearest of its class in the other list; infinite if the lists have no pairs."""
     if len(one[0]) != len(other[0]):
-        return Difference(math.inf, math.inf)
+        return Deviation(math.inf, math.inf)
     if len(one[0]) == 0:
-        return Difference(0.0, 0.0)
+        return Deviation(0.0, 0.0)
     apart = (one[0].unsqueeze(1) - other[0]).abs().amax(-1)
     apart = apart.masked_fill(one[2].unsqueeze(1) != other[2], math.inf)
     near, column = apart.min(1)
     boxes = torch.maximum(near.max(), apart.amin(0).max())
-    return Difference(float(boxes), float((one[1] - other[1][column]).abs().max()))
+    return Deviation(float(boxes), float((one[1] - other[1][column]).abs().max()))
 
 
 def export(
@@ -154,14 +154,14 @@ def export(
         raise UserError("; ".join(rejected))
 
 
-def _compared(run: Callable[..., Boxes], inputs: Sequence[Prepared], expected: Sequence[Boxes]) -> tuple[Difference, str]:
+def _compared(run: Callable[..., Boxes], inputs: Sequence[Prepared], expected: Sequence[Boxes]) -> tuple[Deviation, str]:
     """The largest difference over all images, in numbers and in words; infinite if the graph fails."""
     try:
         each = [difference(wanted, run(*prepared)) for prepared, wanted in zip(inputs, expected)]
     except Exception as error:  # from either runtime
-        return Difference(math.inf, math.inf), f"it breaks off with {_first_line(error)}"
+        return Deviation(math.inf, math.inf), f"it breaks off with {_first_line(error)}"
     boxes, scores = np.max([(one.boxes, one.scores) for one in each], 0)  # NaN if any is
-    worst = Difference(float(boxes), float(scores))
+    worst = Deviation(float(boxes), float(scores))
     return worst, f"largest difference of boxes {worst.boxes:.2g} px, of scores {worst.scores:.2g}"
 
 

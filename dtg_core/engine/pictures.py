@@ -17,7 +17,7 @@ from torch import Tensor
 from dtg_core.config import ViewsConfig
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.views import View, labeled_view, strong_view, weak_view
-from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Explained, agreement
+from dtg_core.engine.explain import BOTH, DENSE_ONLY, OTHER_CLASS, SPARSE_ONLY, Difference, Explained, spearman
 from dtg_core.engine.predict import ImageDetections
 from dtg_core.errors import UserError
 from dtg_core.structures import AnchorGrid, PairBatch, ViewBatch
@@ -226,11 +226,13 @@ KINDS: dict[str, tuple[Color, str]] = {
 
 def guidance_sheet(explained: Explained, pair: PairBatch, class_names: Sequence[str], images: Sequence[int]) -> Image.Image:
     """A line for each image: the teacher's clusters, what the student is told, its ranks, and what sparse guidance changes."""
-    rows = [
-        [_teacher_tile(explained, pair.teacher, image, class_names), _student_tile(explained, pair.student, image),
-         _rank_tile(explained, image), _difference_tile(explained, pair.student, image), _reason_tile(explained, image)]
-        for image in images
-    ]  # fmt: skip
+    rows = []
+    for image in images:
+        found = explained.differences(image)
+        rows.append([
+            _teacher_tile(explained, pair.teacher, image, class_names), _student_tile(explained, pair.student, image),
+            _rank_tile(explained, image), _difference_tile(explained, pair.student, image, found), _reason_tile(found),
+        ])  # fmt: skip
     header = ("teacher: candidates by cluster", "student: targets and samples", "rank by teacher and student",
               "positive samples, dense and sparse", "")  # fmt: skip
     return sheet(rows, header)
@@ -306,27 +308,26 @@ def _rank_tile(explained: Explained, image: int) -> Image.Image:
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colors[number], outline=INK)
         pen.text((left - 20, 12), "teacher", font=font(11), fill=INK)
         pen.text((right + 20, 12), "student", font=font(11), fill=INK, anchor="ra")
-        told = f"\u03c1 = {agreement(teacher, student):+.2f}"  # Spearman's rho
+        told = f"\u03c1 = {spearman(teacher, student):+.2f}"  # Spearman's rho
         pen.text(((left + right) / 2, TILE - 12), told, font=font(12), fill=INK, anchor="ms")
     return page
 
 
-def _difference_tile(explained: Explained, views: ViewBatch, image: int) -> Image.Image:
+def _difference_tile(explained: Explained, views: ViewBatch, image: int, found: Sequence[Difference]) -> Image.Image:
     canvas = _tile(views.pixels[image], views.sizes[image])
     for box in explained.pseudo.boxes[explained.pseudo.image == image]:
         canvas.box(box, PAPER, 2)
     for kind in (BOTH, OTHER_CLASS, SPARSE_ONLY, DENSE_ONLY):
-        for difference in explained.differences(image):
+        for difference in found:
             if difference.kind == kind:
                 _draw_sample(canvas, explained, image, difference.sample, KINDS[kind][0])
     return canvas.image
 
 
-def _reason_tile(explained: Explained, image: int) -> Image.Image:
+def _reason_tile(found: Sequence[Difference]) -> Image.Image:
     """The legend of the difference tile: how many samples of each kind, and why."""
     page = Image.new("RGB", (TILE, TILE), PAPER)
     pen, y = ImageDraw.Draw(page), 6
-    found = explained.differences(image)
     for kind, (color, name) in KINDS.items():
         own = [difference for difference in found if difference.kind == kind]
         if not own and kind == OTHER_CLASS:

@@ -96,12 +96,9 @@ class Recorder:
         ``found`` in it."""
         if self.report is None:
             return
-        folder, training = self.folder.path, self.training
+        folder = self.folder.path
         if evaluated is not None:
-            self._draw("pictures", lambda: save_pictures(
-                folder / "pictures", evaluated, training.teacher, training.module.detector, self.sources, self.config, found,
-                self.accelerator.device, training.thresholds.scores(),
-            ))  # fmt: skip
+            self._draw("pictures", lambda: save_pictures(folder / "pictures", evaluated, self.training, self.sources, found))
         self._draw("report.html", lambda: write_report(folder))
 
     def _draw(self, name: str, action: Callable[[], None]) -> None:

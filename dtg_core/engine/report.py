@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from dtg_core.config import RENAMED, Config
+from dtg_core.config import RENAMED
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
@@ -24,11 +23,11 @@ from dtg_core.drafts import draft_of, write_text
 from dtg_core.engine import evaluate
 from dtg_core.engine.effective import paradigm_of, stage_paradigms
 from dtg_core.engine.explain import explain
+from dtg_core.engine.loop import Training
 from dtg_core.engine.metrics import logged_warnings, read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
 from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
 from dtg_core.engine.predict import ImageDetections
-from dtg_core.protocol import Detector
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted
 
@@ -55,16 +54,14 @@ CAPTIONS = {
 
 @torch.no_grad()
 def save_pictures(
-    folder: Path, step: int, teacher: Detector, student: Detector, sources: Sources, config: Config,
-    found: evaluate.SetDetections | None, device: torch.device, thresholds: Mapping[str, Tensor],
+    folder: Path, step: int, training: Training, sources: Sources, found: evaluate.SetDetections | None
 ) -> None:
     """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, always of the same images.
 
     Args:
-        folder: where the pictures go.
-        teacher, student: the student is in evaluation mode meanwhile.
-        found: the teacher's detections of the validation set, if there is one.
-        thresholds: [C] of the stages that have one for each class.
+        folder: where the pictures go. step: the one that was evaluated.
+        training: of the run; the student is in evaluation mode meanwhile.
+        sources: the run's data. found: the teacher's detections of the validation set, if there is one.
 
     Raises:
         OSError: cannot be written. UserError: an image cannot be read.
@@ -76,9 +73,10 @@ def save_pictures(
         _save(sheet, folder / f"predictions-{step:06}.jpg")
     if sources.unlabeled is None:
         return
+    config, teacher, student = training.config, training.teacher, training.module.detector
     pair = StepData(sources.labeled, sources.unlabeled, config.views, config.run.seed, 1, TAUGHT)[0].unlabeled
     assert pair is not None
-    pair, training = pair.to(device), student.training
+    pair, thresholds, was_training = pair.to(training.accelerator.device), training.thresholds.scores(), student.training
     student.eval()
     try:
         for name in teacher.stages:
@@ -88,7 +86,7 @@ def save_pictures(
                 sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
                 _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
     finally:
-        student.train(training)
+        student.train(was_training)
 
 
 def sample_rows(index: CocoIndex, count: int) -> list[int]:

@@ -36,7 +36,7 @@ def anchor_level(boxes: Tensor, base_size: float, num_levels: int) -> Tensor:
     return octave.round().clamp(0, num_levels - 1).long()
 
 
-def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The anchor with the largest IoU on each box's level: s_i = argmax IoU(t_i, s_j), j in m_i, of Sec. 3.2.
 
     On a regular grid the IoU with an anchor of a fixed shape falls with the distance of the centres in x and in y, so for each
@@ -45,7 +45,7 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) ->
     Args:
         boxes: [T, 4] in the grid's frame. grid: the student's anchors.
         sizes: [T, 2] (height, width) of the view that each box is in; anchors with their centre in the padding next to it are
-            passed over, so that the canvas makes no difference. None: all anchors.
+            passed over, so that the canvas makes no difference.
 
     Returns:
         (row [T] int64 in 0..A-1, iou [T]).
@@ -58,12 +58,9 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor | None = None) ->
     center = (boxes[:, :2] + boxes[:, 2:]) / 2 - first
     # ceil(x - 1/2) rounds ties down, to the anchor that comes first.
     x, y = torch.ceil(center / stride.unsqueeze(1) - 0.5).unbind(1)
-    last_x, last_y = columns - 1, rows - 1
-    if sizes is not None:
-        inside = torch.ceil((sizes.flip(1) - first) / stride.unsqueeze(1)) - 1
-        last_x, last_y = torch.minimum(last_x, inside[:, 0]), torch.minimum(last_y, inside[:, 1])
-    x = torch.minimum(x, last_x).clamp(min=0)
-    y = torch.minimum(y, last_y).clamp(min=0)
+    last_x, last_y = (torch.ceil((sizes.flip(1) - first) / stride.unsqueeze(1)) - 1).unbind(1)
+    x = torch.minimum(x, torch.minimum(last_x, columns - 1)).clamp(min=0)
+    y = torch.minimum(y, torch.minimum(last_y, rows - 1)).clamp(min=0)
     shift = torch.stack((x, y, x, y), 1) * stride.unsqueeze(1)
     iou, shape = paired_iou(boxes.unsqueeze(1), cell + shift.unsqueeze(1)).max(1)
     row = starts[level] + (y.long() * columns + x.long()) * cell.shape[1] + shape

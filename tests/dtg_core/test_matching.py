@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.boxes import paired_iou
-from dtg_core.matching import Matches, assignment, balanced, match
+from dtg_core.matching import Matches, balanced, match, to_assignment
 from dtg_core.structures import Proposals, Targets
 
 
@@ -102,7 +102,7 @@ def test_thresholds_are_met_from_the_positive_one_on_and_below_the_negative_one(
     matches = match(Proposals(boxes, valid), targets, valid, 0.5, 0.25)
     assert matches.positive.tolist() == [[True, False, False, False]]
     assert matches.negative.tolist() == [[False, False, True, False]]
-    found = assignment(matches, targets)
+    found = to_assignment(matches, targets)
     assert (found.image.tolist(), found.sample.tolist(), found.label.tolist()) == ([0], [0], [2])
     assert torch.equal(found.box, targets.boxes)
     for low, lifted in ((0.5, True), (0.51, False)):  # of an object's best sample
@@ -114,7 +114,7 @@ def test_no_objects() -> None:
     matches = match(proposals, targets, proposals.valid, 0.7, 0.3, 0.3)
     assert not matches.positive.any()
     torch.testing.assert_close(matches.negative, proposals.valid)
-    found = assignment(matches, targets)
+    found = to_assignment(matches, targets)
     assert found.box.shape == (0, 4)
     assert found.label.shape == (0,)
 

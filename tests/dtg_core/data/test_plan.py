@@ -106,11 +106,11 @@ def test_seeds_steps_and_slots_differ(labeled: CocoIndex, unlabeled: CocoIndex) 
     assert min(seeds) >= 0
 
 
-def test_shares_of_the_ranks_are_the_whole_batch(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
+def test_parts_are_the_whole_batch(labeled: CocoIndex, unlabeled: CocoIndex) -> None:
     whole = StepData(labeled, unlabeled, VIEWS, 5, 4, 6)
-    ranks = [StepData(labeled, unlabeled, VIEWS, 5, 2, 3, rank, 2) for rank in range(2)]
+    shares = [StepData(labeled, unlabeled, VIEWS, 5, 2, 3, part, 2) for part in range(2)]
     for step in (0, 1, 9):
-        batch, parts = whole[step], [data[step] for data in ranks]
+        batch, parts = whole[step], [data[step] for data in shares]
         assert batch.unlabeled is not None
         for branch in ("labeled", "teacher", "student"):
             one = batch.labeled if branch == "labeled" else getattr(batch.unlabeled, branch)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from pages import stands_alone
 
-from dtg_core.engine.compare import FIGURES, compare, draw_curves, tables, to_html, to_markdown
+from dtg_core.engine.compare import COMPARED, compare, draw_curves, tables, to_html, to_markdown
 from dtg_core.errors import UserError
 from dtg_core.settings_text import to_yaml
 
@@ -38,7 +38,7 @@ def write_run(
     )  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(settings))
-    told = {name: ap + number for number, name in enumerate(FIGURES)} | {"classes": {name: ap for name in classes}}
+    told = {name: ap + number for number, name in enumerate(COMPARED)} | {"classes": {name: ap for name in classes}}
     if step is not None:
         (folder / "results.json").write_text(json.dumps({"step": step, "teacher": told, "student": told, **(made or {})}))
     lines = [{"step": 50, "step_seconds": 0.6, "data_seconds": 0.3}, {"step": 50, "teacher/AP": ap / 2},

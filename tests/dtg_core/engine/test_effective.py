@@ -11,9 +11,9 @@ from conftest import ROOT
 from dtg_core.config import StageRule
 from dtg_core.engine.effective import (
     BATCH,
-    DENSE_ONLY,
+    DENSE_KEYS,
     SILENT,
-    SPARSE_ONLY,
+    SPARSE_KEYS,
     UNLABELED_ONLY,
     UNREAD,
     effective,
@@ -35,9 +35,9 @@ def test_tables_name_settings_that_there_are(names):
 
 
 def test_every_setting_of_a_rule_is_read_by_the_paradigms_that_it_is_for():
-    assert not DENSE_ONLY & SPARSE_ONLY
-    assert StageRule.__dataclass_fields__.keys() - DENSE_ONLY - SPARSE_ONLY == {"paradigm", "tau_rate"}
-    assert StageRule.__dataclass_fields__.keys() >= DENSE_ONLY | SPARSE_ONLY
+    assert not DENSE_KEYS & SPARSE_KEYS
+    assert StageRule.__dataclass_fields__.keys() - DENSE_KEYS - SPARSE_KEYS == {"paradigm", "tau_rate"}
+    assert StageRule.__dataclass_fields__.keys() >= DENSE_KEYS | SPARSE_KEYS
 
 
 def test_a_setting_that_nobody_knows_is_read_by_dense_and_sparse_guidance():

@@ -14,7 +14,7 @@ from dtg_core.config import StageRule, ViewsConfig
 from dtg_core.data.coco import load_coco
 from dtg_core.data.shapes import make_shapes
 from dtg_core.engine import pictures
-from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Tally, agreement, explain, objects_in, tally
+from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Explained, Tally, explain, objects_in, spearman, tally
 from dtg_core.engine.pictures import draw_found, guidance_sheet, views_sheet
 from dtg_core.engine.predict import ImageDetections
 from dtg_core.guidance import teach
@@ -131,10 +131,10 @@ def test_best_teacher_score_of_a_student_sample():
 
 def test_agreement():
     scores = torch.tensor([0.9, 0.5, 0.7, 0.1])
-    assert agreement(scores, scores * 2 - 3) == pytest.approx(1)
-    assert agreement(scores, -scores) == pytest.approx(-1)
-    assert agreement(torch.tensor([3.0, 2, 1]), torch.tensor([2.0, 3, 1])) == pytest.approx(0.5)  # 1 - 6 * 2 / 24
-    assert agreement(scores[:1], scores[:1]) == 0
+    assert spearman(scores, scores * 2 - 3) == pytest.approx(1)
+    assert spearman(scores, -scores) == pytest.approx(-1)
+    assert spearman(torch.tensor([3.0, 2, 1]), torch.tensor([2.0, 3, 1])) == pytest.approx(0.5)  # 1 - 6 * 2 / 24
+    assert spearman(scores[:1], scores[:1]) == 0
 
 
 def test_tally_counts_each_object_once():
@@ -190,9 +190,12 @@ def test_objects_follow_their_view(shapes):
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 @pytest.mark.parametrize("tau", [None, 0.9999], ids=["some", "no candidate"])
-def test_guidance_sheet(name, stage, tau):
+def test_guidance_sheet(name, stage, tau, monkeypatch):
     _, _, pair, _, explained = case(name, stage, tau)
+    compared, differences = [], Explained.differences
+    monkeypatch.setattr(Explained, "differences", lambda own, image: compared.append(image) or differences(own, image))
     picture = guidance_sheet(explained, pair, ["a", "b", "c"], range(2))
+    assert compared == [0, 1]  # which is slow, so once for each image
     assert picture.width > picture.height
     assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
 

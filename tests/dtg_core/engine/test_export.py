@@ -20,7 +20,7 @@ from dtg_core import load_detector
 from dtg_core.boxes import grouped_nms
 from dtg_core.config import ViewsConfig
 from dtg_core.engine import export as exporting
-from dtg_core.engine.export import Difference, difference, on_canvas
+from dtg_core.engine.export import Deviation, difference, on_canvas
 from dtg_core.errors import UserError
 
 sys.path[:0] = [str(ROOT / "scripts")]
@@ -195,15 +195,15 @@ def test_difference_with_a_pencil():
     assert worst.boxes == 0.25
     assert worst.scores == pytest.approx(0.1)
     assert not worst.accepted
-    assert difference(one, one) == Difference(0, 0)
-    infinite = Difference(math.inf, math.inf)
+    assert difference(one, one) == Deviation(0, 0)
+    infinite = Deviation(math.inf, math.inf)
     assert difference(one, tuple(part[:1] for part in one)) == infinite
     assert difference(one, (*one[:2], torch.tensor([0, 0]))).boxes == math.inf  # nothing of that class
     twice = tuple(part[[0, 0]] for part in (one[0], one[1], torch.zeros(2, dtype=torch.int64)))
     assert difference(twice, (*one[:2], torch.tensor([0, 0]))).boxes == 5  # one that is found too much is no match
     empty = tuple(part[:0] for part in one)
     assert difference(empty, empty).accepted
-    nan = Difference(math.nan, 0)
+    nan = Deviation(math.nan, 0)
     assert not nan.accepted
 
 

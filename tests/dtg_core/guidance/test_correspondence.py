@@ -43,7 +43,7 @@ def test_anchor_level_clamps_and_takes_flat_boxes():
 def test_best_anchor_equals_brute_force():
     grid = rpn_grid(224, 320)
     boxes = random_boxes(10_000, 224, 320)
-    row, iou = best_anchor(boxes, grid)
+    row, iou = best_anchor(boxes, grid, torch.tensor([224.0, 320.0]).expand(len(boxes), 2))
     expected = best_anchor_by_force(boxes, grid, 32.0).float()
     torch.testing.assert_close(iou, expected, rtol=1e-4, atol=2e-6)
     torch.testing.assert_close(paired_iou(boxes, grid.anchors[row]), iou)
@@ -52,13 +52,13 @@ def test_best_anchor_equals_brute_force():
 
 def test_every_anchor_of_a_full_canvas_finds_itself():
     grid = rpn_grid(800, 1344)
-    row, iou = best_anchor(grid.anchors, grid)
+    row, iou = best_anchor(grid.anchors, grid, torch.tensor([800.0, 1344.0]).expand(grid.num_samples, 2))
     assert torch.equal(row, torch.arange(grid.num_samples))
     assert iou.min() > 1 - 1e-5
 
 
 def test_best_anchor_of_nothing():
-    row, iou = best_anchor(torch.zeros(0, 4), rpn_grid(64, 64))
+    row, iou = best_anchor(torch.zeros(0, 4), rpn_grid(64, 64), torch.zeros(0, 2))
     assert row.shape == iou.shape == (0,)
 
 
