@@ -35,8 +35,8 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
         paths: files, folders and patterns. output: files under it are not input. suffixes: of the files to take in folders.
 
     Raises:
-        UserError: nothing is found under a path, or ``output`` is an input folder or holds one. A folder without images
-            only gives a warning if other paths have some.
+        UserError: nothing is found under a path, it is a JSON, or ``output`` is an input folder or holds one. A folder without
+            images only gives a warning if other paths have some.
     """
     report = Report()
     target = os.path.realpath(output)
@@ -47,6 +47,8 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
         root = _root_of(path)
         if os.path.isdir(path):
             found = [os.path.join(path, name) for name in list_images(Path(path), report, suffixes)]
+        elif path.lower().endswith(".json") and os.path.isfile(path):
+            raise UserError(f"{path}: a JSON, not an image - give its images, or their folder")
         elif os.path.exists(path):
             found = [path]
         else:

@@ -35,6 +35,12 @@ def test_files_folders_and_patterns(photos, tmp_path, monkeypatch):
         find(["*.gif"], out)
 
 
+def test_a_json_is_no_image(photos, tmp_path):
+    (tmp_path / "own.json").write_text("{}")
+    with pytest.raises(UserError, match=r"own\.json: a JSON, not an image - give its images, or their folder"):
+        find_images([str(photos), str(tmp_path / "own.json")], tmp_path / "out", IMAGE_SUFFIXES)
+
+
 def test_empty_folders_beside_others_give_a_warning(photos, tmp_path, capsys):
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").touch()
