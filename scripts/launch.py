@@ -21,6 +21,9 @@ def start_accelerator(accumulate: int) -> Accelerator:
     import torch
     from accelerate import Accelerator
 
+    if torch.distributed.is_available():
+        import torch.distributed.nn  # before there is a process group, which the defaults of its functions would hold for ever
+
     atexit.register(_leave_process_group)
     if not torch.accelerator.is_available() or torch.cuda.is_available():
         check_devices(os.environ, torch.cuda.device_count())

@@ -207,8 +207,9 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 
 
 def lines(output: Path, times: bool = False) -> list[dict[str, Any]]:
-    """metrics.jsonl, without what a clock has measured."""
+    """metrics.jsonl without warnings and what a clock has measured."""
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in found if "warning" not in line]
     return [{key: value for key, value in line.items() if times or key not in TIMES} for line in found]
 
 

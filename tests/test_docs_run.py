@@ -42,6 +42,7 @@ RUNS = {  # folder in runs/: flags of its training
     "gfl-dense-seed0": "--paradigm dense", "gfl-sparse-seed0": "--paradigm sparse", "screen": "--paradigm supervised",
     "screen-rcnn": "--paradigm supervised --detector faster_rcnn",
     "gfl-supervised-own-seed0": f"--paradigm supervised {OWN}",
+    "gfl-dense-own-seed0": f"--paradigm dense {OWN} --unlabeled folder",
     "bccd/runs/gfl-supervised-adaptive-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
     "bccd/runs/faster_rcnn-supervised-adaptive-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",
 }  # fmt: skip

@@ -579,7 +579,7 @@ def test_the_runs_data_are_looked_for_where_it_was_trained(tmp_path, monkeypatch
             main([*flags, *more])
         assert str(caught.value) == problem.format("unlabeled=folder", ", or give --unlabeled")
         with pytest.raises(UserError, match=r"own\.json: .*(JSON|empty)"):  # --unlabeled is taken
-            main([*flags, *more, "--unlabeled", str(tmp_path)])
+            main([*flags, *more, "--unlabeled", str(run)])
 
 
 def test_sheets_do_not_lie_among_unlabelled_images(tmp_path):

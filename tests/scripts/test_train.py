@@ -179,10 +179,10 @@ def test_a_mistake_found_by_a_loader_worker_is_one_line(data: TinyData, tmp_path
         from dtg_core.data.index import CocoIndex
         from dtg_core.errors import UserError
 
-        def unreadable(self: CocoIndex, row: int) -> None:
+        def unreadable(self: CocoIndex, row: int, **more: Any) -> None:
             raise UserError(f"{row}.png: cannot be read - fix it")
 
-        CocoIndex.image = unreadable  # type: ignore[assignment,method-assign]
+        CocoIndex.decoded = unreadable  # type: ignore[assignment,method-assign]
 
     ended = run(command(data, "gfl", tmp_path / "run", f"data.workers={workers}"), tmp_path / "logs", prepare=prepare)
     assert ended.status == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from runs import TinyData, command, lines, run
+from runs import TinyData, command, run
 
 from dtg_core.config import GuidanceConfig, RunConfig
 from dtg_core.engine.metrics import MetricsWriter, RunReport, _number, read_metrics
@@ -225,7 +225,7 @@ def test_the_histogram_is_of_the_run_itself(tmp_path: Path) -> None:
         assert ended.status == 0, ended.err
         for stage in stages:
             assert ended.err.count(f"warning: the teacher's {stage} has found nothing") == 1
-            logged = [line["warning"] for line in lines(tmp_path / name) if "warning" in line]
+            logged = [line["warning"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "warning" in line]
             assert sum(text.startswith(f"the teacher's {stage} has found nothing") for text in logged) == 1
         assert "by tenths: 0.0: " in ended.err or "by tenths: 0.4: " in ended.err, ended.err
 
