@@ -43,8 +43,8 @@ RUNS = {  # folder in runs/: flags of its training
     "screen-rcnn": "--paradigm supervised --detector faster_rcnn",
     "gfl-supervised-own-seed0": f"--paradigm supervised {OWN}",
     "gfl-dense-own-seed0": f"--paradigm dense {OWN} --unlabeled folder",
-    "bccd/runs/gfl-supervised-adaptive-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
-    "bccd/runs/faster_rcnn-supervised-adaptive-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",
+    "bccd_coarse/runs/gfl-supervised-adaptive-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
+    "bccd_coarse/runs/faster_rcnn-supervised-adaptive-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",
 }  # fmt: skip
 RUN_HERE = [command for _, command in COMMANDS if not SKIPPED.match(command)]
 RUN_HERE += [command for _, command in INLINE if re.match(r"\S+ torchrun|python scripts/make_splits", command)]
@@ -85,7 +85,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, flags in RUNS.items():
         made = in_fork(f"scripts/train.py --detector gfl {flags} --output runs/{name}", folder, folder / "logs")
         assert made.status == 0, made.err
-    shutil.copytree(folder / "splits", folder / "runs/bccd/splits")
+    shutil.copytree(folder / "splits", folder / "runs/bccd_coarse/splits")
     return folder
 
 
