@@ -13,12 +13,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from command_line import Parser, main_guard, one_of
 from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
+
+if TYPE_CHECKING:
+    from dtg_core.config import DataRules
+    from dtg_core.data.report import Report
 
 
 def parser() -> Parser:
@@ -40,7 +45,6 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    from dtg_core.data.coco import load_coco
     from dtg_core.data.files import no_folder
     from dtg_core.data.importers import import_voc, import_yolo
     from dtg_core.data.report import Report
@@ -60,20 +64,30 @@ def main(argv: Sequence[str]) -> int:
     else:
         content = import_voc(arguments.images, arguments.labels, report, arguments.zero_based, arguments.names,
                              arguments.only_labeled, rules)  # fmt: skip
-    with writing(arguments.output), draft_of(arguments.output) as draft:
+    print(write_checked(content, arguments.images, arguments.output, rules, report))
+    return 0
+
+
+def write_checked(content: dict[str, Any], images: Path, output: Path, rules: DataRules, report: Report) -> str:
+    """Write a COCO content, if it is sound as a data set with the folder of its ``images``, and tell what is odd.
+
+    Returns what it holds, for the terminal. Raises UserError as ``load_coco`` does, and if the file cannot be written.
+    """
+    from dtg_core.data.coco import load_coco
+
+    with writing(output), draft_of(output) as draft:
         def told(line: str) -> str:
-            return line.replace(str(draft), str(arguments.output))
+            return line.replace(str(draft), str(output))
 
         draft.write_text(json.dumps(content), encoding="utf-8")
         try:
-            index = load_coco(draft, arguments.images, rules=rules, report=report)
+            index = load_coco(draft, images, rules=rules, report=report)
         except UserError as error:
             raise UserError(told(str(error))) from error
     for line in report.lines():
         print(f"warning: {told(line)}", file=sys.stderr)
-    print(f"{arguments.output}: {counted(len(index), 'image')}, {counted(len(index.boxes), 'box', 'boxes')} of "
-          f"{counted(len(index.class_names), 'class', 'classes')}")
-    return 0
+    return (f"{output}: {counted(len(index), 'image')}, {counted(len(index.boxes), 'box', 'boxes')} of "
+            f"{counted(len(index.class_names), 'class', 'classes')}")
 
 
 if __name__ == "__main__":

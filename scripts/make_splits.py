@@ -59,7 +59,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     _check_flags(arguments)
-    arguments.protocol = arguments.protocol or PROTOCOLS[0]
+    arguments.protocol, arguments.val_seed = arguments.protocol or PROTOCOLS[0], arguments.val_seed or 0
     folds, rules = _folds(arguments.folds or "1-5"), rules_of(arguments)
     whole = ["val.json", *(["labeled.json"] if not _names(arguments) else [])] if arguments.val else []
     files = [f"fold{fold}_{name}_{part}.json" for name in _names(arguments) for fold in folds for part in PARTS]
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     names = [category["name"] for category in content["categories"]]
     contents: dict[str, Any] = {}  # by file name
     if arguments.val:
-        held, rest = _hold_out(groups, arguments.val, arguments.val_seed or 0)
+        held, rest = _hold_out(groups, arguments.val, arguments.val_seed)
         _look_at_classes(names, counts[held], counts[rest])
         contents["val.json"], content = _labeled(content, held), _labeled(content, rest)
         if not _names(arguments):
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         "sha256": sha256(arguments.annotations),
         "images": len(images),
         "set_aside": arguments.val,
-        "val_seed": arguments.val_seed,
+        "val_seed": arguments.val_seed if arguments.val else None,
         "protocol": arguments.protocol,
         "min_per_class": arguments.min_per_class,
         "group_by": arguments.group_by,
@@ -142,6 +142,8 @@ def _check_flags(arguments: argparse.Namespace) -> None:
                         "give each share once")
     if arguments.count and arguments.percent:
         raise UserError("--percent and --count: they say the same in two ways - give one of them")
+    if arguments.val_seed is not None and not arguments.val:
+        raise UserError("--val-seed: it is of the draw of --val - give both, or leave it out")
     if arguments.protocol == "ubteacher":
         if arguments.indices is None or arguments.count or arguments.group_by or arguments.val:
             raise UserError("--protocol ubteacher: it takes its images from --indices FILE by --percent - give these two, "
@@ -150,8 +152,6 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         remedy = "give another --val-seed for another draw" if odd == "folds" else "leave it out"
         raise UserError(f"--{odd.replace('_', '-')}: it is of labelled shares, and --val alone makes none - add --percent or "
                         f"--count, or {remedy}")
-    elif arguments.val_seed is not None and not arguments.val:
-        raise UserError("--val-seed: it is of the draw of --val - give both, or leave it out")
     elif arguments.indices is not None:
         raise UserError("--indices: belongs to --protocol ubteacher - leave one of the two out")
 

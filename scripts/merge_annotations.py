@@ -7,16 +7,14 @@
 """
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import Parser, main_guard
+from import_annotations import write_checked
 from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
-from dtg_core.drafts import draft_of, writing
 from dtg_core.errors import UserError, counted
 
 
@@ -44,23 +42,15 @@ def main(argv: Sequence[str]) -> int:
     rules = rules_of(arguments)
     require_new([arguments.output], arguments.overwrite, inputs=files)
 
-    from dtg_core.data.coco import load_coco, parse_coco
+    from dtg_core.data.coco import parse_coco
     from dtg_core.data.merge import merged
     from dtg_core.data.report import Report
 
-    report, folders = Report(), folders * (len(files) if len(folders) == 1 else 1)
-    for file, folder in zip(files, folders):
-        load_coco(file, folder, rules=rules, report=report)  # with its images
-    root = Path(os.path.commonpath([os.path.realpath(folder) for folder in folders]))
+    real = [os.path.realpath(folder) for folder in (folders * len(files) if len(folders) == 1 else folders)]
+    root, report = Path(os.path.commonpath(real)), Report()
     contents = {str(file): parse_coco(file, rules)[0] for file in files}
-    content = merged(contents, [os.path.relpath(os.path.realpath(folder), root) for folder in folders], report)
-    with writing(arguments.output), draft_of(arguments.output) as draft:
-        draft.write_text(json.dumps(content), encoding="utf-8")
-    for line in report.lines():
-        print(f"warning: {line}", file=sys.stderr)
-    counts = [len(content[kind]) for kind in ("images", "annotations", "categories")]
-    print(f"{arguments.output}: {counted(counts[0], 'image')}, {counted(counts[1], 'box', 'boxes')} of "
-          f"{counted(counts[2], 'class', 'classes')}, for --images {os.path.relpath(root)}")
+    content = merged(contents, [os.path.relpath(folder, root) for folder in real], report)
+    print(f"{write_checked(content, root, arguments.output, rules, report)}, for --images {os.path.relpath(root)}")
     return 0
 
 

@@ -50,6 +50,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
 
+    from dtg_core.data.inputs import require_apart
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.explain import explain, objects_in, tally
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     stages = stages_of(teacher, arguments.stage)
     require_new((arguments.output / f"{name}.png" for name in stages), arguments.overwrite)
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
-    _require_apart(arguments.output, config.unlabeled)
+    require_apart([config.unlabeled] if config.unlabeled else [], arguments.output)
     sources = open_sources(config, False)
     assert sources.unlabeled is not None
     images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
@@ -105,15 +106,6 @@ def main(argv: Sequence[str]) -> int:
                 if kind != "clusters" or score >= rule.tau:  # below tau there are none
                     print(line(f"{name}, {kind} over {score:g}", count))
     return 0
-
-
-def _require_apart(output: Path, unlabeled: str | None) -> None:
-    """UserError if the sheets would lie in a folder of unlabelled images, of which training would then take them for one."""
-    if unlabeled is not None and os.path.isdir(unlabeled):
-        target, root = os.path.realpath(output), os.path.realpath(unlabeled)
-        if os.path.commonpath((target, root)) == root:
-            raise UserError(f"--output {output}: lies in the unlabelled images' folder {unlabeled}, and training would take the "
-                            "sheets for photos - give an --output beside it")
 
 
 def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:

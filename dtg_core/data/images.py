@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,7 +79,7 @@ def decode(
         stored = image.height, image.width
         if wanted is not None and image.mode in ("RGB", "L"):
             height, width = wanted(*stored)
-            image.draft(None, (math.ceil(GAP * width), math.ceil(GAP * height)))  # of other formats than JPEG: no effect
+            image.draft(None, (GAP * width, GAP * height))  # of other formats than JPEG: no effect
         if rules.truncated == "use":
             ImageFile.LOAD_TRUNCATED_IMAGES = True  # Pillow has no other way; it holds for the whole process
         try:

@@ -24,7 +24,7 @@ def require_apart(paths: Sequence[str], output: Path) -> None:
         if os.path.isdir(path) or "**" in path:
             root = _root_of(path)
             real = os.path.realpath(root)
-            if real != target and os.path.commonpath((real, target)) == real:
+            if os.path.commonpath((real, target)) == real:
                 raise UserError(f"--output {output}: lies in the images' folder {root} - give an --output beside it")
 
 

@@ -32,7 +32,6 @@ PRECISION = "mixed_precision"
 SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
-PATHS = (LABELED, UNLABELED, "data.val", "data.images", "data.val_images", "data.unlabeled_images", "run.init")
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
 _FOLD = re.compile(r"(?<=(?<![a-z])fold)[-_]?\d+|(?<=\.)\d+(?=@)", re.IGNORECASE)
 
@@ -131,7 +130,6 @@ def read_run(path: Path) -> Run:
     """A run folder's settings, results and curve. Raises UserError unless it is finished and evaluated."""
     config, results = _read(path / "config.yaml", path), _read(path / "results.json", path)
     told = dotted(plain_yaml(config, str(path / "config.yaml"), RENAMED))
-    told |= {key: os.path.normpath(told[key]) for key in PATHS if told.get(key)}  # of versions that kept them as they were given
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]

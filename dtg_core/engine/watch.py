@@ -76,8 +76,8 @@ class Watch:
         warnings = []
         for stage, limits in scores.items():
             names = self.classes if len(limits) == len(self.classes) else ("objects",)
-            sunk = [name for name, limit in zip(names, limits) if limit < 1.01 * LOWEST]
-            sunk = [name for name in sunk if f"sunk/{stage}/{name}" not in self.told]
+            low = (name for name, limit in zip(names, limits) if limit < 1.01 * LOWEST)
+            sunk = [name for name in low if f"sunk/{stage}/{name}" not in self.told]
             if sunk and getattr(self.guidance.stages[stage], self._key(stage)) > LOWEST:  # otherwise it has begun there
                 self.told += [f"sunk/{stage}/{name}" for name in sunk]
                 named = ", ".join(sunk[:NAMED] + ["..."] * (len(sunk) > NAMED))

@@ -453,6 +453,13 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
             load_detector(run_folder(tmp_path / "run", **metadata))
 
 
+def test_spellings_of_a_path_are_one() -> None:
+    """Otherwise compare.py would take the runs for those of other data."""
+    first = settings_of("--detector", "gfl", "--labeled", "a/b.json", "--images", "photos", "--unlabeled", "c")[0]
+    other = settings_of("--detector", "gfl", "--labeled", "./a//b.json", "--images", "photos/", "--set", "data.unlabeled=./c/")[0]
+    assert first == other
+
+
 def test_a_flag_that_is_given_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     parse = train_parser().parse
     assert parse(["--labeled", "a.json", "--labeled=b.json", "--set", "a=1", "--set", "b=2"]).labeled == "b.json"

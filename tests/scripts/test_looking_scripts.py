@@ -588,7 +588,7 @@ def test_sheets_do_not_lie_among_unlabelled_images(tmp_path):
     labeled, photos = write_coco(tmp_path / "labeled", 2, 0), write_coco(tmp_path / "photos", 2, 1).parent
     run = write_weights(tmp_path / "run", settings=replace(settings, data=replace(settings.data, labeled=str(labeled), unlabeled=str(photos))))
     for output in (photos, photos / "sheets"):
-        with pytest.raises(UserError, match=f"--output {output}: lies in the unlabelled images' folder {photos}, "):
+        with pytest.raises(UserError, match=f"--output {output}: lies in the images' folder {photos} - give an --output beside it"):
             show_guidance.main([str(run), "--output", str(output), "--device", "cpu"])
 
 
