@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dtg_core.engine.schedules import scale_lr
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,8 +74,6 @@ def _leave_process_group() -> None:
 
 def fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bool) -> RunSettings:
     """The settings with what the launcher decides: its micro-batches override ours, and --scale-lr needs to know them."""
-    from dtg_core.engine.schedules import scale_lr
-
     settings = replace(settings, optim=replace(settings.optim, accumulate=accelerator.gradient_accumulation_steps))
     accelerator.gradient_accumulation_steps = 1  # train_step does the division itself, and exactly
     if scale:

@@ -21,6 +21,7 @@ from read_settings import build_detector, is_supervised, load_settings, train_pa
 
 from dtg_core.config import without_weights
 from dtg_core.drafts import require_writable
+from dtg_core.engine.schedules import batch_remarks, global_batch
 from dtg_core.errors import UserError, counted
 from dtg_core.settings_text import to_yaml
 
@@ -45,9 +46,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     accelerator = start_accelerator(settings.optim.accumulate)
+    settings = fit_to_processes(settings, accelerator, arguments.scale_lr)
+    if not arguments.scale_lr:
+        remarks += batch_remarks(settings, accelerator.num_processes)
     if accelerator.is_main_process:
         _warn(remarks)
-    settings = fit_to_processes(settings, accelerator, arguments.scale_lr)
 
     import torch
 
@@ -173,8 +176,6 @@ def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[D
 
 def _size(settings: RunSettings, processes: int) -> str:
     """What the launcher has made of the run, such as "2 processes, 4 labelled and 8 unlabelled images a step"."""
-    from dtg_core.engine.schedules import global_batch
-
     labeled, unlabeled = global_batch(settings, processes)
     others = "" if is_supervised(settings) else f" and {unlabeled} unlabelled"
     return f"{counted(processes, 'process', 'processes')}, {labeled} labelled{others} images a step"

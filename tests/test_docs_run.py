@@ -1,7 +1,7 @@
 """The commands of README and docs, run: with small networks and a few steps, on stand-ins for the data that they speak of.
 
 Each runs in a folder of its own that has the places of the pages: ``configs``, ``own.json``, ``photos``, a miniature COCO, finished
-runs. What is added to a command to make it short is in ``SHORT``. Installations, and what needs several GPUs, are not here.
+runs. What is added to a command to make it short is in ``SHORT``; the launcher in front of it is left out. Installations are not here.
 """
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ SHORT = {
     "retinanet.py": ["run.steps=2", "run.log_every=1", *SMALL, *FEW],
 }
 BEFORE = {"try_backbones.py": ["test_resnet", "--steps", "2"]}
-#: Installations, what other tests run, and several GPUs.
-SKIPPED = re.compile(r"(.*/)?(pip|python3?) (-m|install)|pdoc |.*multi_gpu")
+#: Installations, and what other tests run.
+SKIPPED = re.compile(r"(.*/)?(pip|python3?) (-m|install)|pdoc ")
 OWN, BCCD = "--labeled own.json --images photos/ --val val.json", "--labeled splits/fold1_10_labeled.json --images data/bccd/images"
 RUNS = {  # folder in runs/: flags of its training
     "gfl-dense-seed0": "--paradigm dense", "gfl-sparse-seed0": "--paradigm sparse", "screen": "--paradigm supervised",
     "screen-rcnn": "--paradigm supervised --detector faster_rcnn",
-    "gfl-supervised-own-seed0": f"--paradigm supervised {OWN}",
-    "gfl-dense-own-seed0": f"--paradigm dense {OWN} --unlabeled folder",
+    "faster_rcnn-supervised-own-seed0": f"--paradigm supervised --detector faster_rcnn {OWN}",
+    "faster_rcnn-dense-own-seed0": f"--paradigm dense --detector faster_rcnn {OWN} --unlabeled folder",
     "bccd_coarse/runs/gfl-supervised-adaptive-10percent-fold1-seed0": f"--paradigm supervised {BCCD}",
     "bccd_coarse/runs/faster_rcnn-supervised-adaptive-10percent-fold4-seed0": f"--paradigm supervised --detector faster_rcnn {BCCD}",
 }  # fmt: skip

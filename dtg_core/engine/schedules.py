@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dtg_core.config import Config, GuidanceConfig, OptimConfig
+from dtg_core.errors import counted
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -25,6 +26,17 @@ def global_batch(config: Config, processes: int) -> tuple[int, int]:
     """Labelled and unlabelled images of a step over all processes and micro-batches."""
     parts = processes * config.optim.accumulate
     return config.data.labeled_per_device * parts, config.data.unlabeled_per_device * parts
+
+
+def batch_remarks(config: Config, processes: int) -> list[str]:
+    """A warning if a step has less than half, or more than twice, as many images as lr is meant for."""
+    optim, images = config.optim, sum(global_batch(config, processes))
+    if optim.reference_batch / 2 <= images <= optim.reference_batch * 2:
+        return []
+    more, left = divmod(optim.reference_batch * optim.accumulate, images)
+    same = "" if left or not more else f" or optim.accumulate={more}"
+    return [f"a step has {counted(images, 'image')}, and optim.lr is meant for {optim.reference_batch} - add --scale-lr{same}, or "
+            f"set optim.reference_batch={images} if it was chosen for that"]
 
 
 def scale_lr(config: Config, processes: int) -> OptimConfig:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dtg_core.config import Config, DataConfig, GuidanceConfig, OptimConfig
-from dtg_core.engine.schedules import global_batch, learning_rate, scale_lr, unlabeled_weight
+from dtg_core.engine.schedules import batch_remarks, global_batch, learning_rate, scale_lr, unlabeled_weight
 
 
 def test_learning_rate() -> None:
@@ -32,3 +32,14 @@ def test_learning_rate_scales_with_the_images_of_a_step() -> None:
     twice = replace(config, optim=replace(config.optim, accumulate=2))
     assert global_batch(twice, 8) == (16, 64)
     assert scale_lr(twice, 8).lr == pytest.approx(0.02)
+
+
+def test_a_batch_that_lr_is_not_meant_for_is_told() -> None:
+    config = Config(data=DataConfig(labeled_per_device=1, unlabeled_per_device=4), optim=OptimConfig(reference_batch=40))
+    assert batch_remarks(config, 8) == batch_remarks(config, 4) == batch_remarks(config, 16) == []
+    assert batch_remarks(replace(config, optim=replace(config.optim, accumulate=8)), 1) == []
+    told = "a step has {} images, and optim.lr is meant for 40 - add --scale-lr{}, or set optim.reference_batch={} if it was chosen for that"
+    assert batch_remarks(config, 1) == [told.format(5, " or optim.accumulate=8", 5)]
+    assert batch_remarks(config, 3) == [told.format(15, "", 15)]  # no whole number of parts gives 40
+    assert batch_remarks(replace(config, optim=replace(config.optim, accumulate=2)), 1) == [told.format(10, " or optim.accumulate=8", 10)]
+    assert batch_remarks(config, 17) == [told.format(85, "", 85)]
