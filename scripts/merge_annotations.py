@@ -42,13 +42,17 @@ def main(argv: Sequence[str]) -> int:
     rules = rules_of(arguments)
     require_new([arguments.output], arguments.overwrite, inputs=files)
 
-    from dtg_core.data.coco import parse_coco
+    from dtg_core.data.coco import OF_NO_CATEGORY, OF_NO_IMAGE, parse_coco
     from dtg_core.data.merge import merged
     from dtg_core.data.report import Report
 
     real = [os.path.realpath(folder) for folder in (folders * len(files) if len(folders) == 1 else folders)]
     root, report = Path(os.path.commonpath(real)), Report()
-    contents = {str(file): parse_coco(file, rules)[0] for file in files}
+    contents = {}
+    for file in files:
+        contents[str(file)], _ = parse_coco(file, rules, found := Report())
+        for kind in (OF_NO_IMAGE, OF_NO_CATEGORY):  # what is odd otherwise is also in the merged file, and told of that
+            report.take(found, file, kind)
     content = merged(contents, [os.path.relpath(folder, root) for folder in real], report)
     print(f"{write_checked(content, root, arguments.output, rules, report)}, for --images {os.path.relpath(root)}")
     return 0

@@ -31,7 +31,7 @@ from dtg_core.data.files import (
 )
 from dtg_core.data.images import image_size
 from dtg_core.data.index import CocoIndex, starts, subset, unlabeled_index
-from dtg_core.data.report import Report, singular
+from dtg_core.data.report import Report
 from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
 
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 #: Labelling tools list every image of a job, also those that nobody has come to yet.
 EMPTY = "images have no annotation and are used as background - if not labelled yet, take them out of the file"
+LEFT_OUT = "are left out"
+OF_NO_IMAGE = f"annotations of images that it does not list {LEFT_OUT}"
+OF_NO_CATEGORY = f"annotations of categories that it does not list {LEFT_OUT}"
 SAMPLE = 100  # images of a file whose real sizes are checked; checking all may take minutes
 NEARLY_ALL = 0.95  # of a file's boxes, for a guess at their format
 LARGEST = 1e9  # px; larger numbers are not coordinates
@@ -94,17 +97,18 @@ def parse_coco(json_path: Path, rules: DataRules | None = None, report: Report |
     collects what is odd.
 
     Returns:
-        The file's content without polygons and without annotations of unknown images; and [images, C] int64, the numbers of
-        usable boxes that are not crowds, with classes in the order of "categories".
+        The file's content without polygons and without annotations of unknown images and categories; and [images, C] int64,
+        the numbers of usable boxes that are not crowds, with classes in the order of "categories".
     """
     rules, notes = rules or DataRules(), Report() if report is None else report
     content, ids, names = _listed(json_path, rules, notes)
     bare = unlabeled_index(json_path.parent, names, ids, rules)
     index = _with_objects(bare, content, np.ones(len(names), bool), json_path, notes)
     rows = _matched(content["annotations"], "image_id", ids, json_path)
+    labels = _matched(content["annotations"], "category_id", index.category_ids, json_path)
     known = [
         {key: value for key, value in annotation.items() if key not in (FROM_POLYGON, FROM_MASK)}
-        for annotation, row in zip(content["annotations"], rows.tolist()) if row >= 0
+        for annotation, row, label in zip(content["annotations"], rows.tolist(), labels.tolist()) if row >= 0 and label >= 0
     ]
     image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     counts = np.zeros((len(index), len(index.class_names)), np.int64)
@@ -137,45 +141,89 @@ def _with_objects(
     annotations = _list_of(content, "annotations", path)
     class_names, category_ids = _classes(_list_of(content, "categories", path), path, report)
     frame = _frame(index, content["images"], missing, path, report)
-    sizes = frame.sizes
-
     rows = _matched(annotations, "image_id", index.image_ids, path)
     labels = _matched(annotations, "category_id", category_ids, path)
-    if any(FROM_MASK in annotation for annotation in annotations):
-        number = next(number for number, annotation in enumerate(annotations) if FROM_MASK in annotation)
-        raise UserError(f"{path}: annotations[{number}] has a mask (RLE) but no bbox - write its box, e.g. by pycocotools' "
-                        "toBbox")
     crowd = np.array([1 in _flags(annotation) for annotation in annotations], bool)
-    boxes = np.array([_numbers(annotation.get("bbox")) for annotation in annotations], np.float64).reshape(-1, 4)
-    unknown = (rows < 0) | (labels < 0)
-    broken = ~(np.abs(boxes) < LARGEST).all(1)  # True for NaN
-    boxes[broken] = math.nan
+    judged = _judged(annotations, rows, labels, frame, index.rules, path)
+    kept, copies, contested = _without_copies(np.nonzero(judged.good)[0], rows, labels, crowd, judged.boxes)
+    _tell(annotations, judged, copies, contested, path, report)
+    _require_usable(judged, index.rules, path)
+
+    order = kept[np.argsort(rows[kept], kind="stable")]
+    classes = np.bincount(labels[order][~crowd[order]], minlength=len(class_names))
+    report.add(path, "classes have no box", (class_names[label] for label in np.nonzero(classes == 0)[0]))
+    empty = np.bincount(rows[rows >= 0], minlength=len(index)) == 0
+    report.add(path, EMPTY, (index.file_names[int(row)] for row in np.nonzero(empty)[0]))
+    return replace(
+        index,
+        sizes=frame.sizes,
+        as_stored=frame.as_stored,
+        scale=frame.scale[:, :2] if (frame.scale != 1).any() else None,
+        boxes=judged.boxes[order].astype(np.float32),
+        labels=labels[order],
+        box_start=starts(np.bincount(rows[order], minlength=len(index))),
+        crowd=crowd[order],
+        class_names=class_names,
+        category_ids=category_ids,
+        areas=_areas(annotations, judged.boxes, frame.scale[rows, :2].prod(1))[order] if index.rules.use_json_area else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What becomes of each annotation of a file; masks are [B] bool."""
+
+    boxes: np.ndarray  # [B, 4] float64, corners within the image
+    good: np.ndarray  # mask of those to use, copies among them
+    faults: dict[str, np.ndarray]  # masks of those that cannot be used, by kind; each ends in LEFT_OUT
+    repairs: dict[str, np.ndarray]  # masks of what is too small, and of what is changed, by kind
+
+
+def _judged(
+    annotations: list[dict[str, Any]], rows: np.ndarray, labels: np.ndarray, frame: _Frame, rules: DataRules, path: Path
+) -> _Judged:
+    """Judge annotations by their images ``rows`` and classes ``labels``, both [B] int64 with -1 for unknown ones."""
+    boxes, sizes = _written(annotations, path), frame.sizes[rows]
+    unknown, broken = (rows < 0) | (labels < 0), np.isnan(boxes[:, 0])
     usable = ~unknown & ~broken
-    boxes *= frame.scale[rows]
     # Also for unknown images, so that what an annotation is counted as does not depend on the order of the checks.
-    boxes = _corners(boxes, sizes[rows], usable & (sizes[rows] > 0).all(1), index.rules, path)
-    thin = usable & ~(boxes[:, 2:] > boxes[:, :2]).all(1)
-    limits = np.where(sizes[rows] > 0, sizes[rows], np.inf)[:, [1, 0, 1, 0]]
-    clipped = np.clip(boxes, 0, limits)
+    boxes = _corners(boxes * frame.scale[rows], sizes, usable & (sizes > 0).all(1), rules, path)
+    clipped = np.clip(boxes, 0, np.where(sizes > 0, sizes, np.inf)[:, [1, 0, 1, 0]])
     sides = clipped[:, 2:] - clipped[:, :2]
+    thin = usable & ~(boxes[:, 2:] > boxes[:, :2]).all(1)
     outside = usable & ~thin & ~(sides > 0).all(1)
     tiny = usable & ~thin & ~outside & ~(sides >= 1).all(1)
     good = usable & ~thin & ~outside & ~tiny
-    cut = good & (np.abs(clipped - boxes) > 1).any(1)  # up to a pixel is a matter of rounding
-    order, copies, contested = _without_copies(np.nonzero(good)[0], rows, labels, crowd, clipped)
+    faults = {
+        OF_NO_IMAGE: rows < 0,
+        OF_NO_CATEGORY: (labels < 0) & (rows >= 0),
+        f"annotations whose bbox is not 4 numbers of pixels {LEFT_OUT}": broken & ~unknown,
+        f"boxes without a positive width and height {LEFT_OUT}": thin,
+        f"boxes wholly outside their image {LEFT_OUT}": outside,
+    }
+    repairs = {
+        f"boxes without a side of 1 px in their image {LEFT_OUT}": tiny,
+        "boxes partly outside their image are clipped": good & (np.abs(clipped - boxes) > 1).any(1),  # up to 1 px is rounding
+    }
+    return _Judged(clipped, good, faults, repairs)
 
-    faults = (
-        (rows < 0, "annotations of images that it does not list are left out"),
-        ((labels < 0) & (rows >= 0), "annotations of categories that it does not list are left out"),
-        (broken & ~unknown, "annotations have a bbox that is not 4 numbers of pixels and are left out"),
-        (thin, "boxes without a positive width and height are left out"),
-        (outside, "boxes wholly outside their image are left out"),
-    )
-    repairs = (
-        (tiny, "boxes without a side of 1 px in their image are left out"),
-        (cut, "boxes partly outside their image are clipped"),
-    )
-    for which, kind in (*faults, *repairs):
+
+def _written(annotations: list[dict[str, Any]], path: Path) -> np.ndarray:
+    """[B, 4] float64, boxes as the file has them, NaN for what is not 4 numbers of pixels."""
+    masks = [number for number, annotation in enumerate(annotations) if FROM_MASK in annotation]
+    if masks:
+        raise UserError(f"{path}: annotations[{masks[0]}] has a mask (RLE) but no bbox - write its box, e.g. by pycocotools' "
+                        "toBbox")
+    boxes = np.array([_numbers(annotation.get("bbox")) for annotation in annotations], np.float64).reshape(-1, 4)
+    boxes[~(np.abs(boxes) < LARGEST).all(1)] = math.nan  # also where some are NaN
+    return boxes
+
+
+def _tell(
+    annotations: list[dict[str, Any]], judged: _Judged, copies: np.ndarray, contested: np.ndarray, path: Path, report: Report
+) -> None:
+    """Report all oddities of annotations, in the order in which they are looked for."""
+    for kind, which in (judged.faults | judged.repairs).items():
         _note(report, path, kind, np.nonzero(which)[0])
     _note(report, path, "boxes stand there twice with one class and are kept once", copies)
     _note(report, path, "boxes stand there with two classes and are kept in both", contested)
@@ -183,33 +231,16 @@ def _with_objects(
                       ("ignore", "annotations are marked 'ignore' and treated as crowds")):
         _note(report, path, kind, [number for number, annotation in enumerate(annotations) if annotation.get(key)])
     _note(report, path, "annotations have no id of their own and are numbered anew", _odd_ids(annotations))
-    bad = int((unknown | broken | thin | outside).sum())
-    if bad > index.rules.max_bad_annotations * len(annotations):
-        worst, kind = max(faults, key=lambda entry: int(entry[0].sum()))
-        first = int(np.nonzero(worst)[0][0])
-        kind = kind.removesuffix("are left out").removesuffix(" and ").strip()
-        number = int(worst.sum())
-        raise UserError(f"{path}: {bad} of {len(annotations)} annotations cannot be used (annotations[{first}]: {number} "
-                        f"{kind if number > 1 else singular(kind)}) - fix them, or raise data.rules.max_bad_annotations")
 
-    order = order[np.argsort(rows[order], kind="stable")]
-    classes = np.bincount(labels[order][~crowd[order]], minlength=len(class_names))
-    report.add(path, "classes have no box", (class_names[label] for label in np.nonzero(classes == 0)[0]))
-    empty = np.bincount(rows[rows >= 0], minlength=len(index)) == 0
-    report.add(path, EMPTY, (index.file_names[int(row)] for row in np.nonzero(empty)[0]))
-    return replace(
-        index,
-        sizes=sizes,
-        as_stored=frame.as_stored,
-        scale=frame.scale[:, :2] if (frame.scale != 1).any() else None,
-        boxes=clipped[order].astype(np.float32),
-        labels=labels[order],
-        box_start=starts(np.bincount(rows[order], minlength=len(index))),
-        crowd=crowd[order],
-        class_names=class_names,
-        category_ids=category_ids,
-        areas=_areas(annotations, sides, frame.scale[rows, :2].prod(1))[order] if index.rules.use_json_area else None,
-    )
+
+def _require_usable(judged: _Judged, rules: DataRules, path: Path) -> None:
+    """UserError if more annotations cannot be used than the rules allow."""
+    bad = sum(int(which.sum()) for which in judged.faults.values())  # no annotation has two faults
+    if bad > rules.max_bad_annotations * len(judged.good):
+        worst, which = max(judged.faults.items(), key=lambda entry: int(entry[1].sum()))
+        raise UserError(f"{path}: {bad} of {len(judged.good)} annotations cannot be used ({worst.removesuffix(LEFT_OUT).strip()}: "
+                        f"{int(which.sum())}, first annotations[{int(which.argmax())}]) - fix them, or raise "
+                        "data.rules.max_bad_annotations")
 
 
 def _note(report: Report, path: Path, kind: str, numbers: Sequence[int] | np.ndarray) -> None:
@@ -281,13 +312,12 @@ def _without_copies(
     return np.setdiff1d(numbers, copies), copies, contested
 
 
-def _areas(annotations: list[dict[str, Any]], sides: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[B] float64, the JSON's areas times ``scale`` [B]; where they are unusable, those of the boxes, by their clipped ``sides``
-    [B, 2]."""
+def _areas(annotations: list[dict[str, Any]], boxes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[B] float64, the JSON's areas times ``scale`` [B]; where they are unusable, those of the clipped ``boxes`` [B, 4]."""
     given = [annotation.get("area") for annotation in annotations]
     areas = np.array([value if isinstance(value, (int, float)) and 0 < value < 1e15 else 0 for value in given], np.float64) * scale
-    boxes = sides.prod(1)
-    return np.where((areas > 0) & (areas <= boxes * 1.1 + 1), areas, boxes)
+    whole = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return np.where((areas > 0) & (areas <= whole * 1.1 + 1), areas, whole)
 
 
 def _odd_ids(annotations: list[dict[str, Any]]) -> list[int]:
@@ -330,8 +360,9 @@ def _frame(index: CocoIndex, records: list[dict[str, Any]], missing: np.ndarray,
     seen = _real_sizes(index, sample)
     names = index.file_names
     lying = {row: tuple(told[row].tolist()) == stored for row, (stored, upright) in seen.items() if stored != upright}
-    report.add(path, f"images of {len(seen)} looked at are not turned by their EXIF orientation, as their size in the JSON is the "
-                     "stored one, while EXIF does turn unlabelled images - save the files turned, or write upright sizes and boxes",
+    report.add(path, f"images in a sample of {len(seen)} are not turned by their EXIF orientation, as their size in the JSON is "
+                     "the stored one, while EXIF does turn unlabelled images - save the files turned, or write upright sizes and "
+                     "boxes",
                (names[row] for row, as_stored in lying.items() if as_stored))
     if any(tuple(told[row].tolist()) not in sizes for row, sizes in seen.items()):
         seen = _real_sizes(index, known)

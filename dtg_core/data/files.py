@@ -22,7 +22,7 @@ LONGEST = 4095  # bytes of a path
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 FILE, LINK, OTHER = range(3)
 # What ``list_images`` reports.
-OWN = "of its folders are passed over, as this program has written them"
+OWN = "folders are passed over, as this program has written them"
 VIDEO = "files are skipped, as video instead of frames"
 HEIC = "files are skipped, as HEIC instead of JPEG"
 JUNK = "files are skipped, as hidden or as no image"

@@ -115,8 +115,9 @@ def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: R
     report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there (views.short_edge, "
                      "views.long_edge)", _places(index, lost))  # fmt: skip
     if hard.sum() > HARD_SHARE * len(hard):
-        report.add(file, f"boxes of {len(hard)} are under {HARD_SIDE:g} px in every training view and hard to find - larger "
-                         "views.short_edge, views.long_edge and views.test_short_edge may help", _places(index, hard))  # fmt: skip
+        report.add(file, f"boxes, of {len(hard)} in all, are under {HARD_SIDE:g} px in every training view and hard to find - "
+                         "larger views.short_edge, views.long_edge and views.test_short_edge may help",
+                   _places(index, hard))  # fmt: skip
     total, small = (np.bincount(index.labels[rows], minlength=len(index.class_names)) for rows in (~index.crowd, hard))
     report.add(file, f"classes have most of their boxes under {HARD_SIDE:g} px in every training view - larger views.short_edge, "
                      "views.long_edge and views.test_short_edge may help",

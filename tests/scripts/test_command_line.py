@@ -267,7 +267,7 @@ def test_what_the_core_logs_is_told_as_a_warning(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(content))
     shown = run("show_views.py", "--output", str(tmp_path / "v.png"), "--set", f"data.labeled={tmp_path / 'a.json'}")
     assert shown.returncode == 0, shown.stderr
-    assert f"warning: {tmp_path / 'a.json'}: 1 box stands there twice" in shown.stderr
+    assert f"warning: {tmp_path / 'a.json'}: boxes stand there twice" in shown.stderr
 
 
 @pytest.mark.parametrize(

@@ -340,14 +340,14 @@ def test_predict_passes_over_earlier_predictions(run, photos, tmp_path, capsys):
     (photos / "trip" / "notes.txt").touch()
     capsys.readouterr()
     assert find_images([str(photos)], tmp_path / "out", IMAGE_SUFFIXES) == (["a.png", "trip/b.jpg", "trip/day 2/c.tif"], photos)
-    told = f"{photos}: 1 of its folders is passed over, as this program has written it (trip/out)"
-    text = f"{photos}: 1 file is skipped, as hidden or as no image (trip/notes.txt)"
+    told = f"{photos}: folders are passed over, as this program has written them (1: trip/out)"
+    text = f"{photos}: files are skipped, as hidden or as no image (1: trip/notes.txt)"
     assert capsys.readouterr().err == f"warning: {told}\nwarning: {text}\n"
     for which in ("detections.json", "detections.csv"):  # it did not end
         (photos / "trip" / "out" / which).rename(photos / "trip" / "out" / f"{which}.tmp")
     report = Report()
     assert len(list_folder(photos, None, report)) == 3
-    assert report.lines() == [told, f"{photos}: 1 file is skipped, as hidden or as no image (trip/notes.txt)"]
+    assert report.lines() == [told, f"{photos}: files are skipped, as hidden or as no image (1: trip/notes.txt)"]
 
 
 def test_ids_of_images_can_be_resolved(run, photos, tmp_path):

@@ -200,8 +200,8 @@ def test_faults_16_boxes_that_no_view_shows_are_counted(data: TinyData, tmp_path
     small = ["views.short_edge=[32,32]", "views.long_edge=32"]
     ended = run(command(replace(data, labeled=own), "gfl", tmp_path / "run", *small, steps=1), tmp_path / "logs")
     assert ended.status == 0
-    assert "tiny_box.json: 1 box is under 1 px in every training view and left out there (views.short_edge, views.long_edge) " \
-           "(in 0.png)" in ended.err
+    assert "tiny_box.json: boxes are under 1 px in every training view and left out there (views.short_edge, views.long_edge) " \
+           "(1: in 0.png)" in ended.err
 
 
 def test_out_of_memory_is_told_and_resumed(data: TinyData, tmp_path: Path) -> None:

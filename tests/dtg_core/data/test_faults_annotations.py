@@ -351,8 +351,8 @@ def test_fault_12_size_swapped_by_exif(folder: Path) -> None:
     index = load_coco(write(folder, content), report=report)
     assert index.image(0).size == (48, 64)  # boxes were drawn on the stored pixels
     (line,) = report.lines()
-    assert "1 image of 12 looked at is not turned by its EXIF orientation, as its size in the JSON is the stored one" in line
-    assert line.endswith("(1.png)")
+    assert "images in a sample of 12 are not turned by their EXIF orientation, as their size in the JSON is the stored one" in line
+    assert line.endswith(" (1: 1.png)")
 
 
 @pytest.mark.parametrize("as_stored", [False, True])
@@ -398,7 +398,7 @@ def test_images_that_were_resized_after_labelling(folder: Path, factor: float) -
     np.testing.assert_allclose(index.boxes, wanted.boxes, atol=1e-4)
     np.testing.assert_allclose(index.areas, wanted.areas)
     np.testing.assert_array_equal(index.sizes, wanted.sizes)
-    assert "12 images have another size than the JSON says; boxes will be scaled with them" in report.lines()[0]
+    assert "images have another size than the JSON says; boxes will be scaled with them (12: 1.png, " in report.lines()[0]
     last = subset(index, [3, 11])  # what is found there is told in the JSON's pixels
     found = coco_results(last, SetDetections([np.arange(2)], [np.array([[10.0, 20, 30, 50, 0.5, 1, 1]])]))
     assert found[0]["bbox"] == [round(value * factor, 3) for value in (10, 20, 20, 30)]
@@ -495,9 +495,9 @@ def test_fault_23_copies_under_other_names(
     labeled, val = part(folder, range(1, 5), "labeled.json"), part(folder, range(9, 13), "val.json")
     status, out, _ = check(monkeypatch, capsys, "--annotations", labeled, "--val", val, "--output", folder / "check.json")
     assert status == 0
-    assert "1 IMAGE IS ALSO IN" in out
+    assert "IMAGES ARE ALSO IN" in out
     assert "10.png = 2.png" in out
-    assert "1 IMAGE LOOKS LIKE ONE OF" in out
+    assert "IMAGES LOOK LIKE ONES OF" in out
     assert "9.png ~ 1.png" in out
     written = json.loads((folder / "check.json").read_text())
     assert written["usable"] is True
@@ -521,8 +521,8 @@ def test_fault_23_unlabelled_copies(folder: Path, monkeypatch: pytest.MonkeyPatc
     rules = ["--set", "data.rules.max_bad_images=0.5"]
     status, out, _ = check(monkeypatch, capsys, "--annotations", labeled, "--val", val, "--unlabeled", more, *rules)
     assert status == 0
-    assert f"{more}: 1 IMAGE IS ALSO IN {labeled}, BYTE FOR BYTE (a.png = 2.png)" in out
-    assert f"{more}: 1 IMAGE IS ALSO IN {val}, BYTE FOR BYTE (b.png = 9.png)" in out
+    assert f"{more}: IMAGES ARE ALSO IN {labeled}, BYTE FOR BYTE (1: a.png = 2.png)" in out
+    assert f"{more}: IMAGES ARE ALSO IN {val}, BYTE FOR BYTE (1: b.png = 9.png)" in out
     assert out.count("BYTE FOR BYTE") == 2
 
 
@@ -600,7 +600,7 @@ def test_fault_33_missing_images(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "1 of 12 are missing) - restore them, take them out of the JSON, or raise data.rules.max_bad_images" in err
     status, out, err = check(monkeypatch, capsys, "--annotations", path, "--set", "data.rules.max_bad_images=0.1")
     assert (status, err) == (0, "")
-    assert "1 image is not in its folder and left out (5.png)" in out
+    assert "images are not in their folder and left out (1: 5.png)" in out
     assert "11 images, 22 objects" in out
 
 
@@ -718,7 +718,7 @@ def test_check_data_takes_what_it_uses(folder: Path, monkeypatch: pytest.MonkeyP
         assert problem in err
     status, out, _ = check(monkeypatch, capsys, "--annotations", path, "--output", folder / "new" / "check.json")
     assert (status, (folder / "new" / "check.json").is_file()) == (0, True)
-    assert "1 class has no box" in out
+    assert "classes have no box (1: yak)" in out
     assert out.endswith("usable, with 1 kind of warnings\n")
     (folder / "elsewhere").mkdir()
     status, _, err = check(monkeypatch, capsys, "--annotations", path.rename(folder / "elsewhere" / "data.json"))

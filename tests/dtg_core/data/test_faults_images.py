@@ -372,7 +372,7 @@ def test_faults_34_35_43_by_the_command(
     assert re.fullmatch(rf"error: {path}: 1 of 4 images cannot be used \(first 2\.png: .*({reason}).*\n", err), err
     status, out, err = check(monkeypatch, capsys, "--annotations", path, "--set", "data.rules.max_bad_images=0.25")
     assert (status, err) == (0, "")
-    assert "1 image cannot be used (2.png: " in out
+    assert "images cannot be used (1: 2.png: " in out
     assert image.read_bytes() == content
 
 

@@ -70,7 +70,7 @@ def test_what_this_program_has_written_is_passed_over(tmp_path: Path) -> None:
     report = Report()
     assert list_images(tmp_path, report) == ["a.jpg", "runs/c.jpg", "trip/b.jpg"]
     assert report.lines() == [
-        f"{tmp_path}: 5 of its folders are passed over, as this program has written them (copy, runs/a, study, ...)"
+        f"{tmp_path}: folders are passed over, as this program has written them (5: copy, runs/a, study, ...)"
     ]
     assert list_images(prediction, Report()) == ["pictures/a.jpg"]  # where it is meant
 
@@ -100,7 +100,7 @@ def test_pictures_of_runs_beside_the_labelled_images(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.WARNING):
         assert open_sources(config, supervised=False).unlabeled.file_names == ["photos/b.jpg"]
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
-    assert told == [f"{tmp_path}: 1 of its folders is passed over, as this program has written it (runs/gfl-dense-own-seed0)"]
+    assert told == [f"{tmp_path}: folders are passed over, as this program has written them (1: runs/gfl-dense-own-seed0)"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_videos_among_images_are_counted_as_such(tmp_path: Path) -> None:
     report = Report()
     assert list_images(tmp_path, report) == ["a.jpg"]
     assert report.lines() == [
-        f"{tmp_path}: 2 files are skipped, as video instead of frames (b.mp4, c.MOV)",
-        f"{tmp_path}: 1 file is skipped, as HEIC instead of JPEG (d.heic)",
-        f"{tmp_path}: 2 files are skipped, as hidden or as no image (e.txt, .f.mp4)",
+        f"{tmp_path}: files are skipped, as video instead of frames (2: b.mp4, c.MOV)",
+        f"{tmp_path}: files are skipped, as HEIC instead of JPEG (1: d.heic)",
+        f"{tmp_path}: files are skipped, as hidden or as no image (2: e.txt, .f.mp4)",
     ]

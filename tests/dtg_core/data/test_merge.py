@@ -73,7 +73,7 @@ def test_one_folder_and_classes_that_are_lacking(tmp_path: Path, capsys: pytest.
     second = write(tmp_path / "x", "photos", {4: "cat", 5: "dog"}, {"b.png": [(5, [1, 2, 10, 10])]})
     Image.fromarray(np.zeros((50, 100, 3), np.uint8)).save(tmp_path / "photos" / "b.png")
     assert merge(first, second, "--images", tmp_path / "photos", "--output", tmp_path / "all.json") == 0
-    told = f"warning: {first}: 1 class is in other files but not in this one - if its images show it, what is seen of it is taught as background (dog)"
+    told = f"warning: {first}: classes are in other files but not in this one - if its images show them, what is seen of them is taught as background (1: dog)"
     assert told in capsys.readouterr().err
     assert {name: len(objects) for name, objects in named(tmp_path / "all.json", tmp_path / "photos").items()} == {"a.png": 1, "b.png": 1}
 
@@ -96,3 +96,22 @@ def test_mistakes(two: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"copy\.json: the image 'a\.png' is in .*own\.json, too - take it out of one of the two"):
         merge(first, copy, "--images", folder, *output)
     assert not (tmp_path / "all.json").exists()
+
+
+def test_annotations_of_unlisted_images_and_classes_are_told(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As by check_data.py: one line for each kind and file."""
+    folders = [path.with_suffix("") for path in two]
+    expected = {f"{path.stem}/{name}": objects for path, folder in zip(two, folders) for name, objects in named(path, folder).items()}
+    for path, stray in zip(two, (["category_id"] * 2, ["category_id", "image_id"])):
+        content = json.loads(path.read_text())
+        content["annotations"] += [{**content["annotations"][0], "id": 100 + number, key: 77} for number, key in enumerate(stray)]
+        path.write_text(json.dumps(content))
+    assert merge(*two, "--images", *folders, "--output", tmp_path / "all.json", "--set", "data.rules.max_bad_annotations=0.5") == 0
+    assert named(tmp_path / "all.json", tmp_path) == expected
+    first, second = two
+    told = [line for line in capsys.readouterr().err.splitlines() if "does not list" in line]
+    assert told == [
+        f"warning: {first}: annotations of categories that it does not list are left out (2: annotations[2], annotations[3])",
+        f"warning: {second}: annotations of images that it does not list are left out (1: annotations[3])",
+        f"warning: {second}: annotations of categories that it does not list are left out (1: annotations[2])",
+    ]

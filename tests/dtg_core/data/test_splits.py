@@ -238,7 +238,7 @@ def test_each_class_gets_its_boxes(tmp_path: Path) -> None:
 def test_a_class_without_boxes_and_a_file_of_two_images_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = coco(tmp_path, 40)  # no box of "rare"
     assert split(source, "--count", 10, "--folds", 1)["images"] == 40
-    assert f"warning: {source}: 1 class has no box (rare)" in capsys.readouterr().err
+    assert f"warning: {source}: classes have no box (1: rare)" in capsys.readouterr().err
     with pytest.raises(UserError, match="'rare' has only 0 boxes in all - take it out of the JSON's categories"):
         split(source, "--count", 10, "--min-per-class", 1)
     for flags in (("--min-per-class", 1), ("--folds", 2), ("--protocol", "stac")):
@@ -279,6 +279,19 @@ def test_rules_are_those_of_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be used .* raise data\.rules\.max_bad_annotations"):
         split(source, "--percent", 10, "--folds", 1)
     split(source, "--percent", 10, "--folds", 1, "--set", "data.rules.max_bad_annotations=0.5")
+
+
+def test_annotations_of_unlisted_classes_stay_out_as_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = coco(tmp_path, 40)
+    content = json.loads(source.read_text())
+    for number in (0, 5):
+        content["annotations"][number]["category_id"] = 77
+    source.write_text(json.dumps(content))
+    split(source, "--val", 25, "--set", "data.rules.max_bad_annotations=0.5")
+    told = f"warning: {source}: annotations of categories that it does not list are left out (2: annotations[0], annotations[5])"
+    assert told in capsys.readouterr().err.splitlines()
+    parts = [json.loads((tmp_path / "splits" / name).read_text())["annotations"] for name in ("val.json", "labeled.json")]
+    assert sorted(one["id"] for part in parts for one in part) == [one["id"] for one in content["annotations"] if one["category_id"] != 77]
 
 
 def test_splits_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,8 +217,8 @@ def test_lost_boxes_are_those_that_no_view_shows() -> None:
     )  # fmt: skip
     np.testing.assert_allclose(largest_sides(index, PLAIN), (0.9, 1, 3.2, np.inf), rtol=1e-6)
     note_small_boxes(index, "own.json", PLAIN, report := Report())
-    assert "own.json: 1 box is under 1 px in every training view" in report.lines()[0]
-    assert report.lines()[0].endswith("(in big.png)")
+    assert "own.json: boxes are under 1 px in every training view" in report.lines()[0]
+    assert report.lines()[0].endswith("(1: in big.png)")
     shown = labeled_view(noise(1600, 1600), *index.objects(0), PLAIN, np.random.default_rng(0)).boxes
     assert len(shown) == 1
     larger = replace(PLAIN, short_edge=(160, 320), long_edge=320)
@@ -226,7 +226,7 @@ def test_lost_boxes_are_those_that_no_view_shows() -> None:
     assert np.isinf(largest_sides(replace(index, crowd=np.ones(4, bool)), PLAIN)).all()
 
 
-@pytest.mark.parametrize(("height", "told"), [(79, ["own.json: 2 boxes of 7 are under 8 px in every training view"]), (80, [])])
+@pytest.mark.parametrize(("height", "told"), [(79, ["own.json: boxes, of 7 in all, are under 8 px in every training view"]), (80, [])])
 def test_many_small_boxes_are_told_of(height: int, told: list[str]) -> None:
     """Up to a fifth of all may be small; the views are a tenth of the image."""
     boxes = np.array([(0, 0, 300, 70), (0, 0, 300, height)] + [(0, 0, 300, 300)] * 5, np.float32)
@@ -235,6 +235,7 @@ def test_many_small_boxes_are_told_of(height: int, told: list[str]) -> None:
     report = Report()
     note_small_boxes(index, "own.json", PLAIN, report)
     assert [line.split(" and ")[0] for line in report.lines()] == told
+    assert all(line.endswith(" (2: in a.png, in a.png)") for line in report.lines())
 
 
 def test_a_class_of_small_boxes_is_told_of() -> None:
@@ -246,8 +247,8 @@ def test_a_class_of_small_boxes_is_told_of() -> None:
     report = Report()
     note_small_boxes(index, "own.json", PLAIN, report)
     (line,) = report.lines()
-    assert line.startswith("own.json: 1 class has most of its boxes under 8 px in every training view")
-    assert line.endswith("(mote)")
+    assert line.startswith("own.json: classes have most of their boxes under 8 px in every training view")
+    assert line.endswith("(1: mote)")
 
 
 def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
