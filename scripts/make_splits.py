@@ -16,6 +16,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     import argparse
 
     import numpy as np
+
+    from dtg_core.config import DataRules
 
 PARTS = "labeled", "unlabeled"
 MUCH = 1.5  # a split with more than this many times the images asked for gives a warning
@@ -66,11 +70,33 @@ def main(argv: Sequence[str]) -> int:
     require_new((arguments.output / name for name in ("manifest.json", *whole, *files)), arguments.overwrite,
                 inputs=(arguments.annotations, arguments.indices))
 
-    import numpy as np
+    pool = _read(arguments, rules)
+    held, pool = _set_aside(arguments, pool)
+    made = _write(arguments, held, pool, _drawn(arguments, pool, folds))
+    for one in made:
+        others = "" if one["name"] in held else f" and {counted(len(pool.groups) - one['images'], 'other image')}"
+        print(f"{one['name']}: {one['images']} labelled{others or ' images'}")
+    return 0
 
+
+@dataclass(frozen=True)
+class _Pool:
+    """The images to draw from, with their labels."""
+
+    content: dict[str, Any]  # of a COCO JSON
+    counts: np.ndarray  # [images, C] int64, boxes of each class
+    groups: np.ndarray  # [images] int64, images of one number stay together
+
+    @property
+    def class_names(self) -> list[str]:
+        return [category["name"] for category in self.content["categories"]]
+
+
+def _read(arguments: argparse.Namespace, rules: DataRules) -> _Pool:
+    """All images of the source; what is odd about them is printed."""
     from dtg_core.data.coco import parse_coco
     from dtg_core.data.report import Report
-    from dtg_core.data.splits import fill_classes, group_images
+    from dtg_core.data.splits import group_images
 
     content, counts = parse_coco(arguments.annotations, rules, report := Report())
     images = content["images"]
@@ -84,54 +110,78 @@ def main(argv: Sequence[str]) -> int:
     if int(groups.max()) == 0 < len(images) - 1:
         raise UserError(f"--group-by {arguments.group_by!r}: makes 1 group of all {len(images)} images, which cannot be split - "
                         "give a pattern that tells them apart")
-    names = [category["name"] for category in content["categories"]]
-    contents: dict[str, Any] = {}  # by file name
-    if arguments.val:
-        held, rest = _hold_out(groups, arguments.val, arguments.val_seed)
-        _look_at_classes(names, counts[held], counts[rest])
-        contents["val.json"], content = _labeled(content, held), _labeled(content, rest)
-        if not _names(arguments):
-            contents["labeled.json"] = content
-        images, counts, groups = content["images"], counts[rest], np.unique(groups[rest], return_inverse=True)[1]
-    drawn = []
-    for name, wanted, percent in _shares(arguments, len(images)):
+    return _Pool(content, counts, groups)
+
+
+def _set_aside(arguments: argparse.Namespace, pool: _Pool) -> tuple[dict[str, Any], _Pool]:
+    """For ``--val``, the files that are whole sets, by name, and the images that are left; otherwise no file, and all images."""
+    import numpy as np
+
+    if not arguments.val:
+        return {}, pool
+    held, rest = _hold_out(pool.groups, arguments.val, arguments.val_seed)
+    _look_at_classes(pool.class_names, pool.counts[held], pool.counts[rest])
+    left = _labeled(pool.content, rest)
+    files = {"val.json": _labeled(pool.content, held)} | ({} if _names(arguments) else {"labeled.json": left})
+    return files, _Pool(left, pool.counts[rest], np.unique(pool.groups[rest], return_inverse=True)[1])
+
+
+def _drawn(arguments: argparse.Namespace, pool: _Pool, folds: range) -> list[tuple[str, int, np.ndarray]]:
+    """Name, fold and positions [n] of the labelled images of each split."""
+    from dtg_core.data.splits import fill_classes
+
+    found = []
+    for share, wanted, percent in _shares(arguments, len(pool.groups)):
         for fold in folds:
-            positions = _draw(arguments, content, groups, wanted, percent, fold)
+            name = f"fold{fold}_{share}"
+            positions = _draw(arguments, pool.content, pool.groups, wanted, percent, fold)
             if arguments.min_per_class:
-                positions = fill_classes(positions, groups, counts, names, arguments.min_per_class, fold)
-            _look_at_size(arguments, f"fold{fold}_{name}", len(positions), wanted, groups)
-            drawn.append((f"fold{fold}_{name}", fold, positions))
+                positions = fill_classes(positions, pool.groups, pool.counts, pool.class_names, arguments.min_per_class, fold)
+            _look_at_size(arguments, name, len(positions), wanted, pool.groups)
+            found.append((name, fold, positions))
+    return found
+
+
+def _write(
+    arguments: argparse.Namespace, whole: dict[str, Any], pool: _Pool, drawn: Sequence[tuple[str, int, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """Write all files or none, as a few would block the next try. Returns what the manifest says of each split."""
+    import numpy as np
+
     made: list[dict[str, Any]] = []
-    manifest = {
+    with writing(arguments.output), ExitStack() as drafts:
+        write = partial(_write_draft, drafts, arguments.output)
+        for name, value in whole.items():
+            made.append({"name": name, "images": len(value["images"]), "sha256": {name: write(name, json.dumps(value))}})
+        for name, fold, positions in drawn:
+            parts = zip(PARTS, (_labeled(pool.content, np.sort(positions)), _others(pool.content["images"], positions)))
+            sums = {f"{name}_{part}.json": write(f"{name}_{part}.json", json.dumps(value)) for part, value in parts}
+            boxes = dict(zip(pool.class_names, pool.counts[positions].sum(0).tolist()))
+            made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
+        write("manifest.json", json.dumps(_manifest(arguments, len(pool.groups), made), indent=1) + "\n")
+    return made
+
+
+def _write_draft(drafts: ExitStack, folder: Path, name: str, text: str) -> str:
+    """Write a file that gets its name when ``drafts`` ends. Returns its checksum."""
+    draft = drafts.enter_context(draft_of(folder / name))
+    draft.write_text(text, encoding="utf-8")
+    return sha256(draft)
+
+
+def _manifest(arguments: argparse.Namespace, images: int, splits: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was split and how, for ``manifest.json``."""
+    return {
         "source": arguments.annotations.name,
         "sha256": sha256(arguments.annotations),
-        "images": len(images),
+        "images": images,
         "set_aside": arguments.val,
         "val_seed": arguments.val_seed if arguments.val else None,
         "protocol": arguments.protocol,
         "min_per_class": arguments.min_per_class,
         "group_by": arguments.group_by,
-        "splits": made,
+        "splits": splits,
     }
-    with writing(arguments.output), ExitStack() as drafts:  # all files or none: a few would block the next try
-        def write(name: str, value: Any) -> str:
-            draft = drafts.enter_context(draft_of(arguments.output / name))
-            draft.write_text(json.dumps(value), encoding="utf-8")
-            return sha256(draft)
-
-        for name, value in contents.items():
-            made.append({"name": name, "images": len(value["images"]), "sha256": {name: write(name, value)}})
-        for name, fold, positions in drawn:
-            parts = zip(PARTS, (_labeled(content, np.sort(positions)), _others(images, positions)))
-            sums = {f"{name}_{part}.json": write(f"{name}_{part}.json", value) for part, value in parts}
-            boxes = dict(zip(names, counts[positions].sum(0).tolist()))
-            made.append({"name": name, "fold": fold, "images": len(positions), "boxes": boxes, "sha256": sums})
-        draft = drafts.enter_context(draft_of(arguments.output / "manifest.json"))
-        draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for one in made:
-        others = "" if one["name"] in contents else f" and {counted(len(images) - one['images'], 'other image')}"
-        print(f"{one['name']}: {one['images']} labelled{others or ' images'}")
-    return 0
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
