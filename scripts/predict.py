@@ -26,7 +26,9 @@ import csv
 import errno
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -135,35 +137,16 @@ def predict(
     from dtg_core.engine.signals import StopSignals
 
     every = frozenset(names)
-    lists = [output / name for name in LISTS]
-    drafts = [draft(path) for path in lists]  # renamed when they are complete
-    with (
-        open(drafts[0], "w", encoding="utf-8") as results, open(drafts[1], "w", encoding="utf-8", newline="") as table,
-        open(drafts[2], "w", encoding="utf-8") as seen, open(drafts[3], "w", encoding="utf-8") as labels,
-        progress(total=total_of(names)) as bar,
-    ):  # fmt: skip
-        rows = csv.writer(table)
-        rows.writerow(COLUMNS)
-        results.write("[")
-        seen.write('{"info": {"description": "what detections.json was found in"}, "images": [')
-        labels.write('{"info": {"description": "the boxes of detections.json, to be corrected"}, "annotations": [')
-        labelled = 0
+    with lists_in(output, predictor) as lists, progress(total=total_of(names)) as bar:
         try:
             for some in batches(items, batch):
                 decoded = [image for _, _, image in some]
                 done.first = done.first or decoded
                 for (image_id, name, image), found in zip(some, predictor.predict(decoded, score, batch)):
                     with StopSignals(patient=True) as stop:  # so that lists and pictures agree
-                        size = {"width": image.width, "height": image.height}
-                        append(seen, {"id": image_id, "file_name": name, **size}, done.images == 0)
+                        lists.add(image_id, name, image, found)
                         done.images += 1
-                        for entry, row in entries(predictor, found, name, image_id):
-                            append(results, entry, done.boxes == 0)
-                            rows.writerow(row)
-                            done.boxes += 1
-                            if all(entry["bbox"][2:]):
-                                append(labels, annotation(entry, labelled + 1), labelled == 0)
-                                labelled += 1
+                        done.boxes += len(found.boxes)
                         if pictures:
                             save_picture(draw_found(image, found, predictor.class_names), picture_path(output, name, every))
                     if stop.received:
@@ -171,21 +154,59 @@ def predict(
                     bar.update(done.images + done.failed - bar.n)
         except KeyboardInterrupt:
             done.interrupted = True
+
+
+class Entries:
+    """A JSON list, written entry by entry with each on a line of its own; what is around its brackets is left to others."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.count = file, 0
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.file.write((",\n" if self.count else "\n") + json.dumps(entry))
+        self.count += 1
+
+
+class Lists:
+    """What was found, image by image. None of it is kept in memory, as frames of videos are many."""
+
+    def __init__(self, predictor: Predictor, results: TextIO, table: TextIO, images: TextIO, labels: TextIO) -> None:
+        self.predictor, self.table = predictor, csv.writer(table)
+        self.results, self.images, self.labels = Entries(results), Entries(images), Entries(labels)
+        self.table.writerow(COLUMNS)
+
+    def add(self, image_id: Any, name: str, image: Image.Image, found: ImageDetections) -> None:
+        """Write an image and its boxes."""
+        self.images.add({"id": image_id, "file_name": name, "width": image.width, "height": image.height})
+        for entry, row in entries(self.predictor, found, name, image_id):
+            self.results.add(entry)
+            self.table.writerow(row)
+            if all(entry["bbox"][2:]):
+                self.labels.add(annotation(entry, self.labels.count + 1))
+
+
+@contextlib.contextmanager
+def lists_in(output: Path, predictor: Predictor) -> Iterator[Lists]:
+    """Lists in a folder, which get their names when the block ends without an error. Raises OSError."""
+    classes = json.dumps([{"id": key, "name": name} for key, name in zip(predictor.category_ids, predictor.class_names)])
+    paths = [output / name for name in LISTS]
+    drafts = [draft(path) for path in paths]
+    with contextlib.ExitStack() as files:
+        results, table, listed, labels = (files.enter_context(open(path, "w", encoding="utf-8", newline="")) for path in drafts)
+        # Two of the lists need the images. The folder for temporary files may lie in memory, so this one does not go there.
+        images = files.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", dir=output))
+        results.write("[")
+        listed.write('{"info": {"description": "what detections.json was found in"}, "images": [')
+        labels.write('{"info": {"description": "the boxes of detections.json, to be corrected"}, "annotations": [')
+        yield Lists(predictor, results, table, images, labels)
         results.write("\n]\n")
-        classes = json.dumps([{"id": key, "name": name} for key, name in zip(predictor.category_ids, predictor.class_names)])
-        seen.write(f'\n], "annotations": [], "categories": {classes}}}\n')
-        seen.flush()
-        labels.write('\n], "images": [\n')
-        with open(drafts[2], encoding="utf-8") as written:  # its images are not kept in memory, as frames of videos are many
-            labels.writelines(islice(written, 1, 1 + done.images))
-        labels.write(f'], "categories": {classes}}}\n')
-    for made, path in zip(drafts, lists):
+        labels.write('\n], "images": [')
+        for file, rest in ((listed, ' "annotations": [],'), (labels, "")):
+            images.seek(0)
+            shutil.copyfileobj(images, file)
+            file.write(f'\n],{rest} "categories": {classes}}}\n')
+    for made, path in zip(drafts, paths):
         os.replace(made, path)
-
-
-def append(file: TextIO, entry: dict[str, Any], first: bool) -> None:
-    """Write an entry of a JSON list on a line of its own."""
-    file.write(("\n" if first else ",\n") + json.dumps(entry))
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
