@@ -85,6 +85,12 @@ def progress(items: Iterable[T] | None = None, total: int | None = None, unit: s
     return tqdm(items, total=total, unit=unit, leave=False, disable=None, miniters=1)
 
 
+def warn(lines: Iterable[str]) -> None:
+    """Print warnings on stderr."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run ``main(sys.argv[1:])`` and exit with its status.
 

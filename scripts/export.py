@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from command_line import Parser, main_guard, number, one_of
+from command_line import Parser, main_guard, number, one_of, warn
 from shared_flags import add_rules, add_weights, rules_of
 
 from dtg_core.drafts import require_writable, writing
@@ -59,7 +59,10 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.engine.export import export
     from dtg_core.engine.predict import find_weights, load_detector
 
-    names, root = find_images(arguments.images, arguments.output, IMAGE_SUFFIXES) if arguments.images else ([], Path())
+    names, root = list[str](), Path()
+    if arguments.images:
+        names, root, warnings = find_images(arguments.images, arguments.output, IMAGE_SUFFIXES)
+        warn(warnings)
     weights = find_weights(arguments.weights, arguments.which)
     require_writable(arguments.output)  # before the long work
     predictor = load_detector(weights, "cpu")
@@ -71,8 +74,7 @@ def main(argv: Sequence[str]) -> int:
     pictures = list(islice(readable(root, names, rules), IMAGES))
     if names and not pictures:
         raise UserError(f"{arguments.images[0]}: no image there can be read - give other --images")
-    for line in other_sizes(pictures, size, settings.views):
-        print(f"warning: {line}", file=sys.stderr)
+    warn(other_sizes(pictures, size, settings.views))
     pictures = pictures or [draw_scene(0, "val", number).image for number in range(IMAGES)]
     formats = FORMATS[arguments.format]
     with writing(arguments.output):

@@ -10,12 +10,11 @@ relative to ``--images``. Each part of a data set that is split into folders is 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Parser, main_guard, one_of
+from command_line import Parser, main_guard, one_of, warn
 from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
@@ -84,8 +83,7 @@ def write_checked(content: dict[str, Any], images: Path, output: Path, rules: Da
             index = load_coco(draft, images, rules=rules, report=report)
         except UserError as error:
             raise UserError(told(str(error))) from error
-    for line in report.lines():
-        print(f"warning: {told(line)}", file=sys.stderr)
+    warn(map(told, report.lines()))
     return (f"{output}: {counted(len(index), 'image')}, {counted(len(index.boxes), 'box', 'boxes')} of "
             f"{counted(len(index.class_names), 'class', 'classes')}")
 

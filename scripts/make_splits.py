@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import Parser, main_guard, number, one_of
+from command_line import Parser, main_guard, number, one_of, warn
 from shared_flags import add_overwrite, add_rules, require_new, rules_of
 
 from dtg_core.drafts import draft_of, writing
@@ -104,8 +103,7 @@ def _read(arguments: argparse.Namespace, rules: DataRules) -> _Pool:
     if times > 1:
         raise UserError(f"{arguments.annotations}: lists the file {file!r} {times} times, and the splits could share it - make it "
                         "one image with all its boxes")
-    for line in report.lines():
-        print(f"warning: {line}", file=sys.stderr)
+    warn(report.lines())
     groups = group_images(images, arguments.group_by)
     if int(groups.max()) == 0 < len(images) - 1:
         raise UserError(f"--group-by {arguments.group_by!r}: makes 1 group of all {len(images)} images, which cannot be split - "
@@ -238,8 +236,7 @@ def _look_at_classes(names: Sequence[str], held: np.ndarray, rest: np.ndarray) -
     for part, counts, others in (("val.json", held.sum(0), rest.sum(0)), ("the other images", rest.sum(0), held.sum(0))):
         if missing := [name for name, count, other in zip(names, counts, others) if count == 0 < other]:
             named = ", ".join(map(repr, missing[:3])) + ", ..." * (len(missing) > 3)
-            print(f"warning: {part}: no box of {counted(len(missing), 'class', 'classes')} ({named}) - try another --val-seed",
-                  file=sys.stderr)
+            warn([f"{part}: no box of {counted(len(missing), 'class', 'classes')} ({named}) - try another --val-seed"])
 
 
 def _hold_out(groups: np.ndarray, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +261,7 @@ def _look_at_size(arguments: argparse.Namespace, name: str, images: int, wanted:
         raise UserError(f"{name}: all {images} images would be labelled and no other is left ({why}) - ask for fewer, or for "
                         "smaller groups")
     if images > MUCH * wanted:
-        print(f"warning: {name}: {images} labelled images instead of {wanted} ({why})", file=sys.stderr)
+        warn([f"{name}: {images} labelled images instead of {wanted} ({why})"])
 
 
 def _folds(text: str) -> range:

@@ -35,7 +35,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from command_line import Parser, main_guard, number, progress
+from command_line import Parser, main_guard, number, progress, warn
 from shared_flags import add_overwrite, add_rules, add_weights, require_new, rules_of
 
 from dtg_core.drafts import writing
@@ -90,10 +90,12 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.video import VIDEO_SUFFIXES
 
     require_apart(arguments.paths, arguments.output)
-    names, root = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    names, root, warnings = find_images(arguments.paths, arguments.output, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    warn(warnings)
     listed: dict[str, dict[str, Any]] = {}
     if arguments.annotations:
-        listed = listed_images(arguments.annotations, root, names)
+        listed, warnings = listed_images(arguments.annotations, root, names)
+        warn(warnings)
         names = list(listed)
     require_own_folder(arguments.output)
     require_new(outputs(arguments.output, () if arguments.no_pictures else names), arguments.overwrite,

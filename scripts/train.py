@@ -9,13 +9,12 @@ signal has stopped it, after a checkpoint.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import main_guard
+from command_line import main_guard, warn
 from launch import fit_to_processes, start_accelerator
 from read_settings import build_detector, is_supervised, load_settings, train_parser, without_effect
 
@@ -41,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     settings, origins, remarks = load_settings(arguments)
     remarks += without_effect(arguments.set, settings)
     if arguments.print_config:
-        _warn(remarks)
+        warn(remarks)
         print(to_yaml(settings, origins))
         return 0
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if not arguments.scale_lr:
         remarks += batch_remarks(settings, accelerator.num_processes)
     if accelerator.is_main_process:
-        _warn(remarks)
+        warn(remarks)
 
     import torch
 
@@ -74,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     labeled = settings.data.labeled or "built-in synthetic data"
     note_small_boxes(sources.labeled, labeled, settings.views, report)
     if accelerator.is_main_process:
-        _warn(report.lines())
+        warn(report.lines())
     if arguments.replay:
         return _replay(arguments, settings, sources, accelerator)
     torch.manual_seed(settings.run.seed)  # the same initial weights in every paradigm and process
@@ -82,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     if accelerator.is_main_process:
         if not resumed:
             remarks += [f"{labeled}: {line}" for line in classes_out_of_reach(detector, sources.labeled, settings.views)]
-        _warn(remarks)
+        warn(remarks)
     if arguments.dry_run:
         for line in dry_run(settings, detector, sources, folder.path, accelerator):
             accelerator.print(line)
@@ -96,11 +95,6 @@ def main(argv: Sequence[str]) -> int:
     if status == 0 and not stopped:
         accelerator.print(f"done: {folder.path}")
     return status
-
-
-def _warn(remarks: Iterable[str]) -> None:
-    for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
 
 
 def _config_of(step: Path) -> Path:
@@ -151,7 +145,7 @@ def _require_free(folder: RunFolder, settings: RunSettings, arguments: argparse.
     except UserError as error:
         if not arguments.dry_run:
             raise
-        print(f"warning: {error}", file=sys.stderr)
+        warn([str(error)])
 
 
 def default_folder(settings: RunSettings) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +27,15 @@ def require_apart(paths: Sequence[str], output: Path) -> None:
                 raise UserError(f"--output {output}: lies in the images' folder {root} - give an --output beside it")
 
 
-def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) -> tuple[list[str], Path]:
-    """The files that are meant, as names relative to a common folder, and that folder.
+def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) -> tuple[list[str], Path, list[str]]:
+    """The files that are meant, as names relative to a common folder; that folder; and what to warn of, a line each.
 
     Args:
         paths: files, folders and patterns. output: files under it are not input. suffixes: of the files to take in folders.
 
     Raises:
         UserError: nothing is found under a path, it is a JSON, or ``output`` is an input folder or holds one. A folder without
-            images only gives a warning if other paths have some.
+            images is only warned of if other paths have some.
     """
     report = Report()
     target = os.path.realpath(output)
@@ -67,13 +66,13 @@ def find_images(paths: Sequence[str], output: Path, suffixes: frozenset[str]) ->
         kinds, told = passed_over(report, Path(empty[0]), suffixes)
         other = "convert them to JPEG or PNG, or give images" if kinds else "give images, folders of images, or a quoted pattern"
         raise UserError(f"{empty[0]}: no image there{told} - {instead_of(kinds, other)}")
-    for path in empty:
-        print(printable(f"warning: {path}: no image there{passed_over(report, Path(path), suffixes)[1]}"), file=sys.stderr)
-    for finding in report.findings.values():
-        if finding.kind == OWN or (finding.file not in empty and passed_over(report, Path(finding.file), suffixes)[0]):
-            print(f"warning: {finding}", file=sys.stderr)
+    warnings = [printable(f"{path}: no image there{passed_over(report, Path(path), suffixes)[1]}") for path in empty]
+    warnings += [
+        str(finding) for finding in report.findings.values()
+        if finding.kind == OWN or (finding.file not in empty and passed_over(report, Path(finding.file), suffixes)[0])
+    ]
     common = os.path.commonpath([*roots, *map(os.path.dirname, files)])  # a pattern may lead out of its root by ..
-    return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common)
+    return list(dict.fromkeys(os.path.relpath(name, common) for name in files)), Path(common), warnings
 
 
 def _root_of(path: str) -> str:
@@ -83,9 +82,9 @@ def _root_of(path: str) -> str:
     return os.path.dirname(path if os.path.exists(path) else re.split(r"[*?[]", path)[0]) or "."
 
 
-def listed_images(annotations: Path, root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Entries of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` next to it.
-    Images that it does not list are left out with a warning: one folder may hold the images of several files.
+def listed_images(annotations: Path, root: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Entries of images in a COCO JSON, whose file names are relative to ``root``, to its own folder or to ``images`` next to it;
+    and what to warn of. Images that it does not list are left out: one folder may hold the images of several files.
 
     Args:
         annotations: the JSON; only its list of images is read. root: folder of ``names``, those of the images.
@@ -115,11 +114,9 @@ def listed_images(annotations: Path, root: Path, names: Sequence[str]) -> dict[s
     if not found:
         raise UserError(f"{annotations}: does not list {missing[0]!r} ({len(missing)} of {counted(len(names), 'file')}) - give the "
                         "folder that its file names are relative to, or leave --annotations out")
-    if missing:
-        shown = f"{missing[0]!r}{', ...' if len(missing) > 1 else ''}"
-        told = f"{annotations}: does not list {len(missing)} of {counted(len(names), 'file')} ({shown}) - left out"
-        print(f"warning: {printable(told)}", file=sys.stderr)
-    return found
+    shown = f"{missing[0]!r}{', ...' if len(missing) > 1 else ''}" if missing else ""
+    told = f"{annotations}: does not list {len(missing)} of {counted(len(names), 'file')} ({shown}) - left out"
+    return found, [printable(told)] if missing else []
 
 
 def _is_image(record: object) -> bool:

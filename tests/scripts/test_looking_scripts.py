@@ -339,10 +339,15 @@ def test_predict_passes_over_earlier_predictions(run, photos, tmp_path, capsys):
     (tmp_path / "out").rename(photos / "trip" / "out")
     (photos / "trip" / "notes.txt").touch()
     capsys.readouterr()
-    assert find_images([str(photos)], tmp_path / "out", IMAGE_SUFFIXES) == (["a.png", "trip/b.jpg", "trip/day 2/c.tif"], photos)
+    names, root, warnings = find_images([str(photos)], tmp_path / "out", IMAGE_SUFFIXES)
+    assert (names, root) == (["a.png", "trip/b.jpg", "trip/day 2/c.tif"], photos)
     told = f"{photos}: folders are passed over, as this program has written them (1: trip/out)"
     text = f"{photos}: files are skipped, as hidden or as no image (1: trip/notes.txt)"
-    assert capsys.readouterr().err == f"warning: {told}\nwarning: {text}\n"
+    assert warnings == [told, text]
+    assert capsys.readouterr() == ("", "")
+    arguments = [str(run), str(photos), "--output", str(tmp_path / "out"), "--device", "cpu", "--no-pictures"]
+    assert predict.main(arguments) == 0
+    assert capsys.readouterr().err.startswith(f"warning: {told}\nwarning: {text}\n")
     for which in ("detections.json", "detections.csv"):  # it did not end
         (photos / "trip" / "out" / which).rename(photos / "trip" / "out" / f"{which}.tmp")
     report = Report()

@@ -22,14 +22,14 @@ def photos(tmp_path: Path) -> Path:
 def test_files_folders_and_patterns(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     whole = ["a.png", "trip/b.jpg", "trip/day 2/c.tif"]
-    assert find([str(photos)], out) == (whole, photos)
-    assert find([str(photos / "trip" / "b.jpg")], out) == (["b.jpg"], photos / "trip")
-    assert find([str(photos / "**" / "*.jpg")], out) == (["trip/b.jpg"], photos)
+    assert find([str(photos)], out) == (whole, photos, [])
+    assert find([str(photos / "trip" / "b.jpg")], out) == (["b.jpg"], photos / "trip", [])
+    assert find([str(photos / "**" / "*.jpg")], out) == (["trip/b.jpg"], photos, [])
     assert find([str(photos / "a.png"), str(photos / "trip")], out)[0] == whole
     assert find([str(photos), str(photos / "a.png")], out)[0] == whole  # once each
     (tmp_path / "other").mkdir()
     (photos / "a.png").rename(tmp_path / "other" / "a.png")
-    assert find([f"{photos}/*/../../other/*.png"], out) == (["other/a.png"], tmp_path)  # not ../other/a.png
+    assert find([f"{photos}/*/../../other/*.png"], out) == (["other/a.png"], tmp_path, [])  # not ../other/a.png
     monkeypatch.chdir(photos)
     with pytest.raises(UserError, match="no image there"):
         find(["*.gif"], out)
@@ -41,12 +41,12 @@ def test_a_json_is_no_image(photos, tmp_path):
         find_images([str(photos), str(tmp_path / "own.json")], tmp_path / "out", IMAGE_SUFFIXES)
 
 
-def test_empty_folders_beside_others_give_a_warning(photos, tmp_path, capsys):
+def test_empty_folders_beside_others_give_a_warning(photos, tmp_path):
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").touch()
-    names, root = find([str(tmp_path / "empty"), str(photos / "trip")], tmp_path / "out")
+    names, root, warnings = find([str(tmp_path / "empty"), str(photos / "trip")], tmp_path / "out")
     assert (names, root) == (["b.jpg", "day 2/c.tif"], photos / "trip")
-    assert capsys.readouterr().err == f"warning: {tmp_path / 'empty'}: no image there, only .txt files\n"
+    assert warnings == [f"{tmp_path / 'empty'}: no image there, only .txt files"]
     (tmp_path / "empty" / "notes.txt").unlink()
     (tmp_path / "empty" / "._hidden.doc").touch()
     with pytest.raises(UserError, match="empty: no image there - give images"):
