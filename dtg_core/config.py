@@ -107,7 +107,9 @@ class DataRules:
     """What is tolerated in images and annotations."""
 
     max_bad_annotations: Share = 0.1  # share of a file's annotations that may be unusable; they are left out
-    max_bad_images: Share = 0.01  # share of a file's images that may be missing or unreadable; they are left out
+    # Share of a file's images that may be missing, which are left out, and that may be unreadable in evaluate.py and
+    # check_data.py, which stop at more; training takes another image in the place of an unreadable one
+    max_bad_images: Share = 0.01
     box_format: Literal["auto", "xywh", "xyxy"] = "auto"  # of "bbox"; auto: xywh, refused if it looks like another format
     # Boxes of a file whose images have since been enlarged or shrunk: scale them with the images, or keep them as they are
     resized: Literal["error", "scale", "keep"] = "error"

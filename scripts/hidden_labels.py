@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from dtg_core.config import DataConfig
     from dtg_core.data.index import CocoIndex
     from dtg_core.data.plan import StepData
-    from dtg_core.data.shapes import ShapesPaths
     from dtg_core.structures import PairBatch
 
 
 def unlabeled_data(config: DataConfig, other: str | None, run: Path) -> DataConfig:
     """The data of ``run`` without its validation set, or with other unlabelled images."""
+    from dtg_core.data.sources import built_in
+
     require_own_files(config, {"labeled": "", "images": ""} | ({} if other else {"unlabeled": "--unlabeled"}), run)
     if other:
-        labeled = config.labeled or str(embedded(config).labeled)
+        labeled = config.labeled or str(built_in(config).labeled)
         same = config.val is not None and os.path.realpath(other) == os.path.realpath(config.val)
         images = config.val_images if same else config.unlabeled_images
         config = replace(config, labeled=labeled, unlabeled=other, unlabeled_images=images, unlisted="ignore")
@@ -31,14 +32,8 @@ def unlabeled_data(config: DataConfig, other: str | None, run: Path) -> DataConf
     return replace(config, val=None)
 
 
-def embedded(config: DataConfig) -> ShapesPaths:
-    """The built-in synthetic data set that the run used."""
-    from dtg_core.data.shapes import make_shapes
-
-    return make_shapes(None, config.shapes_labeled, config.shapes_unlabeled, config.shapes_val, config.shapes_seed)
-
-
 def unlabeled(data: StepData, step: int) -> PairBatch:
+    """The unlabelled images of a step: weak views for the teacher, strong ones for the student."""
     pair = data[step].unlabeled
     assert pair is not None
     return pair
@@ -50,11 +45,12 @@ def hidden_labels(
     """The truth of the unlabelled images of ``unlabeled_data``: from a file, of the built-in data set, or None."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.index import with_classes
+    from dtg_core.data.sources import built_in
 
     if path is None:
         if data.labeled is not None or len(images) != data.shapes_unlabeled:
             return None
-        path = embedded(data).unlabeled_truth
+        path = built_in(data).unlabeled_truth
     truth = load_coco(path, images.root, rules=data.rules)
     if set(truth.class_names) != set(class_names):
         raise UserError(f"{path}: its classes are not the detector's - use the same categories")

@@ -47,7 +47,7 @@ BIAS = ("bias: the true labels are assigned and reduced by the detector's own ru
         "here and lets scores sink in training, so clusters or pseudo boxes should be about as many as true objects.")
 LEGEND = ("class, box, rank, all: cosine of the unlabelled loss' gradient with that of the true labels (rank: with their class "
           "loss'), its standard error over batches (a single one has none), and x the ratio of their norms. right: share of the "
-          "samples trained toward an object whose target box overlaps a true one of the class by 0.5 or more, IoU: of those. "
+          "samples trained towards an object whose target box overlaps a true one of the class by 0.5 or more, IoU: of those. "
           "found, missed: share of the samples of true objects that are labelled so, or called background. An image has "
           "positives, clusters of a size, and pseudo boxes.")
 

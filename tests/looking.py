@@ -22,7 +22,7 @@ CLASSES, IDS = ["ellipse", "rectangle", "triangle", "star", "cross", "ring", "he
 
 
 def tiny_settings(detector: str, side: int = 64) -> RunSettings:
-    """A detector of two levels on an untrained backbone, with thresholds that its scores pass; eight embedded images."""
+    """A detector of two levels on an untrained backbone, with thresholds that its scores pass; eight built-in images."""
     settings = RunSettings(detector=detector)
     rule = StageRule(tau=0.0105, pseudo_score=0.0105)
     stages = {"head": rule, "rpn": replace(rule, tau=0.5, pseudo_score=0.4), "rcnn": replace(rule, tau=0.01, pseudo_score=0.01)}

@@ -8,7 +8,7 @@ from dtg_core.config import DataConfig
 from dtg_core.data.coco import list_folder, load_coco, log
 from dtg_core.data.index import CocoIndex, with_classes, without
 from dtg_core.data.report import Report
-from dtg_core.data.shapes import make_shapes
+from dtg_core.data.shapes import ShapesPaths, make_shapes
 from dtg_core.errors import UserError
 
 
@@ -34,7 +34,9 @@ def open_sources(config: DataConfig, supervised: bool, report: Report | None = N
     """
     notes = Report() if report is None else report
     if config.labeled is None:
-        config = _embedded(config)
+        shapes = built_in(config)
+        config = replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None,
+                         val_images=None, unlabeled_images=None, unlisted="ignore")
     assert config.labeled is not None
     images = Path(config.images) if config.images else None
     labeled = load_coco(Path(config.labeled), images, rules=config.rules, report=notes)
@@ -99,10 +101,8 @@ def _without_shared(one: CocoIndex, other: CocoIndex, kind: str, report: Report,
     return rest
 
 
-def _embedded(config: DataConfig) -> DataConfig:
-    shapes = make_shapes(
-        None, labeled=config.shapes_labeled, unlabeled=config.shapes_unlabeled, val=config.shapes_val,
-        seed=config.shapes_seed,
+def built_in(config: DataConfig) -> ShapesPaths:
+    """The built-in synthetic data set of a config, which is made if it is not there yet."""
+    return make_shapes(
+        None, labeled=config.shapes_labeled, unlabeled=config.shapes_unlabeled, val=config.shapes_val, seed=config.shapes_seed
     )
-    return replace(config, labeled=str(shapes.labeled), unlabeled=str(shapes.unlabeled), val=str(shapes.val), images=None,
-                   val_images=None, unlabeled_images=None, unlisted="ignore")

@@ -29,7 +29,7 @@ from dtg_core.settings_text import dotted, yaml_scalar
 COMPARED = ("AP", "AP50", "AP75")
 #: The launcher's, which is not a setting of the config either.
 PRECISION = "mixed_precision"
-SEED, EMBEDDED_FOLD = "run.seed", "data.shapes_seed"
+SEED, BUILT_IN_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
 #: In fold1_10_labeled.json and instances_train2017.1@10.json: the 1.
@@ -57,7 +57,7 @@ class Run:
     @property
     def draw(self) -> tuple[Any, ...]:
         """Seed, fold and the like, which tell the runs of a row apart and pair those of two rows."""
-        return *(str(self.settings.get(key)) for key in (SEED, EMBEDDED_FOLD, LABELED)), *self.over
+        return *(str(self.settings.get(key)) for key in (SEED, BUILT_IN_FOLD, LABELED)), *self.over
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def _labeled_by(row: Row) -> tuple[Any, ...]:
 
 def _shared(run: Run, over: Sequence[str]) -> dict[str, Any]:
     """The settings that all runs of a row have in common."""
-    kept = {key: value for key, value in run.settings.items() if key not in (SEED, EMBEDDED_FOLD, *over)}
+    kept = {key: value for key, value in run.settings.items() if key not in (SEED, BUILT_IN_FOLD, *over)}
     return kept | {key: _FOLD.sub("*", kept[key]) for key in FOLD_FILES if isinstance(kept.get(key), str)}
 
 
@@ -301,7 +301,7 @@ def _evaluated_on(run: Run) -> tuple[str, list[str]]:
 
 def _drawing(run: Run) -> Any:
     """Which drawing of the built-in data a run was evaluated on; None for files."""
-    return run.settings.get(EMBEDDED_FOLD) if run.settings.get("data.val") is None else None
+    return run.settings.get(BUILT_IN_FOLD) if run.settings.get("data.val") is None else None
 
 
 def _refuse_other_images(run: Run, first: Run) -> None:
@@ -324,7 +324,7 @@ def _refuse_changed_data(runs: Sequence[Run]) -> None:
             digest = _digest(run, which)
             if digest is None:
                 continue
-            files = (which, *(run.settings.get(key) for key in (EMBEDDED_FOLD, *FOLD_FILES)))
+            files = (which, *(run.settings.get(key) for key in (BUILT_IN_FOLD, *FOLD_FILES)))
             other = seen.setdefault(files, run)
             if _digest(other, which) not in (None, digest):
                 raise UserError(f"{run.path}: its {which} data are not those of {other.path}, though the files' names are the "
@@ -339,7 +339,7 @@ def _other_labels(runs: Sequence[Run]) -> Iterator[str]:
         digest, labeled = _digest(run, "labeled"), run.settings.get(LABELED)
         if digest is None:
             continue
-        data = ([run.settings.get(key) for key in (EMBEDDED_FOLD, "data.shapes_labeled")] if labeled is None
+        data = ([run.settings.get(key) for key in (BUILT_IN_FOLD, "data.shapes_labeled")] if labeled is None
                 else os.path.abspath(labeled))  # fmt: skip
         rules = {key: value for key, value in run.settings.items() if key.startswith("data.rules.")}  # told as settings that differ
         key = json.dumps([data, rules], sort_keys=True)

@@ -61,8 +61,8 @@ def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
             return parts[2] in paradigms and reads(paradigms[parts[2]], key)
         if supervised and (key in UNLABELED_ONLY or parts[0] == "guidance"):
             return False
-        embedded = settings.get("data.labeled") is None
-        return not (key.startswith("data.shapes_") and not embedded)
+        built_in = settings.get("data.labeled") is None
+        return not (key.startswith("data.shapes_") and not built_in)
 
     return {key: value for key, value in settings.items() if matters(key)}
 

@@ -187,7 +187,7 @@ def views_sheet(index: CocoIndex, rows: Sequence[int], config: ViewsConfig, seed
         views = [stored, *(make(image, boxes, labels, config, np.random.default_rng((seed, row, number)))
                            for number, make in enumerate(makers))]  # fmt: skip
         lines.append([_view_tile(view, boxes, index.class_names) for view in views])
-    return sheet(lines, ("stored", "labeled", "weak (teacher)", "strong (student)", "strong, another draw"))
+    return sheet(lines, ("stored", "labelled", "weak (teacher)", "strong (student)", "strong, another draw"))
 
 
 def _view_tile(view: View, stored: np.ndarray, class_names: Sequence[str]) -> Image.Image:

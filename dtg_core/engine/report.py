@@ -44,7 +44,7 @@ GUIDANCE = {
     "highest_threshold": "Highest adaptive threshold of a class",
 }  # fmt: skip
 CAPTIONS = {
-    "predictions": f"the teacher's boxes over a score of {SCORE} in colors, labels in white",
+    "predictions": f"the teacher's boxes over a score of {SCORE} in colours, labels in white",
     "guidance": "what the teacher teaches in the stage",
 }
 

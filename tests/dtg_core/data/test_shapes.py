@@ -1,4 +1,4 @@
-"""The embedded data set."""
+"""The built-in data set."""
 from __future__ import annotations
 
 import json

@@ -253,7 +253,7 @@ def test_rows_that_learnt_from_other_drawings_are_told(tmp_path):
     assert not compare(runs).notes
 
 
-def test_folds_of_the_embedded_data_have_their_own_validation_images(tmp_path):
+def test_folds_of_the_built_in_data_have_their_own_validation_images(tmp_path):
     dense, sparse = ([write_run(tmp_path / f"{paradigm}{fold}", ap + 10 * fold, paradigm=paradigm, fold=fold, made=read_from(val=str(fold)))
                       for fold in range(2)] for paradigm, ap in (("dense", 22), ("sparse", 20)))  # fmt: skip
     comparison = compare([*sparse, *dense])
