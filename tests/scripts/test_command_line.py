@@ -493,6 +493,8 @@ def test_evaluate_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert evaluate.main([*arguments, "--score", "0.9999", "--output", str(tmp_path / "none")]) == 0
     assert json.loads((tmp_path / "none" / "detections.json").read_text()) == []
     assert (json.loads((tmp_path / "none" / "results.json").read_text())["score"], results["score"]) == (0.9999, 0.05)
+    assert evaluate.main([*arguments, "--score", "0", "--output", str(tmp_path / "every")]) == 0  # not the run's
+    assert json.loads((tmp_path / "every" / "results.json").read_text())["score"] == 0
     assert (results["run"], results["annotations"], results["data"]["images"]) == (str(folder), str(annotations), 3)
     assert results["images"] == 3
     assert results["AP"] is not None

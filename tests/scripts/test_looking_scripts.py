@@ -381,16 +381,16 @@ def test_ids_of_images_can_be_resolved(run, photos, tmp_path):
 
 @pytest.mark.parametrize(("place", "above"), [("photos/own.json", ""), ("own.json", "photos/"), ("lists/own.json", "")])
 def test_ids_of_images_by_file_name(run, photos, tmp_path, place, above):
-    names = {"a.png": 70, "trip/b.jpg": "b", "./trip/day 2/c.tif": 5, "elsewhere.jpg": 9}
+    names = {"a.png": 0, "trip/b.jpg": "b", "./trip/day 2/c.tif": 5, "elsewhere.jpg": 9}
     own = tmp_path / place
     own.parent.mkdir(exist_ok=True)
     own.write_text(json.dumps({"images": [{"id": value, "file_name": above + name} for name, value in names.items()]}))
     arguments = [str(run), str(photos), "--output", str(tmp_path / "out"), "--score", "0.01", "--device", "cpu"]
     assert predict.main([*arguments, "--annotations", str(own)]) == 0
     listed = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
-    assert [(image["id"], image["file_name"]) for image in listed] == [(70, "a.png"), ("b", "trip/b.jpg"), (5, "trip/day 2/c.tif")]
+    assert [(image["id"], image["file_name"]) for image in listed] == [(0, "a.png"), ("b", "trip/b.jpg"), (5, "trip/day 2/c.tif")]
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {entry["image_id"] for entry in results} == {70, "b", 5}
+    assert {entry["image_id"] for entry in results} == {0, "b", 5}
 
 
 @pytest.mark.parametrize(("names", "told"), [

@@ -151,6 +151,15 @@ def test_labelled_losses_do_not_depend_on_the_paradigm_before_guidance(data: Tin
     assert parts[0] == parts[1] == parts[2]
 
 
+def test_what_guidance_brings_is_seen_against_an_evaluation_before_it(data: TinyData, tmp_path: Path) -> None:
+    """At the step where it starts, whatever steps are evaluated besides; not if none but the last is."""
+    for every, expected in ((2, [2, 3, 4]), (0, [4])):
+        settings = ["guidance.start_step=3", f"run.evaluate_every={every}"]
+        ended = run(command(data, "gfl", tmp_path / f"{every}", *settings, steps=4), tmp_path / "logs")
+        assert ended.status == 0, ended.err
+        assert [line["step"] for line in lines(tmp_path / f"{every}") if "teacher/AP" in line] == expected
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [

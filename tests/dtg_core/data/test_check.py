@@ -1,4 +1,4 @@
-"""The processes that look at images end with the one that started them."""
+"""Near copies by their signatures; and the processes that look at images end with the one that started them."""
 from __future__ import annotations
 
 import json
@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 from conftest import ROOT
 from PIL import Image
+
+from dtg_core.data.check import Look, check_shared
+from dtg_core.data.report import Report
 
 WORKERS = 8  # most of them idle, as images are dealt in chunks
 
@@ -35,3 +39,11 @@ def test_ctrl_c_ends_workers_without_a_word(tmp_path: Path) -> None:
     os.killpg(check.pid, signal.SIGINT)  # as a terminal does
     out, err = check.communicate(timeout=60)
     assert (check.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_near_copies_differ_in_up_to_three_bits_and_are_not_plain() -> None:
+    busy, plain, report = 0xFF00FF00FF00FF00, 0b1111111, Report()
+    looks = [Look(None, (), bytes([number]), bits) for number, bits in enumerate((busy, plain, busy ^ 0b111, busy ^ 0b1111, plain))]
+    other, own = SimpleNamespace(file_names=["busy", "plain"]), SimpleNamespace(file_names=["three", "four", "none"])
+    check_shared(own, looks[2:], other, looks[:2], Path("own.json"), Path("other.json"), report)  # type: ignore[arg-type]
+    assert report.lines() == ["own.json: 1 IMAGE LOOKS LIKE ONE OF other.json (three ~ busy)"]

@@ -355,6 +355,18 @@ def test_fault_12_size_swapped_by_exif(folder: Path) -> None:
     assert line.endswith(" (1: 1.png)")
 
 
+def test_fault_12_images_on_their_side_may_differ(folder: Path) -> None:
+    """Two files made by different tools and joined: each such image follows its own size in the JSON."""
+    exif, content = Image.Exif(), clean()
+    exif[0x0112] = 6
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (48, 64)).save(folder / name, exif=exif)  # upright it is 64 x 48
+    changed("images", 0, "width", to=48)(content)
+    changed("images", 0, "height", to=64)(content)
+    index = load_coco(write(folder, content), report=Report())
+    assert [index.image(row).size for row in (0, 1)] == [(48, 64), (64, 48)]
+
+
 @pytest.mark.parametrize("as_stored", [False, True])
 def test_fault_12_half_turns_follow_the_other_images(folder: Path, as_stored: bool) -> None:
     """The size of an image that lies on its side tells in which frame a file's boxes were drawn; that of one upside down does not."""
@@ -407,6 +419,18 @@ def test_images_that_were_resized_after_labelling(folder: Path, factor: float) -
     np.testing.assert_allclose(kept.boxes, wanted.boxes, atol=1e-4)
 
 
+def test_each_side_of_a_resized_image_has_its_own_factor(folder: Path) -> None:
+    """13 x 10 px were enlarged to 64 x 48, by 4.92 and 4.8; what is found comes back to the JSON's pixels in the same way."""
+    content = clean()
+    every("images", lambda _: {"width": 13, "height": 10})(content)
+    every("annotations", lambda _: {"bbox": [0, 0, 13, 10], "area": 130})(content)
+    index = load_coco(write(folder, content), rules=DataRules(resized="scale", use_json_area=True), report=Report())
+    np.testing.assert_allclose(index.boxes, [[0, 0, 64, 48]] * BOXES, rtol=1e-6)
+    np.testing.assert_allclose(index.areas, 64 * 48)
+    found = coco_results(index, SetDetections([np.arange(1)], [np.array([[0.0, 0, 64, 48, 0.5, 1, 0]])]))
+    assert found[0]["bbox"] == [0, 0, 13, 10]
+
+
 def test_fault_12_a_wrong_size_is_replaced(folder: Path) -> None:
     content = clean()
     changed("images", 2, "height", to=480)(content)
@@ -434,11 +458,21 @@ def test_fault_20_crowds(folder: Path) -> None:
     assert sum(len(index.objects(row)[0]) for row in range(12)) == 13
 
 
+def test_crowds_alone_are_nothing_to_learn_or_to_find(folder: Path) -> None:
+    content = clean()
+    every("annotations", lambda _: {"iscrowd": 1})(content)
+    own, crowds = str(write(folder, clean(), "own.json")), str(write(folder, content, "crowds.json"))
+    with pytest.raises(UserError, match=r"crowds\.json: no usable box in any of its 12 images - label some objects"):
+        open_sources(DataConfig(labeled=crowds), supervised=True)
+    with pytest.raises(UserError, match=r"crowds\.json: no usable box to evaluate against - give a labelled set"):
+        open_sources(DataConfig(labeled=own, val=crowds), supervised=True)
+
+
 def test_fault_21_areas(folder: Path) -> None:
     """By default of the boxes; with ``use_json_area`` the file's, so that a large box with a small mask is a small object."""
     content = clean()
     every("annotations", lambda a: {"bbox": [0, 0, 40, 40], "area": 100, "image_id": (a["id"] + 1) // 2})(content)
-    changed("annotations", 0, "area", to=1e12)(content)
+    changed("annotations", 0, "area", to=1e5)(content)  # no object is larger than its box
     removed("annotations", 1, "area")(content)
     path = write(folder, content)
     for rules, small, medium in ((DataRules(), None, 100.0), (DataRules(use_json_area=True), 100.0, 100.0)):

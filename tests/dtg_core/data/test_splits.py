@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import make_splits  # noqa: E402
 
 from dtg_core.data.coco import load_coco  # noqa: E402
-from dtg_core.data.splits import draw  # noqa: E402
+from dtg_core.data.splits import draw, group_images  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 
 COCO = 118_287  # images of train2017
@@ -88,6 +88,14 @@ def test_a_validation_set_is_set_aside_with_its_labels(tmp_path: Path) -> None:
     assert (manifest["set_aside"], manifest["images"]) == (20, 320)
 
 
+def test_boxes_are_counted_in_what_a_validation_set_leaves(tmp_path: Path) -> None:
+    source = coco(tmp_path, 200)
+    (_, made) = split(source, "--val", 25, "--percent", 10, "--folds", 1)["splits"]
+    labeled = json.loads((tmp_path / "splits" / "fold1_10_labeled.json").read_text())
+    counts = Counter(one["category_id"] for one in labeled["annotations"] if not one["iscrowd"])
+    assert made["boxes"] == {one["name"]: counts[one["id"]] for one in labeled["categories"]}
+
+
 def test_a_validation_set_alone_leaves_all_others_labelled(tmp_path: Path) -> None:
     source = coco(tmp_path, 40)
     split(source, "--val", 25)
@@ -135,6 +143,12 @@ def test_one_command_makes_all_folds_of_coco(tmp_path: Path, capsys: pytest.Capt
     assert {stored[105285], stored[107335], stored[49358]} <= set(labeled)
     assert sorted(labeled + rest) == sorted(stored)
     assert set(ids_of(source, "fold2_10_labeled.json")) != set(labeled)
+
+
+def test_images_without_a_group_are_each_on_their_own() -> None:
+    records = [{"file_name": "s7_a.jpg", "city": 3}, {"file_name": "b.jpg"}, {"file_name": "s7_c.jpg", "city": 3}, {"file_name": "d.jpg", "city": None}]
+    for by in ("city", r"s(\d)_"):
+        assert group_images(records, by).tolist() == [0, 1, 0, 2]
 
 
 def test_files_load_and_the_manifest_is_true(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from dtg_core.boxes import project
 from dtg_core.config import Hull, ViewsConfig
@@ -157,6 +157,23 @@ def test_color_operations() -> None:
         bright = np.clip(every * (0.18 * magnitude + 0.1), 0, 255)
         np.testing.assert_allclose(values(photometric.brightness, magnitude), bright, atol=1)
     np.testing.assert_array_equal(values(photometric.identity, 3), np.arange(256))
+    image = noise().point(lambda value: 60 + value // 4)
+    for operation, enhancement in (
+        (photometric.color, ImageEnhance.Color), (photometric.contrast, ImageEnhance.Contrast), (photometric.sharpness, ImageEnhance.Sharpness),
+    ):  # fmt: skip
+        assert operation(image, 3) == enhancement(image).enhance(0.18 * 3 + 0.1)
+    assert photometric.autocontrast(image, 3) == ImageOps.autocontrast(image)
+    assert photometric.equalize(image, 3) == ImageOps.equalize(image)
+
+
+def test_all_colour_operations_are_drawn_with_magnitudes_of_1_to_9(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = set()
+    recorders = [lambda image, magnitude, number=number: drawn.add((number, magnitude)) or image for number in range(9)]
+    monkeypatch.setattr(photometric, "OPERATIONS", recorders)
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
+        photometric.random_color(noise(8, 8), generator)
+    assert drawn == {(number, magnitude) for number in range(9) for magnitude in range(1, 10)}
 
 
 def test_views_do_not_touch_the_image_they_share() -> None:
@@ -181,6 +198,18 @@ def test_erase() -> None:
     single = replace(PLAIN, erase_patches=(1, 1))
     sides = [(strong_view(black, BOXES, LABELS, single, np.random.default_rng(seed)).pixels[0] > 0).any(0).sum().item() for seed in range(50)]
     assert min(sides) < 8 < np.median(sides) < 24 < max(sides) <= 32  # px; patches are of all sizes
+
+
+def test_patches_lie_anywhere_in_the_view() -> None:
+    config, black = replace(PLAIN, erase_patches=(1, 1)), Image.new("RGB", (240, 160))
+    corners = []
+    for seed in range(200):
+        erased = strong_view(black, NO_BOXES, NO_LABELS, config, np.random.default_rng(seed)).pixels[0].numpy() > 0
+        if erased.any():
+            corners.append((erased.any(1).argmax() / 160, erased.any(0).argmax() / 240))
+    assert np.max(np.min(corners, 0)) < 0.1
+    assert np.min(np.max(corners, 0)) > 0.9
+    assert abs(np.corrcoef(np.transpose(corners))[0, 1]) < 0.3
 
 
 def test_box_of_a_painted_object() -> None:
@@ -249,6 +278,17 @@ def test_a_class_of_small_boxes_is_told_of() -> None:
     (line,) = report.lines()
     assert line.startswith("own.json: classes have most of their boxes under 8 px in every training view")
     assert line.endswith("(1: mote)")
+
+
+def test_crowds_are_no_boxes_of_a_class() -> None:
+    """The only cell is small, though two crowds of cells are not."""
+    boxes, labels = np.array([(0, 0, 300, 70)] + [(0, 0, 300, 300)] * 12, np.float32), np.array([0] * 3 + [1] * 10)
+    crowd, starts = np.isin(np.arange(13), (1, 2)), np.array((0, 13))
+    index = CocoIndex(Path(), ["a"], ["a.png"], np.array(((1600, 1600),), np.int32), boxes, labels, starts, crowd, ("cell", "car"), [1, 2])
+    report = Report()
+    note_small_boxes(index, "own.json", PLAIN, report)
+    (line,) = report.lines()
+    assert line.endswith("(cell)")
 
 
 def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,6 +345,13 @@ def test_find_moves_boxes_back_and_clips() -> None:
     assert rows[:, 4:].tolist() == [[0.25, 0, 0], [0.25, 0, 0], [0.25, 0, 2]]
 
 
+def test_boxes_in_an_image_of_unknown_size_stay() -> None:
+    index, _ = perfect()
+    index = replace(index, sizes=np.array([(0, 0), *index.sizes[1:].tolist()], np.int32))
+    found = find(Scripted({100: [[10.0, 10, 50, 60]]}), index, [view_of(index, [0], torch.eye(3))], torch.device("cpu"), 0.25)
+    np.testing.assert_allclose(found.merged()[1][:, :4], [[10, 10, 50, 60]])
+
+
 def test_find_keeps_no_batch() -> None:
     """Fault 80: views are asked for one batch at a time and let go, so memory does not grow with the data set."""
     index, _ = perfect()

@@ -38,11 +38,13 @@ def test_a_class_that_fits_no_anchor_is_told_of() -> None:
     assert not list(classes_out_of_reach(detector, index, larger))
 
 
-@pytest.mark.parametrize("change", ["crowd", "no size"])
+@pytest.mark.parametrize("change", ["crowd", "no size", "lost"])
 def test_boxes_that_are_never_trained_on_say_nothing(change: str) -> None:
+    """The last of under 1 px in the largest view of 160 px, which is reported by itself."""
     index = index_of({"tiny": [8] * 4})
     assert list(classes_out_of_reach(tiny_detector("faster_rcnn"), index, VIEWS))
-    index = replace(index, crowd=np.ones(4, bool)) if change == "crowd" else replace(index, sizes=np.zeros((1, 2), np.int32))
+    sizes = np.full((1, 2), 2000 if change == "lost" else 0, np.int32)
+    index = replace(index, crowd=np.ones(4, bool)) if change == "crowd" else replace(index, sizes=sizes)
     assert not list(classes_out_of_reach(tiny_detector("faster_rcnn"), index, VIEWS))
 
 

@@ -144,7 +144,7 @@ def test_a_lower_limit_of_skipped_steps_is_kept(data: TinyData, tmp_path: Path) 
     assert "step 6/14  skipped 1  " in ended.err
     ended = run([*arguments, "run.max_skipped=3", "--resume", "auto"], tmp_path / "logs", prepare=prepare)
     assert ended.status == 3, ended.err
-    assert "not finite 3 times in a row" in ended.err
+    assert "error: step 6: loss or gradient not finite 3 times in a row" in ended.err  # those before the resume count
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
@@ -244,6 +244,19 @@ def test_other_validation_images_are_reported(data: TinyData, half: Path, tmp_pa
     assert ended.status == 0, ended.err
     assert "resuming with other validation data" in ended.err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["changed"] == [{"step": 4, "changes": ["validation data"]}]
+
+
+def test_ap_on_other_validation_images_is_no_measure_of_the_teacher(data: TinyData, tmp_path: Path) -> None:
+    """What the teacher reached before it guided is kept for a warning, as long as later AP is of the same images."""
+    settings = ["run.checkpoint_every=2", "run.evaluate_every=2", "guidance.start_step=2"]
+    assert run(command(data, "gfl", tmp_path / "run", *settings, steps=4), tmp_path / "logs").status == 0
+    other = replace(data, val=write_coco(tmp_path / "val", 4, 9))
+    for name, given in (("same", data), ("other", other)):
+        output = shutil.copytree(tmp_path / "run", tmp_path / name)
+        ended = run([*command(given, "gfl", output, *settings, steps=6), "--resume", "auto"], tmp_path / "logs")
+        assert ended.status == 0, ended.err
+        state = checkpoint_state(output / "checkpoints" / "step_00000006")
+        assert (state["watch"]["supervised_ap"] is None) == (name == "other")
 
 
 def test_what_had_no_effect_yet_has_not_changed_the_course() -> None:

@@ -6,7 +6,10 @@ from dataclasses import replace
 import torch
 from conftest import make_pair
 
+from dtg_core.anchors import anchor_grid
+from dtg_core.config import StageRule
 from dtg_core.guidance import pseudo_labels
+from dtg_core.guidance.sparse import sparse_supervision
 from dtg_core.structures import Detections
 
 # Twice as large and 40 px to the left, in a view of 100 x 80 px: the third box leaves it but for a sliver of half a pixel.
@@ -37,3 +40,13 @@ def test_each_class_has_its_own_threshold():
 def test_a_sliver_counts_from_one_pixel_on():
     inside = replace(FOUND, boxes=torch.tensor([[5.0, 10, 20.5, 30]]).repeat(4, 1))
     assert len(pseudo_labels(inside, 0.0, PAIR).labels) == 4
+
+
+def test_found_counts_each_class_by_its_own_threshold():
+    """As the teacher sees them, so the third box counts, too, which leaves the student's view."""
+    grid = anchor_grid((96, 128), (8,), 4.0, (1.0,), torch.device("cpu"))
+    rule, threshold = StageRule("sparse"), torch.tensor([0.4, 0.7, 0.8])
+    told, _ = sparse_supervision(FOUND, grid, grid, PAIR, rule, threshold)
+    assert told.found.tolist() == [1, 1, 0]
+    assert told.targets.labels.tolist() == [0]
+    assert sparse_supervision(FOUND, grid, grid, PAIR, rule)[0].found is None
