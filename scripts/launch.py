@@ -75,7 +75,6 @@ def _leave_process_group() -> None:
 def fit_to_processes(settings: RunSettings, accelerator: Accelerator, scale: bool) -> RunSettings:
     """The settings with what the launcher decides: its micro-batches override ours, and --scale-lr needs to know them."""
     settings = replace(settings, optim=replace(settings.optim, accumulate=accelerator.gradient_accumulation_steps))
-    accelerator.gradient_accumulation_steps = 1  # train_step does the division itself, and exactly
     if scale:
         before = settings.optim.lr
         settings = replace(settings, optim=scale_lr(settings, accelerator.num_processes))

@@ -73,8 +73,9 @@ def prepare(config: Config, detector: Detector, objects: ArrayLike, accelerator:
     Args:
         config: the run's settings. detector: the student's, with its initial weights.
         objects: [C] mean objects per labelled image, by class.
-        accelerator: device, precision, processes.
+        accelerator: device, precision, processes; no longer divides losses by a launcher's micro-batches.
     """
+    accelerator.gradient_accumulation_steps = 1  # train_step does the division itself, and exactly
     if config.run.channels_last:
         detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = make_teacher(detector).to(accelerator.device)

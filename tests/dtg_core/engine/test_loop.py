@@ -201,8 +201,11 @@ def test_the_optimizer_has_the_settings_and_leaves_frozen_parameters_out() -> No
     assert moved(OptimConfig(name="adamw", lr=0.01, weight_decay=0.1)) == pytest.approx(expected)
 
 
-def test_a_step_follows_the_schedules() -> None:
-    """Step 3 of a warm-up of 10 steps, before, at and after the start of the guidance, and the teacher's own rate."""
+@pytest.mark.parametrize("launched", ["1", "4"])
+def test_a_step_follows_the_schedules(launched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step 3 of a warm-up of 10 steps, before, at and after the start of the guidance, and the teacher's own rate; by a launcher
+    with micro-batches, too, by which Accelerate would divide the losses."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", launched)
     guidance = replace(config().guidance, start_step=3, ramp_steps=2)
     settings = Config(guidance=guidance, optim=OptimConfig(lr=0.01, warmup_steps=10, ema=0.6, clip_norm=1e9))
     for step, weight in ((2, 0.0), (3, 1.0), (4, 2.0)):
