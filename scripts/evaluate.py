@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     rules_of(arguments)  # a mistake is reported before the weights are read
 
     from dtg_core.data.plan import eval_batches, items_of
-    from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics, unseen
+    from dtg_core.engine.evaluate import coco_metrics, coco_results, find, format_metrics, too_many_unread, unseen
     from dtg_core.engine.predict import find_weights, load_detector
     from dtg_core.engine.resume import digest
 
@@ -76,9 +76,8 @@ def main(argv: Sequence[str]) -> int:
     score = run.score_threshold if arguments.score is None else arguments.score
     found = find(loaded.detector, index, batches, loaded.device, score)
     unread = unseen(index, found)
-    if len(unread) > index.rules.max_bad_images * len(index) or len(unread) == len(index):
-        raise UserError(f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - fix them, take "
-                        "them out, or raise data.rules.max_bad_images")
+    if problem := too_many_unread(index, unread):
+        raise UserError(problem)
     metrics = coco_metrics(index, found)
     annotations = arguments.annotations or loaded.settings.data.val
     results = {

@@ -191,6 +191,15 @@ def unseen(index: CocoIndex, found: SetDetections) -> list[str]:
     return [index.file_names[row] for row in np.setdiff1d(np.arange(len(index)), found.merged()[0]).tolist()]
 
 
+def too_many_unread(index: CocoIndex, unread: Sequence[str]) -> str:
+    """What is wrong if more files of ``index`` are ``unread`` than its rules allow, or all of them, so that figures say little of it;
+    empty: nothing."""
+    if not unread or (len(unread) <= index.rules.max_bad_images * len(index) and len(unread) < len(index)):
+        return ""
+    return (f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - fix them, take them out, or "
+            "raise data.rules.max_bad_images")
+
+
 def format_metrics(metrics: dict[str, Any]) -> str:
     """The twelve figures and each class's AP as a text table."""
     def shown(value: float | None) -> str:

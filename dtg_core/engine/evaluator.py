@@ -12,7 +12,7 @@ from dtg_core.data.plan import eval_batches, items_of
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import load_metadata, save_weights
 from dtg_core.engine.checkpointer import Checkpointer
-from dtg_core.engine.evaluate import SetDetections, find, metrics_and_curves, unseen
+from dtg_core.engine.evaluate import SetDetections, find, metrics_and_curves, too_many_unread, unseen
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Training
 from dtg_core.engine.processes import greatest, on_main
@@ -59,11 +59,13 @@ class Evaluator:
             signals.agreed = greatest(self.accelerator, signals.received)
             if signals.agreed:
                 return False
-            if unread := unseen(val, found[which]):
-                results["unread"] = len(unread)
             results[which], curves[which] = on_main(self.accelerator, partial(metrics_and_curves, val, found[which]))
+        if unread := max((unseen(val, detections) for detections in found.values()), key=len):
+            results["unread"] = len(unread)
         self.recorder.evaluation(done, results, curves["teacher"])
-        if self.accelerator.is_main_process:
+        if problem := too_many_unread(val, unread):  # figures of a lucky rest, which no later evaluation may reach
+            self.recorder.warn(done, [f"{problem}; until then no teacher is kept as the best"])
+        elif self.accelerator.is_main_process:
             self._keep_best(done, results["teacher"]["AP"])
         self.recorder.show(done, found["teacher"])
         self.state.evaluation_due = False

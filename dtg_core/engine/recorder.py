@@ -76,11 +76,11 @@ class Recorder:
                 means |= {f"guidance/{stage}/lowest_threshold": min(scores), f"guidance/{stage}/highest_threshold": max(scores)}
         shown = branches | {"skipped": means["skipped"]}
         self.report.line(done, means | times, {name: value for name, value in shown.items() if value} | guidance_figures(means))
-        self._warn(done, self.watch.line(done, steps, means) + self.watch.thresholds(limits))
+        self.warn(done, self.watch.line(done, steps, means) + self.watch.thresholds(limits))
 
     def end(self, done: int) -> None:
         """Warn after the last step."""
-        self._warn(done, self.watch.end(done) if self.report else ())
+        self.warn(done, self.watch.end(done) if self.report else ())
 
     def evaluation(self, done: int, results: Mapping[str, Any], curves: Mapping[str, Any]) -> None:
         """Log an evaluation, and write it to results.json; ``curves`` are the teacher's."""
@@ -89,7 +89,7 @@ class Recorder:
         self.report.evaluation(done, results)
         self._write("precision.json", json.dumps(curves) + "\n")
         self._write("results.json", json.dumps(results, indent=1) + "\n")
-        self._warn(done, self.watch.evaluation(done, results["teacher"]["AP"]))
+        self.warn(done, self.watch.evaluation(done, results["teacher"]["AP"]))
 
     def show(self, evaluated: int | None = None, found: SetDetections | None = None) -> None:
         """Write report.html, with new pictures if there was an evaluation, of step ``evaluated`` and with what the teacher has
@@ -126,7 +126,7 @@ class Recorder:
         elif self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
 
-    def _warn(self, done: int, warnings: Iterable[str]) -> None:
+    def warn(self, done: int, warnings: Iterable[str]) -> None:
         """Show warnings, and log them, as nobody may be looking."""
         for warning in warnings:
             self.say(f"warning: {warning}")

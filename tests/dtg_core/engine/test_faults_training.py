@@ -57,13 +57,22 @@ def test_fault_62_a_signal_while_waiting_for_data(data: TinyData, tmp_path: Path
 
 
 def test_validation_images_that_cannot_be_read_are_counted(data: TinyData, tmp_path: Path) -> None:
-    """They spoil no figure, and the end of a long run is no place to stop."""
+    """They spoil no figure, and the end of a long run is no place to stop. But where there are more of them than allowed, as with a
+    disk that is gone, an AP over the rest does not become the best for good."""
     val = write_coco(tmp_path / "val", 3, 3)
-    next((tmp_path / "val").rglob("*.png")).write_bytes(b"")
-    ended = run(command(replace(data, val=val), "gfl", tmp_path / "run", steps=1), tmp_path / "logs")
-    assert ended.status == 0, ended.err
-    assert "it is not evaluated" in ended.err
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["unread"] == 1
+    (tmp_path / "val" / "images" / "1.png").write_bytes(b"")
+    for allowed, kept in (("0.5", True), ("0.3", False)):
+        output = tmp_path / allowed
+        ended = run(command(replace(data, val=val), "gfl", output, f"data.rules.max_bad_images={allowed}", steps=1), tmp_path / "logs")
+        assert ended.status == 0, ended.err
+        assert "it is not evaluated" in ended.err
+        assert json.loads((output / "results.json").read_text())["unread"] == 1
+        assert (output / "weights" / "best.safetensors").exists() == kept
+        warned = [line["warning"] for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "warning" in line]
+        told = (f"{tmp_path / 'val' / 'images'}: 1 of 3 images cannot be read (first 1.png) - fix them, take them out, or raise "
+                "data.rules.max_bad_images; until then no teacher is kept as the best")
+        assert warned == ([] if kept else [told])
+        assert ended.err.count(f"warning: {told}\n") == len(warned)
 
 
 def full_disk(first: int) -> Callable[[], None]:
