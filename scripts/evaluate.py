@@ -3,8 +3,9 @@
     python scripts/evaluate.py RUN_OR_WEIGHTS [--which teacher|student|best] [--annotations JSON --images DIR] [--output DIR]
 
 Without ``--annotations`` it is evaluated on the validation set of its own run. ``results.json`` and ``detections.json``
-(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` in the run folder or next to the
-weights file, and ``evaluation-NAME`` for ``--annotations NAME.json``. Earlier ones are kept unless ``--overwrite`` is given.
+(COCO's results format, with the data set's own ids) go to ``--output``, by default ``evaluation`` in the run folder, or next to a
+weights file without one, and ``evaluation-NAME`` for ``--annotations NAME.json``. Earlier ones are kept unless ``--overwrite`` is
+given.
 """
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
     weights = find_weights(arguments.weights, arguments.which)
     name = f"evaluation-{arguments.annotations.stem}" if arguments.annotations else "evaluation"
-    output = arguments.output or (weights.parent.parent if arguments.weights.is_dir() else weights.parent) / name
+    output = arguments.output or (arguments.weights if arguments.weights.is_dir() else _home(weights)) / name
     require_new((output / name for name in FILES), arguments.overwrite, inputs=[arguments.annotations])
     loaded = load_detector(weights, arguments.device)
 
@@ -91,6 +92,14 @@ def main(argv: Sequence[str]) -> int:
     print(format_metrics(metrics))
     print(f"written to {output}")
     return 0
+
+
+def _home(weights: Path) -> Path:
+    """The run folder that a weights file lies in, or else the file's own folder."""
+    from dtg_core.data.files import holds_run
+
+    folder = weights.absolute().parent
+    return folder.parent if folder.name == "weights" and holds_run(folder.parent) else weights.parent
 
 
 def _data_set(loaded: Predictor, data: DataConfig, annotations: Path | None, images: Path | None, run: Path) -> CocoIndex:

@@ -192,8 +192,8 @@ def unseen(index: CocoIndex, found: SetDetections) -> list[str]:
 
 
 def too_many_unread(index: CocoIndex, unread: Sequence[str]) -> str:
-    """What is wrong if more files of ``index`` are ``unread`` than its rules allow, or all of them, so that figures say little of it;
-    empty: nothing."""
+    """What is wrong if more files of ``index`` are ``unread`` than its rules allow, or all of them, so that the figures are of too
+    few images; empty: nothing."""
     if not unread or (len(unread) <= index.rules.max_bad_images * len(index) and len(unread) < len(index)):
         return ""
     return (f"{index.root}: {len(unread)} of {len(index)} images cannot be read (first {unread[0]}) - fix them, take them out, or "

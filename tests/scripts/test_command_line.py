@@ -29,6 +29,7 @@ from run_settings import RunSettings  # noqa: E402
 
 from dtg_core.config import paper_stages  # noqa: E402
 from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
+from dtg_core.engine.folder import RunFolder  # noqa: E402
 from dtg_core.engine.predict import find_weights, load_detector  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402
 from dtg_core.settings import load_config  # noqa: E402
@@ -590,6 +591,17 @@ def test_evaluate_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert evaluate.main([str(folder), "--annotations", str(annotations), "--batch", "2", "--workers", "0"]) == 0
     assert "0/2 [" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("given", ["run/weights/teacher.safetensors", "teacher.safetensors"])
+def test_a_weights_file_of_a_run_is_evaluated_as_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """In ``weights``, figures would keep ``train.py --overwrite`` from emptying the folder."""
+    annotations, folder = data_set(tmp_path / "data"), run_folder(tmp_path / "run")
+    (folder / "config.yaml").write_text("schema: 1\n")
+    monkeypatch.chdir(tmp_path if "/" in given else folder / "weights")
+    assert evaluate.main([given, "--annotations", str(annotations), "--batch", "2"]) == 0
+    assert {path.name for path in (folder / "evaluation-val").iterdir()} == {"results.json", "detections.json"}
+    RunFolder(folder).require_free(resume=False, overwrite=True)
 
 
 def test_evaluate_needs_the_folder_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
