@@ -249,8 +249,8 @@ def _seconds(action: Callable[[], Any], device: torch.device) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 # Report ----------------------------------------------------------------------------------------------------------------

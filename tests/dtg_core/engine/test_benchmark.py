@@ -28,6 +28,17 @@ def test_a_part_does_not_count_the_parts_that_it_calls() -> None:
     assert watch.seconds == {"other": 1.0 + 5.0, "guidance": 2.0 + 4.0, "teacher": 3.0}
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "xpu"])
+def test_the_clock_is_read_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    order: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", order.append)
+    device = torch.device(kind)
+    watch = Stopwatch(device, lambda: float(order.append("clock") or 0))
+    order.clear()
+    watch.lap()
+    assert order == (["clock"] if kind == "cpu" else [device, "clock"])
+
+
 def test_waits_and_operations() -> None:
     values = torch.arange(6.0)
     with device_work() as work:
