@@ -31,6 +31,8 @@ from dtg_core.protocol import Detector
 from dtg_core.settings import load_config, plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
 
+OneImage = str | Path | Image.Image
+
 
 @dataclass(frozen=True)
 class ImageDetections:
@@ -55,17 +57,19 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[str | Path | Image.Image], score_threshold: float | None = None, batch: int = 8
+        self, images: OneImage | Sequence[OneImage], score_threshold: float | None = None, batch: int = 8
     ) -> list[ImageDetections]:
         """Boxes of each image.
 
         Args:
-            images: files, or PIL images in RGB. score_threshold: of boxes that are kept; None: the run's.
-            batch: images at once.
+            images: files, or PIL images in RGB; one alone is like a list of it. batch: images at once.
+            score_threshold: of boxes that are kept; None: the run's.
 
         Raises:
             UserError: a file cannot be read.
         """
+        if isinstance(images, OneImage):
+            images = [images]
         threshold = self.settings.run.score_threshold if score_threshold is None else score_threshold
         found: list[ImageDetections] = []
         for start in range(0, len(images), batch):
@@ -84,7 +88,7 @@ class Predictor:
         }
         return [found[number] for number in range(len(images))]
 
-    def _opened(self, image: str | Path | Image.Image) -> Image.Image:
+    def _opened(self, image: OneImage) -> Image.Image:
         if isinstance(image, Image.Image):
             return image.convert("RGB")
         return read_image(Path(image), rules=self.settings.data.rules)

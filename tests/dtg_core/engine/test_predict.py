@@ -64,6 +64,9 @@ def test_files_batches_and_empty_input(tmp_path):
         for one, other in zip(alone, some):
             np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
             assert (one.labels == other.labels).all()
+    for single in (images[0], tmp_path / "0.png", str(tmp_path / "0.png")):
+        (one,) = predictor.predict(single)
+        np.testing.assert_allclose(one.boxes, alone[0].boxes, atol=1e-3)
     assert predictor.predict([]) == []
     assert len(predictor.predict(images[:1], 0.999)[0].boxes) == 0
     with pytest.raises(UserError, match="no such image"):
