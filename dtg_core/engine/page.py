@@ -80,16 +80,16 @@ def chart(
 
     Args:
         title: of the chart.
-        lines: values that are not finite are left out. With only one name there is no legend.
-        top, right: where the axes end; None: at the largest value.
+        lines: values that are not finite are left out; negative ones lie below 0. With only one name there is no legend.
+        top, right: where the axes end; None: at the largest value, or 0.
         size: width and height in px.
     """
     width, height = size
     shown = [(line, _thinned([point for point in line.points if all(map(math.isfinite, point))])) for line in lines]
-    values = [point for _, points in shown for point in points]
-    right = right or max((x for x, _ in values), default=1.0) or 1.0
-    low = min(min((y for _, y in values), default=0.0), 0.0)
-    steps = _ticks(low, top or max((y for _, y in values), default=1.0) or 1.0, 5)
+    values = [(0.0, 0.0), *(point for _, points in shown for point in points)]
+    right = right or max(x for x, _ in values) or 1.0
+    low, high = min(y for _, y in values), top or max(y for _, y in values)
+    steps = _ticks(low, high if high > low else 1.0, 5)
     bottom, top = min(steps[0], low), top or steps[-1]
 
     def place(x: float, y: float) -> str:

@@ -26,6 +26,15 @@ def test_points_land_on_the_axes():
     assert re.findall(r'text-anchor="end">([^<]*)<', svg) == ["0", "2", "4", "6", "8", "10"]
 
 
+def test_values_below_0_hang_from_the_axis():
+    """The axes start at 0, whether or not a value is there."""
+    for points, ends in (([(1, -1.0)], [(WIDTH - RIGHT, HEIGHT - BOTTOM)]),
+                         ([(1, -2), (2, -1)], [((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM), (WIDTH - RIGHT, (TOP + HEIGHT - BOTTOM) / 2)])):
+        svg = chart("x", [Line("a", points)])
+        assert polylines(svg) == [ends]
+        assert re.findall(r'text-anchor="end">([^<]*)<', svg)[-1] == "0"
+
+
 def test_values_that_are_not_finite_leave_gaps_and_no_trace():
     (line,) = polylines(chart("loss", [Line("cls", [(0, 1), (1, math.nan), (2, math.inf), (3, 1)])]))
     assert len(line) == 2
