@@ -20,7 +20,7 @@ from read_settings import build_detector, is_supervised, load_settings, train_pa
 
 from dtg_core.config import without_weights
 from dtg_core.drafts import require_writable
-from dtg_core.engine.schedules import batch_remarks, global_batch
+from dtg_core.engine.schedules import batch_remarks, images_of_a_step
 from dtg_core.errors import UserError, counted
 from dtg_core.settings_text import to_yaml
 
@@ -170,7 +170,7 @@ def _detector(settings: RunSettings, sources: Sources, resumed: bool) -> tuple[D
 
 def _size(settings: RunSettings, processes: int) -> str:
     """What the launcher has made of the run, such as "2 processes, 4 labelled and 8 unlabelled images a step"."""
-    labeled, unlabeled = global_batch(settings, processes)
+    labeled, unlabeled = images_of_a_step(settings, processes)
     others = "" if is_supervised(settings) else f" and {unlabeled} unlabelled"
     return f"{counted(processes, 'process', 'processes')}, {labeled} labelled{others} images a step"
 

@@ -83,13 +83,13 @@ class Checkpointer:
         state.window = Window(dict(saved["window"]["sums"]), dict(saved["window"]["counts"]))
         watch.restore(saved["watch"])
         self._keep_start(saved["stamp"]["config"])
-        state.changed = list(saved.get("changed", []))
+        state.changed = list(saved["changed"])
         if course := changed_course(saved["stamp"], state.stamp, step):
             state.changed.append({"step": step, "changes": course})
             copy_frozen(self.training.teacher, self.training.module.detector)
         if other_validation(saved["stamp"], state.stamp):
             watch.supervised_ap = None
-        self.training.thresholds.restore(saved.get("thresholds", {}))
+        self.training.thresholds.restore(saved["thresholds"])
         state.evaluation_due = saved["evaluation_due"]
         if state.evaluation_due and (evaluated := self.folder.results()).get("step") == step:  # after the checkpoint
             state.evaluation_due = False
@@ -101,7 +101,7 @@ class Checkpointer:
     def _keep_start(self, former: Mapping[str, Any]) -> None:
         """The settings that say how training began stay those of the checkpoint, so that the run's record is true."""
         config, given = self.state.config, flatten(self.state.config)
-        kept = {key: former.get(key, given[key]) for key in BEGINNING}
+        kept = {key: former[key] for key in BEGINNING}
         for key, value in kept.items():
             if given[key] and given[key] != value:  # not what is merely left out
                 self.recorder.say(f"{key}: stays {value}, as the run began with it (found {given[key]})")

@@ -19,7 +19,7 @@ from typing import Any
 
 from dtg_core.config import RENAMED
 from dtg_core.drafts import write_text, writing
-from dtg_core.engine.effective import BATCH, effective, paradigm_of, stage_paradigms
+from dtg_core.engine.effective import BATCH, PRECISION, effective, paradigm_of, stage_paradigms
 from dtg_core.engine.metrics import logged_warnings, read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, page, paragraph, section, table
 from dtg_core.errors import UserError
@@ -27,8 +27,6 @@ from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, yaml_scalar
 
 COMPARED = ("AP", "AP50", "AP75")
-#: The launcher's, which is not a setting of the config either.
-PRECISION = "mixed_precision"
 SEED, BUILT_IN_FOLD = "run.seed", "data.shapes_seed"
 LABELED, UNLABELED = "data.labeled", "data.unlabeled"
 FOLD_FILES = (LABELED, UNLABELED)
@@ -43,6 +41,7 @@ class Run:
     path: Path
     settings: dict[str, Any]  # those with an effect, by dotted key
     results: dict[str, Any]  # of results.json
+    digests: dict[str, str | None]  # of the labelled, unlabelled and validation data that it has read
     curve: list[tuple[int, float, float]]  # step, seconds of training until then, the teacher's AP
     seconds: float  # of training, without evaluations
     waiting: float  # seconds of these that were spent waiting for data
@@ -133,7 +132,9 @@ def read_run(path: Path) -> Run:
     try:
         found = json.loads(results)
         step, _ = found["step"], [float(found[which]["AP"] or 0) for which in ("teacher", "student")]
-        settings = effective(told | _batch(told, found) | {PRECISION: found.get(PRECISION, "no")})
+        batch = {f"{BATCH}.{kind}": found[BATCH][kind] for kind in ("labeled", "unlabeled")}
+        settings = effective(told | batch | {PRECISION: found[PRECISION]})
+        digests = {which: found["data"][which] and found["data"][which]["sha256"] for which in ("labeled", "unlabeled", "val")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'results.json'}: not the results of a run - give a folder that train.py wrote") from error
     if step != settings.get("run.steps"):
@@ -149,7 +150,7 @@ def read_run(path: Path) -> Run:
             before = line["step"]
         if line.get("teacher/AP") is not None:
             curve.append((line["step"], seconds, line["teacher/AP"]))
-    return Run(path, settings, found, curve, seconds, waiting, logged_warnings(lines))
+    return Run(path, settings, found, digests, curve, seconds, waiting, logged_warnings(lines))
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
@@ -280,18 +281,6 @@ def _shared(run: Run, over: Sequence[str]) -> dict[str, Any]:
     return kept | {key: _FOLD.sub("*", kept[key]) for key in FOLD_FILES if isinstance(kept.get(key), str)}
 
 
-def _batch(settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The images of a step; a run that does not record them had one process."""
-    parts = settings.get("optim.accumulate") or 1
-    alone = {kind: (settings.get(f"data.{kind}_per_device") or 0) * parts for kind in ("labeled", "unlabeled")}
-    return {f"{BATCH}.{kind}": number for kind, number in results.get(BATCH, alone).items()}
-
-
-def _digest(run: Run, which: str) -> str | None:
-    """Digest of a data set that the run has read; None: not recorded."""
-    return ((run.results.get("data") or {}).get(which) or {}).get("sha256")
-
-
 def _evaluated_on(run: Run) -> tuple[str, list[str]]:
     """The images, and the classes."""
     val = run.settings.get("data.val")
@@ -308,8 +297,8 @@ def _refuse_other_images(run: Run, first: Run) -> None:
     """UserError unless both were evaluated on the same images, boxes and classes, wherever their file is. Folds of the built-in
     data have their own images, as many in each."""
     own, firsts = _evaluated_on(run), _evaluated_on(first)
-    digests = (_digest(run, "val"), _digest(first, "val")) if _drawing(run) == _drawing(first) else (None, None)
-    if own[1] == firsts[1] and (digests[0] == digests[1] if None not in digests else own == firsts):
+    same_images = run.digests["val"] == first.digests["val"] if _drawing(run) == _drawing(first) else own == firsts
+    if own[1] == firsts[1] and same_images:
         return
     same = " - a file of the same name, but with other images or boxes" if own == firsts else ""
     raise UserError(f"{run.path}: evaluated on other images or classes than {first.path} ({own[0]} and {firsts[0]}{same}) - "
@@ -321,12 +310,9 @@ def _refuse_changed_data(runs: Sequence[Run]) -> None:
     seen: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         for which in ("labeled", "unlabeled"):
-            digest = _digest(run, which)
-            if digest is None:
-                continue
             files = (which, *(run.settings.get(key) for key in (BUILT_IN_FOLD, *FOLD_FILES)))
             other = seen.setdefault(files, run)
-            if _digest(other, which) not in (None, digest):
+            if other.digests[which] != run.digests[which]:
                 raise UserError(f"{run.path}: its {which} data are not those of {other.path}, though the files' names are the "
                                 "same - a mean over both would be of two things, so compare them apart")
 
@@ -336,15 +322,13 @@ def _other_labels(runs: Sequence[Run]) -> Iterator[str]:
     first: dict[str, Run] = {}
     told = set()
     for run in runs:
-        digest, labeled = _digest(run, "labeled"), run.settings.get(LABELED)
-        if digest is None:
-            continue
+        digest, labeled = run.digests["labeled"], run.settings.get(LABELED)
         data = ([run.settings.get(key) for key in (BUILT_IN_FOLD, "data.shapes_labeled")] if labeled is None
                 else os.path.abspath(labeled))  # fmt: skip
         rules = {key: value for key, value in run.settings.items() if key.startswith("data.rules.")}  # told as settings that differ
         key = json.dumps([data, rules], sort_keys=True)
         other = first.setdefault(key, run)
-        if _digest(other, "labeled") != digest and (key, digest) not in told:
+        if other.digests["labeled"] != digest and (key, digest) not in told:
             told.add((key, digest))
             yield (f"{other.path} and {run.path}: their labels differ, though both are of {labeled or 'the built-in data'}, so "
                    "differences in AP may be due to that - train the older again")

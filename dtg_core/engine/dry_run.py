@@ -18,7 +18,7 @@ from dtg_core.data.sources import Sources
 from dtg_core.drafts import existing
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
-from dtg_core.engine.schedules import global_batch
+from dtg_core.engine.schedules import images_of_a_step
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.structures import Figures, Losses
@@ -67,7 +67,7 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
                         "make room, or give another --output")
     on_gpu = accelerator.device.type == "cuda"
     unlabeled = "none" if sources.unlabeled is None else f"{len(sources.unlabeled)}"
-    images, processes = global_batch(config, accelerator.num_processes), accelerator.num_processes
+    images, processes = images_of_a_step(config, accelerator.num_processes), accelerator.num_processes
     return [
         f"data: {len(sources.labeled)} labelled, {unlabeled} unlabelled and {len(sources.val) if sources.val else 0} "
         "validation images",

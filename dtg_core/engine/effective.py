@@ -14,8 +14,9 @@ SILENT = {
     "run.max_skipped", "run.channels_last", "run.compile", "data.workers", "optim.reference_batch", "data.labeled_per_device",
     "data.unlabeled_per_device", "optim.accumulate",
 }  # fmt: skip
-#: The images of a step, over all processes: what the last three result in.
-BATCH = "images_of_a_step"
+#: The images of a step, over all processes: what the last three result in. A run records it beside its settings, as it does
+#: the launcher's mixed precision.
+BATCH, PRECISION = "images_of_a_step", "mixed_precision"
 #: Sections and keys that all detectors share.
 CORE = {field.name for field in fields(Config)} | {BATCH}
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.

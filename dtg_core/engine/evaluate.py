@@ -120,12 +120,12 @@ def metrics_and_curves(
 
 def coco_results(index: CocoIndex, found: SetDetections) -> list[dict[str, Any]]:
     """Detections in COCO's results format, with the ids and in the pixels of the data set's JSON; JSON values."""
-    image_ids, category_ids = list(index.image_ids), list(index.category_ids)
+    image_ids, category_ids = index.image_ids, index.category_ids
     rows = found.merged()[1]
     if index.scale is not None:
         rows[:, :4] /= index.scale[rows[:, 6].astype(np.int64)][:, [0, 1, 0, 1]]
     return [
-        {"image_id": _plain(image_ids[int(row[6])]), "category_id": _plain(category_ids[int(row[5])]),
+        {"image_id": image_ids[int(row[6])], "category_id": category_ids[int(row[5])],
          "bbox": [round(float(value), 3) for value in (row[0], row[1], row[2] - row[0], row[3] - row[1])],
          "score": round(float(row[4]), 6)}
         for row in rows
@@ -278,8 +278,3 @@ def _results(index: CocoIndex, rows: NDArray[np.float64]) -> dict[str, Any]:
 
 def _percent(value: float) -> float | None:
     return None if value < 0 else 100 * float(value)
-
-
-def _plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's own."""
-    return value.item() if hasattr(value, "item") else value

@@ -12,6 +12,7 @@ from dtg_core.data.plan import eval_batches, items_of
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import load_metadata, save_weights
 from dtg_core.engine.checkpointer import Checkpointer
+from dtg_core.engine.effective import BATCH, PRECISION
 from dtg_core.engine.evaluate import SetDetections, find, metrics_and_curves, too_many_unread, unseen
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Training
@@ -47,10 +48,8 @@ class Evaluator:
             self.recorder.show(done)
             self.state.evaluation_due = False
             return True
-        results: dict[str, Any] = {
-            "step": done, "images_of_a_step": stamp["global_batch"], "mixed_precision": stamp["mixed_precision"],
-            "data": stamp["data"], "changed": self.state.changed,
-        }  # fmt: skip
+        recorded = {key: stamp[key] for key in (BATCH, PRECISION, "data")}
+        results: dict[str, Any] = {"step": done, **recorded, "changed": self.state.changed}
         found: dict[str, SetDetections] = {}
         curves: dict[str, Any] = {}
         for which, detector in self.training.detectors.items():

@@ -17,13 +17,11 @@ from typing import Any, TextIO, TypeVar, cast
 
 from tqdm import tqdm
 
-from dtg_core.config import RunConfig
 from dtg_core.drafts import write_text
 from dtg_core.errors import nearest
 from dtg_core.settings_text import yaml_scalar
 
 T = TypeVar("T")
-SHOWN = ("AP", "AP50", "AP75")
 
 
 class MetricsWriter:
@@ -48,7 +46,8 @@ class MetricsWriter:
             self._give_up(error)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append {"step": step, ...values in the order of their names}; numbers that are not finite become null."""
+        """Append {"step": step, ...values in the order of their names}: texts, numbers, of which those that are not finite become
+        null, and None."""
         line = _line({"step": step, **{key: values[key] for key in sorted(values) if key != "step"}})
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -180,40 +179,6 @@ class Progress:
             _never_fail(self.bar.close)
 
 
-class RunReport:
-    """What the main process reports while training: metrics.jsonl, trackers and the terminal.
-
-    Args:
-        folder: the run's. run: steps and trackers. settings: flat, shown with the run. start: step. evaluates_again: the line of
-        that step's evaluation is dropped.
-    """
-
-    def __init__(self, folder: Path, run: RunConfig, settings: Mapping[str, Any], start: int, evaluates_again: bool) -> None:
-        first = "teacher/AP"
-        self.metrics = MetricsWriter(folder / "metrics.jsonl", start, first if evaluates_again else None)
-        self.trackers = Trackers(run.trackers, folder, settings)
-        self.progress = Progress(run.steps, start)
-
-    def line(self, done: int, values: Mapping[str, float], shown: Mapping[str, float]) -> None:
-        """Figures of training; ``shown`` go to the terminal."""
-        self.metrics.write(done, values)
-        self.trackers.write(done, values)
-        self.progress.report(shown)
-
-    def evaluation(self, done: int, results: Mapping[str, Any]) -> None:
-        whose = [name for name in ("teacher", "student") if name in results]
-        values = {f"{who}/{name}": results[who][name] for who in whose for name in SHOWN}
-        self.metrics.write(done, values)
-        self.trackers.write(done, {name: value for name, value in values.items() if value is not None})
-        for who in whose:
-            figures = "  ".join(f"{name} {_number(results[who][name])}" for name in SHOWN)
-            self.progress.say(f"step {done}  {who:7}  {figures}")
-
-    def close(self) -> None:
-        self.progress.close()
-        self.trackers.close()
-
-
 class Clock:
     """Time per step, and the part of it that was spent waiting for data, between log lines."""
 
@@ -253,25 +218,9 @@ def guidance_figures(means: Mapping[str, float]) -> dict[str, float]:
     return {" ".join(name.split("/")[1:]): means[name] for name in names}
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps({key: _plain(value) for key, value in values.items()}, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value; scalars of torch and numpy as numbers."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def _never_fail(action: Any) -> None:

@@ -17,7 +17,7 @@ from dtg_core.drafts import write_text
 from dtg_core.engine.evaluate import SetDetections
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.loop import Training
-from dtg_core.engine.metrics import Clock, RunReport, guidance_figures
+from dtg_core.engine.metrics import Clock, MetricsWriter, Progress, Trackers, guidance_figures
 from dtg_core.engine.report import save_pictures, write_report
 from dtg_core.engine.run_state import RunState
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
@@ -25,9 +25,15 @@ from dtg_core.engine.watch import Watch
 from dtg_core.settings_text import flatten, to_yaml
 from dtg_core.structures import Figures, Losses
 
+SHOWN = ("AP", "AP50", "AP75")
+
 
 class Recorder:
     """The log of a run, on the terminal and in its folder."""
+
+    metrics: MetricsWriter  # these three only where ``reports``
+    trackers: Trackers
+    progress: Progress
 
     def __init__(self, training: Training, state: RunState, sources: Sources, folder: RunFolder) -> None:
         self.training, self.state, self.sources, self.folder = training, state, sources, folder
@@ -37,26 +43,32 @@ class Recorder:
             self.config.guidance.only(training.teacher.stages), float(labeled.objects_per_image().sum()), labeled.class_names,
             self._score_histogram,
         )
-        self.report: RunReport | None = None  # the main process's, while it trains
+        self.reports = False  # whether this is the main process, and it trains
         self.given_up: set[str] = set()  # which of pictures and report.html have failed
 
     def open(self, start: int) -> None:
         """Begin the record of training from step ``start``."""
-        if self.accelerator.is_main_process:
-            config, settings = self.state.config, flatten(self.state.config)
-            self._write("config.yaml", to_yaml(config))
-            self.report = RunReport(self.folder.path, config.run, settings, start, self.state.evaluation_due)
+        if not self.accelerator.is_main_process:
+            return
+        config, folder = self.state.config, self.folder.path
+        self._write("config.yaml", to_yaml(config))
+        # The line of an evaluation that is to be done again is dropped.
+        self.metrics = MetricsWriter(folder / "metrics.jsonl", start, "teacher/AP" if self.state.evaluation_due else None)
+        self.trackers = Trackers(config.run.trackers, folder, flatten(config))
+        self.progress = Progress(config.run.steps, start)
+        self.reports = True
 
     def close(self) -> None:
         """End the progress bar and the trackers."""
-        if self.report:
-            self.report.close()
+        if self.reports:
+            self.progress.close()
+            self.trackers.close()
 
     def step(self, losses: Losses, figures: Figures) -> None:
         """Take in what a step gives."""
         self.state.window.add(losses, figures)
-        if self.report:
-            self.report.progress.advance()
+        if self.reports:
+            self.progress.advance()
 
     def line(self, done: int, clock: Clock) -> None:
         """Log the means since the previous log line. Every process takes part; the main one writes."""
@@ -64,7 +76,7 @@ class Recorder:
         means, steps = window.means(self.accelerator), window.counts["skipped"]
         window.clear()
         times = clock.lap(done)
-        if self.report is None:
+        if not self.reports:
             return
         branches = {branch: means[f"loss/{branch}"] for branch in ("labeled", "unlabeled") if f"loss/{branch}" in means}
         limits = {stage: scores.tolist() for stage, scores in self.training.thresholds.scores().items()}
@@ -75,18 +87,26 @@ class Recorder:
             for stage, scores in limits.items():
                 means |= {f"guidance/{stage}/lowest_threshold": min(scores), f"guidance/{stage}/highest_threshold": max(scores)}
         shown = branches | {"skipped": means["skipped"]}
-        self.report.line(done, means | times, {name: value for name, value in shown.items() if value} | guidance_figures(means))
+        self.metrics.write(done, means | times)
+        self.trackers.write(done, means | times)
+        self.progress.report({name: value for name, value in shown.items() if value} | guidance_figures(means))
         self.warn(done, self.watch.line(done, steps, means) + self.watch.thresholds(limits))
 
     def end(self, done: int) -> None:
         """Warn after the last step."""
-        self.warn(done, self.watch.end(done) if self.report else ())
+        self.warn(done, self.watch.end(done) if self.reports else ())
 
     def evaluation(self, done: int, results: Mapping[str, Any], curves: Mapping[str, Any]) -> None:
         """Log an evaluation, and write it to results.json; ``curves`` are the teacher's."""
-        if self.report is None:
+        if not self.reports:
             return
-        self.report.evaluation(done, results)
+        values = {f"{who}/{name}": results[who][name] for who in self.training.detectors for name in SHOWN}
+        self.metrics.write(done, values)
+        self.trackers.write(done, {name: value for name, value in values.items() if value is not None})
+        for who in self.training.detectors:
+            told = [(name, results[who][name]) for name in SHOWN]
+            figures = "  ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in told)
+            self.progress.say(f"step {done}  {who:7}  {figures}")
         self._write("precision.json", json.dumps(curves) + "\n")
         self._write("results.json", json.dumps(results, indent=1) + "\n")
         self.warn(done, self.watch.evaluation(done, results["teacher"]["AP"]))
@@ -94,7 +114,7 @@ class Recorder:
     def show(self, evaluated: int | None = None, found: SetDetections | None = None) -> None:
         """Write report.html, with new pictures if there was an evaluation, of step ``evaluated`` and with what the teacher has
         ``found`` in it."""
-        if self.report is None:
+        if not self.reports:
             return
         folder = self.folder.path
         if evaluated is not None:
@@ -121,8 +141,8 @@ class Recorder:
 
     def say(self, message: str) -> None:
         """Show a line on stderr, once and not in each process."""
-        if self.report is not None:
-            self.report.progress.say(message)
+        if self.reports:
+            self.progress.say(message)
         elif self.accelerator.is_main_process:
             print(message, file=sys.stderr, flush=True)
 
@@ -130,8 +150,8 @@ class Recorder:
         """Show warnings, and log them, as nobody may be looking."""
         for warning in warnings:
             self.say(f"warning: {warning}")
-            if self.report is not None:
-                self.report.metrics.write(done, {"warning": warning})
+            if self.reports:
+                self.metrics.write(done, {"warning": warning})
 
     @torch.no_grad()
     def _score_histogram(self, stage: str) -> str:

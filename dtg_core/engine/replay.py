@@ -15,6 +15,7 @@ from dtg_core.config import Config
 from dtg_core.data.plan import step_data
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import load_checkpoint
+from dtg_core.engine.effective import PRECISION
 from dtg_core.engine.loop import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
@@ -56,13 +57,13 @@ def replay(
     step, parts = told["step"], told["parts"]
     training = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
     state = load_checkpoint(file.parent / told["checkpoint"], training.module, training.teacher, training.plain_optimizer)
-    captured = state["stamp"].get("mixed_precision", accelerator.mixed_precision)
+    captured = state["stamp"][PRECISION]
     if captured != accelerator.mixed_precision:
         raise UserError(f"{file}: captured with mixed_precision {captured}, this is {accelerator.mixed_precision} - launch it with "
                         f"--mixed_precision {captured}")
-    if accelerator.scaler is not None and state.get("scaler"):
+    if accelerator.scaler is not None and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    training.thresholds.restore(state.get("thresholds", {}))
+    training.thresholds.restore(state["thresholds"])
 
     batches = [step_data(config, sources, part, len(parts))[step] for part in range(len(parts))]
     again = describe(batches, {}, accelerator)["parts"]

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import importlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,9 +15,8 @@ import dtg_core
 from dtg_core.config import Config
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
-from dtg_core.detectors import KNOWN
-from dtg_core.engine.effective import BATCH, UNLABELED_ONLY, of_another, stage_paradigms
-from dtg_core.engine.schedules import global_batch
+from dtg_core.engine.effective import BATCH, PRECISION, UNLABELED_ONLY, of_another, stage_paradigms
+from dtg_core.engine.schedules import images_of_a_step
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
 
@@ -34,13 +32,13 @@ FREE = (
 
 def stamp(config: Config, sources: Sources, processes: int, mixed_precision: str) -> dict[str, Any]:
     """JSON values that say what a checkpoint was made with; ``mixed_precision`` is the launcher's, such as "no" or "bf16"."""
-    labeled, unlabeled = global_batch(config, processes)
+    labeled, unlabeled = images_of_a_step(config, processes)
     made = {
         "torch": torch.__version__,
         "code": code_digest(),
         "processes": processes,
-        "mixed_precision": mixed_precision,
-        "global_batch": {"labeled": labeled, "unlabeled": unlabeled},
+        PRECISION: mixed_precision,
+        BATCH: {"labeled": labeled, "unlabeled": unlabeled},
         "data": {"labeled": digest(sources.labeled), "unlabeled": digest(sources.unlabeled), "val": digest(sources.val)},
         "config": flatten(config),
     }
@@ -53,9 +51,9 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     Raises:
         UserError: settings or data differ, unless ``insist``; another kind of optimizer.
     """
-    if "config" not in old:
+    if new.keys() - old.keys():
         raise UserError("--resume: the checkpoint is of another version of this program - start anew")
-    former, name = old["config"].get("optim.name"), new["config"].get("optim.name")
+    former, name = old["config"]["optim.name"], new["config"]["optim.name"]
     if former != name:
         raise UserError(f"--resume: the checkpoint has the state of optim.name={former}, with which {name} cannot go on - undo it, "
                         "or start anew from its weights with --init")
@@ -70,7 +68,7 @@ def check_stamp(old: Mapping[str, Any], new: Mapping[str, Any], insist: bool) ->
     if old["torch"] != new["torch"]:
         made, here = old["torch"], new["torch"]
         notes.append(f"warning: the checkpoint was made by torch {made}, this is {here} - results may differ slightly")
-    if old.get("code", new["code"]) != new["code"]:
+    if old["code"] != new["code"]:
         notes.append("warning: the checkpoint was made by another version of this program - results may differ slightly")
     if other_validation(old, new):
         notes.append("resuming with other validation data: AP so far cannot be compared with AP from here on")
@@ -89,30 +87,28 @@ def changed_course(old: Mapping[str, Any], new: Mapping[str, Any], step: int) ->
 
 
 def other_validation(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the validation sets differ; older checkpoints do not name theirs."""
-    return old["data"].get("val", new["data"]["val"]) != new["data"]["val"]
+    """Whether the validation sets differ."""
+    return old["data"]["val"] != new["data"]["val"]
 
 
 def _first_guided(stamp: Mapping[str, Any]) -> float:
     """The step from which unlabelled images may count."""
     config = stamp["config"]
     guided = set(stage_paradigms(config).values()) - {"none"}
-    return config.get("guidance.start_step", 0) if guided else math.inf
+    return config["guidance.start_step"] if guided else math.inf
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Changes between two stamps that are only allowed by insisting, by setting or stream of data."""
-    detector = new["config"].get("detector")
-    before = json.loads(json.dumps(_defaults(detector))) | old["config"]  # what an older version did not have is at its default
-    changes = {key: f"{key}: {_short(before.get(key))} -> {_short(new['config'].get(key))}"
-               for key in sorted(old["config"].keys() | new["config"].keys())
-               if before.get(key) != new["config"].get(key) and not of_another(key, detector)
+    before, now = old["config"], new["config"]
+    changes = {key: f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
+               for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and not of_another(key, now.get("detector"))
                and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)}  # fmt: skip
-    precisions = old.get("mixed_precision", new["mixed_precision"]), new["mixed_precision"]  # older checkpoints do not record it
-    if precisions[0] != precisions[1]:
-        changes["mixed_precision"] = f"--mixed_precision: {precisions[0]} -> {precisions[1]}"
+    if old[PRECISION] != new[PRECISION]:
+        changes[PRECISION] = f"--mixed_precision: {old[PRECISION]} -> {new[PRECISION]}"
     for stream in ("labeled", "unlabeled"):
-        number = old["global_batch"][stream], new["global_batch"][stream]
+        number = old[BATCH][stream], new[BATCH][stream]
         if number[0] != number[1]:
             changes[f"{BATCH}.{stream}"] = (
                 f"{stream} images of a step: {number[0]} -> {number[1]}, where processes x data.{stream}_per_device x "
@@ -122,15 +118,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, st
         if data[0] != data[1]:
             changes[f"data.{stream}"] = f"{stream} data: {_counts(data[0])} -> {_counts(data[1])}, or other files, boxes or classes"
     return changes
-
-
-def _defaults(detector: str | None) -> dict[str, Any]:
-    """The defaults of all settings that act on a detector, by dotted key."""
-    own = {}
-    if detector in KNOWN:
-        section = getattr(importlib.import_module(KNOWN[detector].package), KNOWN[detector].config)
-        own = {f"{detector}.{key}": value for key, value in flatten(section()).items()}
-    return flatten(Config()) | own
 
 
 def code_digest() -> str:

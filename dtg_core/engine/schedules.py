@@ -22,7 +22,7 @@ def unlabeled_weight(step: int, config: GuidanceConfig) -> float:
     return config.alpha * min(1.0, (step - config.start_step + 1) / max(config.ramp_steps, 1))
 
 
-def global_batch(config: Config, processes: int) -> tuple[int, int]:
+def images_of_a_step(config: Config, processes: int) -> tuple[int, int]:
     """Labelled and unlabelled images of a step over all processes and micro-batches."""
     parts = processes * config.optim.accumulate
     return config.data.labeled_per_device * parts, config.data.unlabeled_per_device * parts
@@ -30,7 +30,7 @@ def global_batch(config: Config, processes: int) -> tuple[int, int]:
 
 def batch_remarks(config: Config, processes: int) -> list[str]:
     """A warning if a step has less than half, or more than twice, as many images as lr is meant for."""
-    optim, images = config.optim, sum(global_batch(config, processes))
+    optim, images = config.optim, sum(images_of_a_step(config, processes))
     if optim.reference_batch / 2 <= images <= optim.reference_batch * 2:
         return []
     more, left = divmod(optim.reference_batch * optim.accumulate, images)
@@ -42,4 +42,4 @@ def batch_remarks(config: Config, processes: int) -> list[str]:
 def scale_lr(config: Config, processes: int) -> OptimConfig:
     """``optim`` with lr scaled linearly from the reference batch to this run's, the same in every paradigm."""
     optim = config.optim
-    return replace(optim, lr=optim.lr * sum(global_batch(config, processes)) / optim.reference_batch)
+    return replace(optim, lr=optim.lr * sum(images_of_a_step(config, processes)) / optim.reference_batch)

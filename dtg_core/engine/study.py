@@ -41,7 +41,6 @@ from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
 MARK = "study.yaml"  # in a study's folder
-OLD_MARKS = {"runs", "logs"}  # folders in studies that were made before the mark existed
 #: What a run reads, and what has to be there.
 INPUTS = {"data.labeled": "file", "data.val": "file", "data.unlabeled": "file or folder", "data.images": "folder",
           "data.val_images": "folder", "data.unlabeled_images": "folder"}  # fmt: skip
@@ -193,8 +192,7 @@ def require_study_folder(folder: Path) -> None:
             raise UserError(f"{folder}: is a file, not a folder - give another --output")
         return
     names = {entry.name for entry in folder.iterdir()} - {".lock"}
-    study = MARK in names or (names >= OLD_MARKS and "config.yaml" not in names)
-    if names and not study:
+    if names and MARK not in names:
         raise UserError(f"{folder}: holds something that is not a study's (no {MARK}) - give another --output")
 
 

@@ -42,7 +42,7 @@ class Watch:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.told, self.quiet_since = list(state["told"]), dict(state["quiet_since"])
-        self.level = {stage: (now, most) for stage, (now, most) in state.get("level", {}).items()}
+        self.level = {stage: (now, most) for stage, (now, most) in state["level"].items()}
         self.supervised_ap = state["supervised_ap"]
 
     def line(self, done: int, steps: int, means: Mapping[str, float]) -> list[str]:

