@@ -25,19 +25,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from command_line import Parser, main_guard, number, one_of
-from read_settings import DETECTORS, PARADIGMS, build_detector, settings_from
+from read_settings import DETECTORS, PARADIGMS, RunSettings, build_detector, settings_from
 from shared_flags import add_overwrite, require_new, write_json
 
 from dtg_core.config import without_weights
 from dtg_core.errors import UserError
 from dtg_core.ranges import Count
 from dtg_core.settings_text import yaml_scalar
-
-if TYPE_CHECKING:
-    from run_settings import RunSettings
 
 IMAGES = 16  # of the built-in data set, labelled and unlabelled
 

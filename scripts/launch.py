@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from read_settings import RunSettings
+
 from dtg_core.engine.schedules import scale_lr
 from dtg_core.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from run_settings import RunSettings
 
 
 def start_accelerator(accumulate: int) -> Accelerator:

@@ -1,34 +1,44 @@
-"""From the command line of ``train.py`` to the settings of a run, and from those to its detector."""
+"""The settings of a run, from the command line of ``train.py``, and its detector. Importing this loads neither torch nor numpy."""
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from command_line import Parser, number, one_of
 
+from dtg_core.config import RENAMED, Config, Paradigm, cross_check
 from dtg_core.detectors import KNOWN
 from dtg_core.errors import UserError
 from dtg_core.ranges import Count, Seed, check_ranges
 from dtg_core.settings import COMMAND_LINE, DEFAULT, load_config, overridden, refuse
 from dtg_core.settings_text import dotted, flatten, yaml_scalar
+from faster_rcnn_dtg.config import FasterRCNNConfig
+from gfl_dtg.config import GFLConfig
 
 if TYPE_CHECKING:
-    from run_settings import RunSettings
-
-    from dtg_core.config import Paradigm
     from dtg_core.protocol import Detector
 
 T = TypeVar("T")
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 PARADIGMS = ("dense", "sparse", "supervised")
 DETECTORS = tuple(KNOWN)
-#: The stages of each detector, the keys of ``guidance.stages`` that matter to it.
-STAGES = {name: known.stages for name, known in KNOWN.items()}
+
+
+@dataclass(frozen=True)
+class RunSettings(Config):
+    """What ``config.yaml`` of a run folder holds: the core's configuration and one section for each detector, of which only that of
+    ``detector`` has an effect."""
+
+    detector: Literal["gfl", "faster_rcnn"] = "gfl"
+    # The paradigm of every stage that ``guidance.stages`` leaves open; supervised: no unlabelled images at all.
+    paradigm: Literal["dense", "sparse", "supervised"] = "dense"
+    gfl: GFLConfig = field(default_factory=GFLConfig)
+    faster_rcnn: FasterRCNNConfig = field(default_factory=FasterRCNNConfig)
 
 
 def train_parser() -> Parser:
@@ -86,7 +96,7 @@ def load_settings(arguments: argparse.Namespace) -> tuple[RunSettings, dict[str,
         other = next((text for text in arguments.set if text.partition("=")[0] == flag), None)
         if value is not None and other is not None and other.partition("=")[2] != value:
             raise UserError(f"--set {other}: --{flag} says {value} - leave one of the two out")
-    settings, origins, notes = settings_from(_shortest(arguments.config or QUICKSTART), [*overrides, *arguments.set])
+    settings, origins, notes = settings_from(arguments.config or QUICKSTART, [*overrides, *arguments.set])
     if origins["detector"] == DEFAULT:
         raise UserError(f"--detector: missing - choose from {', '.join(DETECTORS)}")
     if settings.paradigm == "supervised" and arguments.unlabeled:
@@ -103,18 +113,15 @@ def settings_from(file: Path | None, overrides: Sequence[str]) -> tuple[RunSetti
     Raises:
         UserError: for whatever ``load_config``, the range checks and the detector's settings among each other find.
     """
-    from run_settings import RunSettings
-
-    from dtg_core.config import RENAMED, cross_check
-
     notes: list[str] = []
-    of_file, origins = load_config(RunSettings, file, (), RENAMED, notes)
+    of_file, origins = load_config(RunSettings, file and _shortest(file), (), RENAMED, notes)
     settings = overridden(of_file, overrides, origins)
-    if missing := [stage for stage in STAGES[settings.detector] if stage not in settings.guidance.stages]:
+    stages = KNOWN[settings.detector].stages
+    if missing := [stage for stage in stages if stage not in settings.guidance.stages]:
         raise UserError(f"guidance.stages.{missing[0]}: is missing - add its StageRule to paper_stages in dtg_core/config.py")
     settings = _fill_paradigms(_plain_paths(settings), origins, settings.paradigm != of_file.paradigm)
     check_ranges(settings, origins)
-    acting = replace(settings, guidance=settings.guidance.only(STAGES[settings.detector]))  # no other stage can be wrong
+    acting = replace(settings, guidance=settings.guidance.only(stages))  # no other stage can be wrong
     for name, rule in acting.guidance.stages.items():
         if settings.paradigm == "supervised" and rule.paradigm != "none":
             key = f"guidance.stages.{name}.paradigm"
@@ -135,7 +142,7 @@ def _fill_paradigms(settings: RunSettings, origins: dict[str, str], changed: boo
 
 
 def _stage_paradigm(paradigm: str) -> Paradigm:
-    return "none" if paradigm == "supervised" else cast("Paradigm", paradigm)
+    return "none" if paradigm == "supervised" else cast(Paradigm, paradigm)
 
 
 def _plain_paths(settings: RunSettings) -> RunSettings:
@@ -173,7 +180,7 @@ def without_effect(given: Sequence[str], settings: RunSettings) -> list[str]:
 
 def is_supervised(settings: RunSettings) -> bool:
     """Whether no stage of the chosen detector learns from unlabelled images, so that none are loaded."""
-    return all(settings.guidance.stages[stage].paradigm == "none" for stage in STAGES[settings.detector])
+    return all(settings.guidance.stages[stage].paradigm == "none" for stage in KNOWN[settings.detector].stages)
 
 
 def build_detector(settings: RunSettings, num_classes: int) -> Detector:

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from command_line import Parser, main_guard, number
-from read_settings import load_settings, train_parser
+from read_settings import QUICKSTART, settings_from
 from shared_flags import add_overwrite, require_new
 
 from dtg_core.drafts import writing
 from dtg_core.errors import UserError, printable
 from dtg_core.ranges import Count, Seed
+from dtg_core.settings_text import yaml_scalar
 
 
 def parser() -> Parser:
@@ -39,10 +40,9 @@ def main(argv: Sequence[str]) -> int:
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output {output}: not a picture - give a name that ends in .png")
     require_new([output], arguments.overwrite, inputs=[arguments.config])
-    flags = {flag: getattr(arguments, flag) for flag in ("config", "labeled", "images", "seed")}
-    given = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
-    changes = ["--set", *arguments.set] if arguments.set else []
-    settings, _, _ = load_settings(train_parser().parse(["--detector", "gfl", *given, *changes]))  # views are the same for all
+    keys = {"data.labeled": arguments.labeled, "data.images": arguments.images, "run.seed": arguments.seed}
+    given = [f"{key}={yaml_scalar(value)}" for key, value in keys.items() if value is not None]
+    settings, _, _ = settings_from(arguments.config or QUICKSTART, [*given, *arguments.set])
 
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.pictures import views_sheet

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from command_line import main_guard, warn
 from launch import fit_to_processes, start_accelerator
-from read_settings import build_detector, is_supervised, load_settings, train_parser, without_effect
+from read_settings import RunSettings, build_detector, is_supervised, load_settings, train_parser, without_effect
 
 from dtg_core.config import without_weights
 from dtg_core.drafts import require_writable
@@ -26,7 +26,6 @@ from dtg_core.settings_text import to_yaml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from run_settings import RunSettings
 
     from dtg_core.data.sources import Sources
     from dtg_core.engine.folder import RunFolder

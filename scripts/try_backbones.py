@@ -12,16 +12,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from command_line import Parser, main_guard, number, one_of
-from read_settings import DETECTORS, build_detector, load_settings, train_parser
+from read_settings import DETECTORS, QUICKSTART, RunSettings, build_detector, settings_from
 
 from dtg_core.errors import UserError
 from dtg_core.ranges import Count
-
-if TYPE_CHECKING:
-    from run_settings import RunSettings
+from dtg_core.settings_text import yaml_scalar
 
 #: One small model of each family that detectors are often built on.
 FAMILIES = {
@@ -65,8 +62,8 @@ def _settings(detector: str, name: str, steps: int, overrides: Sequence[str]) ->
     """Every layer learns from random weights, and guidance acts from the first step."""
     scratch = ["backbone.pretrained=false", "backbone.freeze_to_stride=0", "backbone.batch_norm=train", "data.workers=0",
                "guidance.start_step=0", "guidance.ramp_steps=0", "optim.warmup_steps=0"]  # fmt: skip
-    line = ["--detector", detector, "--backbone", name, "--steps", str(steps), "--set", *scratch, *overrides]
-    return load_settings(train_parser().parse(line))[0]
+    chosen = [f"detector={detector}", f"backbone.name={yaml_scalar(name)}", f"run.steps={steps}"]
+    return settings_from(QUICKSTART, [*chosen, *scratch, *overrides])[0]
 
 
 def _train(settings: RunSettings) -> tuple[int, float, list[float]]:

@@ -16,7 +16,7 @@ from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import read_settings  # noqa: E402
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 CLASSES, IDS = ["ellipse", "rectangle", "triangle", "star", "cross", "ring", "heart"], [1, 2, 3, 4, 5, 6, 7]
 

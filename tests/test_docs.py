@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts")]
 
 import read_settings  # noqa: E402
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 from dtg_core.engine.study import Study  # noqa: E402
 from dtg_core.settings_text import flatten  # noqa: E402

@@ -15,8 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts")]
 
-from read_settings import load_settings, train_parser  # noqa: E402
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings, load_settings, train_parser  # noqa: E402
 
 from dtg_core.data.sources import open_sources  # noqa: E402
 from dtg_core.engine.schedules import scale_lr  # noqa: E402

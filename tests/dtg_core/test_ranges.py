@@ -13,7 +13,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "scripts")]
 
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 from dtg_core.engine.study import Study  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +25,10 @@ import evaluate  # noqa: E402
 import predict  # noqa: E402
 import read_settings  # noqa: E402
 from command_line import main_guard  # noqa: E402
-from read_settings import DETECTORS, STAGES, build_detector, is_supervised, load_settings, train_parser  # noqa: E402
-from run_settings import RunSettings  # noqa: E402
+from read_settings import DETECTORS, RunSettings, build_detector, is_supervised, load_settings, train_parser  # noqa: E402
 
 from dtg_core.config import paper_stages  # noqa: E402
+from dtg_core.detectors import KNOWN  # noqa: E402
 from dtg_core.engine.checkpoint import load_weights, save_weights  # noqa: E402
 from dtg_core.engine.folder import RunFolder  # noqa: E402
 from dtg_core.engine.predict import find_weights, load_detector  # noqa: E402
@@ -310,7 +311,7 @@ def test_a_setting_of_unlabelled_images_may_stay_in_a_supervised_run() -> None:
 
 
 def test_a_stage_without_a_rule_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STAGES, "gfl", ("head", "mask"))
+    monkeypatch.setitem(KNOWN, "gfl", replace(KNOWN["gfl"], stages=("head", "mask")))
     with pytest.raises(UserError, match=r"guidance\.stages\.mask: is missing - add its StageRule to paper_stages"):
         settings_of("--detector", "gfl")
 
@@ -332,7 +333,7 @@ def test_a_benchmark_reads_settings_as_training_does(tmp_path: Path, monkeypatch
 
 
 def test_tables_are_complete() -> None:
-    assert {stage for stages in STAGES.values() for stage in stages} == set(paper_stages())
+    assert {stage for known in KNOWN.values() for stage in known.stages} == set(paper_stages())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)

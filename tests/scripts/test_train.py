@@ -24,7 +24,7 @@ from dtg_core.engine.predict import load_detector
 from dtg_core.structures import LossName, LossTerm
 
 sys.path[:0] = [str(ROOT / "scripts")]
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 from train import default_folder  # noqa: E402
 
 STAGES = {"gfl": ["head"], "faster_rcnn": ["rpn", "rcnn"]}

@@ -22,7 +22,7 @@ from dtg_core.errors import UserError
 from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 FRAMES = r"extract frames, e\.g\. mkdir frames && ffmpeg -i a\.mp4 -vf fps=1 frames/%06d\.jpg"
 

@@ -17,7 +17,7 @@ from dtg_core.settings_text import to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
 import compare as compare_script  # noqa: E402
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 
 def write_run(

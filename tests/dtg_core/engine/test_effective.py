@@ -25,7 +25,7 @@ from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted, flatten, to_yaml
 
 sys.path[:0] = [str(ROOT / "scripts")]
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 
 @pytest.mark.parametrize("names", [SILENT, UNREAD, UNLABELED_ONLY, FREE])

@@ -31,7 +31,7 @@ from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
 
 sys.path[:0] = [str(ROOT / "scripts")]
-from run_settings import RunSettings  # noqa: E402
+from read_settings import RunSettings  # noqa: E402
 
 KILLS = int(os.environ.get("DTG_TEST_KILLS", "1"))  # 30 for the whole campaign
 TINY_LINES = ["run.log_every=3", "run.checkpoint_every=2", "run.evaluate_every=4"]
