@@ -27,7 +27,7 @@ from dtg_core.engine.loop import Training, Window
 from dtg_core.engine.processes import on_main
 from dtg_core.engine.recorder import Recorder
 from dtg_core.engine.replay import describe
-from dtg_core.engine.resume import changed_course, check_stamp, other_validation
+from dtg_core.engine.resume import BEGINNING, changed_course, check_stamp, other_validation
 from dtg_core.engine.run_state import RunState
 from dtg_core.errors import UserError
 from dtg_core.models.teacher import copy_frozen
@@ -35,8 +35,6 @@ from dtg_core.settings_text import flatten
 from dtg_core.structures import Losses, StepBatch
 
 MOST_UNSAVED = 3  # failed checkpoints in a row before the run stops, rather than training for days without one
-#: Settings that only matter to a run's first step.
-BEGINNING = "run.init", "run.reset_head", "backbone.pretrained", "backbone.weights"
 
 
 class Checkpointer:

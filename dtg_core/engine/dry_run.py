@@ -30,8 +30,8 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
     """Train on two batches with unlabelled images, the first in views of the largest size, and forecast.
 
     Args:
-        config: the run's settings. detector: the student's; it is changed. sources: the data. folder: the run's, which may not
-        exist.
+        config: the run's settings. detector: the student's; it is changed. sources: the data.
+        folder: the run's, which may not exist.
 
     Returns:
         Lines for the user.

@@ -1,7 +1,6 @@
 """Whether a checkpoint may be continued: its stamp records the settings, data and number of processes it was made with."""
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import math
@@ -15,19 +14,18 @@ import dtg_core
 from dtg_core.config import Config
 from dtg_core.data.index import CocoIndex
 from dtg_core.data.sources import Sources
-from dtg_core.engine.effective import BATCH, PRECISION, UNLABELED_ONLY, of_another, stage_paradigms
+from dtg_core.engine.effective import BATCH, INPUTS, PRECISION, SILENT, UNLABELED_ONLY, of_another, stage_paradigms
 from dtg_core.engine.schedules import images_of_a_step
 from dtg_core.errors import UserError
 from dtg_core.settings_text import flatten
 
+#: Settings that only matter to a run's first step.
+BEGINNING = "run.init", "run.reset_head", "backbone.pretrained", "backbone.weights"
 #: Settings that may change: they do not affect training, or the stamp records their effect instead.
-FREE = (
-    "schema", "run.init", "run.reset_head",
-    "run.steps", "run.output", "run.log_every", "run.evaluate_every", "run.checkpoint_every", "run.evaluate_batch",
-    "run.score_threshold", "run.max_skipped", "run.trackers", "data.labeled", "data.unlabeled", "data.val", "data.images",
-    "data.val_images", "data.unlabeled_images", "data.unlisted", "data.workers", "data.*_per_device", "data.shapes_*",
-    "optim.accumulate", "optim.reference_batch", "backbone.pretrained", "backbone.weights",
-)  # fmt: skip
+FREE = SILENT - {"run.channels_last", "run.compile"} | {
+    *BEGINNING, *INPUTS, "run.steps", "run.score_threshold", "data.unlisted", "data.shapes_labeled", "data.shapes_unlabeled",
+    "data.shapes_val", "data.shapes_seed",
+}  # fmt: skip
 
 
 def stamp(config: Config, sources: Sources, processes: int, mixed_precision: str) -> dict[str, Any]:
@@ -103,8 +101,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, st
     before, now = old["config"], new["config"]
     changes = {key: f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
                for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and not of_another(key, now.get("detector"))
-               and not any(fnmatch.fnmatch(key, pattern) for pattern in FREE)}  # fmt: skip
+               if key not in FREE and before.get(key) != now.get(key) and not of_another(key, now.get("detector"))}  # fmt: skip
     if old[PRECISION] != new[PRECISION]:
         changes[PRECISION] = f"--mixed_precision: {old[PRECISION]} -> {new[PRECISION]}"
     for stream in ("labeled", "unlabeled"):

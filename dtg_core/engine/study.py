@@ -30,7 +30,7 @@ from dtg_core.data.files import no_folder
 from dtg_core.data.report import Report
 from dtg_core.data.sources import open_sources
 from dtg_core.engine.checkpoint import STATE, checkpoint_name
-from dtg_core.engine.effective import BATCH, effective, stage_paradigms
+from dtg_core.engine.effective import BATCH, INPUTS, effective, stage_paradigms
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.metrics import read_metrics
 from dtg_core.engine.resume import digest
@@ -41,9 +41,6 @@ from dtg_core.settings_text import dotted, yaml_scalar
 
 STAGES = "guidance.stages."
 MARK = "study.yaml"  # in a study's folder
-#: What a run reads, and what has to be there.
-INPUTS = {"data.labeled": "file", "data.val": "file", "data.unlabeled": "file or folder", "data.images": "folder",
-          "data.val_images": "folder", "data.unlabeled_images": "folder"}  # fmt: skip
 SPLITS = {"data.labeled", "data.unlabeled"}  # a study with a source makes them itself
 
 

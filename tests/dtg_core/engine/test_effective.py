@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from dtg_core.config import StageRule
 from dtg_core.engine.effective import (
     BATCH,
     DENSE_KEYS,
+    INPUTS,
     SILENT,
     SPARSE_KEYS,
     UNLABELED_ONLY,
@@ -28,10 +28,10 @@ sys.path[:0] = [str(ROOT / "scripts")]
 from read_settings import RunSettings  # noqa: E402
 
 
-@pytest.mark.parametrize("names", [SILENT, UNREAD, UNLABELED_ONLY, FREE])
+@pytest.mark.parametrize("names", [SILENT, UNREAD, UNLABELED_ONLY, INPUTS, FREE])
 def test_tables_name_settings_that_there_are(names):
     known = [*flatten(RunSettings()), *(f"{BATCH}.{kind}" for kind in ("labeled", "unlabeled"))]
-    assert [name for name in names if not fnmatch.filter(known, name)] == []
+    assert [name for name in names if name not in known] == []
 
 
 def test_every_setting_of_a_rule_is_read_by_the_paradigms_that_it_is_for():
