@@ -8,15 +8,15 @@ from typing import Any
 from dtg_core.config import Config
 from dtg_core.detectors import KNOWN
 
+#: What a run reads, and what has to be there.
+INPUTS = {"data.labeled": "file", "data.val": "file", "data.unlabeled": "file or folder", "data.images": "folder",
+          "data.val_images": "folder", "data.unlabeled_images": "folder"}  # fmt: skip
 #: Settings that change no weight and no figure, except for the order of sums.
 SILENT = {
     "schema", "run.output", "run.log_every", "run.evaluate_every", "run.evaluate_batch", "run.checkpoint_every", "run.trackers",
     "run.max_skipped", "run.channels_last", "run.compile", "data.workers", "optim.reference_batch", "data.labeled_per_device",
     "data.unlabeled_per_device", "optim.accumulate",
 }  # fmt: skip
-#: What a run reads, and what has to be there.
-INPUTS = {"data.labeled": "file", "data.val": "file", "data.unlabeled": "file or folder", "data.images": "folder",
-          "data.val_images": "folder", "data.unlabeled_images": "folder"}  # fmt: skip
 #: The images of a step, over all processes: what the last three result in. A run records it beside its settings, as it does
 #: the launcher's mixed precision.
 BATCH, PRECISION = "images_of_a_step", "mixed_precision"
