@@ -5,12 +5,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from runs import TinyData, command, run
 
-from dtg_core.config import GuidanceConfig, RunConfig
-from dtg_core.engine.metrics import MetricsWriter, RunReport, _number, read_metrics
+from dtg_core.config import Config, GuidanceConfig
+from dtg_core.engine.folder import RunFolder
+from dtg_core.engine.metrics import MetricsWriter, read_metrics
+from dtg_core.engine.recorder import Recorder
+from dtg_core.engine.run_state import RunState
 from dtg_core.engine.watch import PATIENCE, Watch
 
 FINE = {"guidance/head/candidates": 20.0, "guidance/head/clusters": 3.0, "loss_ratio": 0.5, "unlabeled_weight": 4.0}
@@ -253,14 +258,22 @@ def test_lines_that_will_come_again_are_dropped(tmp_path: Path) -> None:
 
 
 def test_figures_that_do_not_exist_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _number(None) == "-"
-    report = RunReport(tmp_path, RunConfig(), {}, 0, False)
-    report.evaluation(3, {"teacher": {"AP": None, "AP50": 1.0, "AP75": None}})
-    report.close()
+    training = Mock(config=Config(), detectors=("teacher", "student"))
+    training.teacher.stages = ("head",)
+    labeled = Mock(class_names=("cat",), objects_per_image=lambda: np.ones(1))
+
+    def opened(start: int, again: bool = False) -> Recorder:
+        recorder = Recorder(training, RunState(Config(), {}, evaluation_due=again), Mock(labeled=labeled), RunFolder(tmp_path))
+        recorder.open(start)
+        return recorder
+
+    recorder, figures = opened(0), {"AP": None, "AP50": 1.0, "AP75": None}
+    recorder.evaluation(3, {"teacher": figures, "student": figures}, {})
+    recorder.close()
     assert "teacher  AP -  AP50 1.00  AP75 -" in capsys.readouterr().err
     assert next(read_metrics(tmp_path / "metrics.jsonl"))["teacher/AP"] is None
     for again, left in ((False, [3]), (True, [])):  # whether that evaluation will be made once more
-        RunReport(tmp_path, RunConfig(), {}, 3, again).close()
+        opened(3, again).close()
         assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == left
 
 
