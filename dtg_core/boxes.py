@@ -13,10 +13,10 @@ from torchvision.ops import nms
 
 from dtg_core.config import Hull
 
-BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes per element
+BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 bytes per element, 75 in float64
 NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows with their square, 200 MB at this size
-CPU_BLOCK = 4_000  # the same for a CPU, which compares one after another
-NMS_BY_IMAGE = frozenset({"cpu"})  # device types for which ``image_nms`` makes one call per image
+CPU_BLOCK = 500  # most boxes of several images that a CPU compares at once; its time grows with their square
+NMS_BY_IMAGE = frozenset({"cpu"})  # device types whose results take no wait, so that images may be dealt with one by one
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; larger than any view
 
 
@@ -145,16 +145,32 @@ def ordered_nms(
 ) -> Tensor:
     """``grouped_nms`` of boxes [M, 4] in ascending order of ``image`` [M]; [J] indices, those of an image best score first.
 
-    Image by image, as in ``image_nms``, where one call for so many boxes would be slow or take much memory.
+    Image by image, see ``image_slices``, where one call for so many boxes would be slow or take much memory.
     """
-    if images == 1 or len(boxes) <= (CPU_BLOCK if boxes.device.type in NMS_BY_IMAGE else NMS_BLOCK):
-        return grouped_nms(boxes, scores, groups, iou_threshold)
-    kept, start = [], 0
-    for count in torch.unique_consecutive(image, return_counts=True)[1].tolist():  # sync: only with so many boxes
-        rows = slice(start, start + count)
-        kept.append(grouped_nms(boxes[rows], scores[rows], groups[rows], iou_threshold) + start)
-        start += count
-    return torch.cat(kept)
+    return torch.cat([
+        grouped_nms(boxes[rows], scores[rows], groups[rows], iou_threshold) + rows.start
+        for (rows,) in image_slices(images, image)
+    ])  # fmt: skip
+
+
+def image_slices(images: int, *lists: Tensor) -> list[tuple[slice, ...]]:
+    """Slices of lists of rows such that no image has rows in two of them: a single one, or with many rows one for each image.
+
+    For rows that are compared with all others of their slice. One by one, a CPU is the faster the more images there are; other
+    devices, for which the host waits after each, take them all at once as long as a table of overlaps allows.
+
+    Args:
+        images: N. lists: the image of each row, [M] int64 and ascending.
+
+    Returns:
+        For each part the slice of each list; some may be empty.
+    """
+    limit = CPU_BLOCK if lists[0].device.type in NMS_BY_IMAGE else NMS_BLOCK
+    if images == 1 or max(map(len, lists)) <= limit:
+        return [(slice(0, None),) * len(lists)]  # without an end, which a traced graph does not know
+    numbers = torch.arange(images, device=lists[0].device)
+    ends = [torch.searchsorted(image, numbers, right=True).tolist() for image in lists]  # sync: only with so many rows
+    return list(zip(*(map(slice, [0, *each], each) for each in ends)))
 
 
 def row_blocks(rows: int, columns: int, limit: int | None = None) -> Iterator[slice]:

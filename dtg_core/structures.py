@@ -197,7 +197,7 @@ class Detections(Movable):
 class Candidates:
     """Teacher predictions that pass the score threshold tau (Sec. 3.2), flat over the batch, in the teacher's view."""
 
-    image: Tensor  # [M] int64
+    image: Tensor  # [M] int64, ascending
     sample: Tensor  # [M] int64
     label: Tensor  # [M] int64
     logit: Tensor  # [M]
@@ -226,9 +226,11 @@ class Clusters:
 class Members:
     """The boxes of M candidates and the clusters that they are members of."""
 
+    image: Tensor  # [M] int64, ascending
     box: Tensor  # [M, 4]
     score: Tensor  # [M]
     cluster: Tensor  # [M] int64 in 0..J-1
+    images: int  # N
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ kept one names a cluster, and "suppressed by" is membership.
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
 
-from dtg_core.boxes import clip, lacks_float64, row_blocks, spread_groups
+from dtg_core.boxes import clip, image_slices, lacks_float64, row_blocks, spread_groups
 from dtg_core.config import StageRule
 from dtg_core.protocol import Stage
 from dtg_core.structures import Candidates, Clusters, Predictions, Rows
@@ -45,7 +46,9 @@ def select_candidates(
     return Candidates(*rows, predictions.logits[rows].float(), box, foreground, background)
 
 
-def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Clusters:
+def cluster_nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float
+) -> Clusters:
     """NMS within each group, and for each suppressed box the kept one that suppresses it.
 
     A box is suppressed by a better kept box of its group when their IoU is greater than the threshold; it belongs to the first
@@ -53,17 +56,31 @@ def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     CPU if the boxes' device has none.
 
     Args:
-        boxes: [M, 4]. scores: [M], any increasing function of the score will do. groups: [M] int64.
+        boxes: [M, 4]. scores: [M], any increasing function of the score will do.
+        groups: [M] int64, of one image each. image: [M] int64, ascending, of N = ``images``.
 
     Returns:
         Clusters with ``cluster`` [M] and ``keep`` [J], best score first. Empty input gives no cluster.
     """
-    if boxes.shape[0] == 0:
+    if lacks_float64(boxes.device):
+        found = cluster_nms(boxes.cpu(), scores.cpu(), groups.cpu(), image.cpu(), images, iou_threshold)
+        return Clusters(found.cluster.to(boxes.device), found.keep.to(boxes.device))
+    slices = image_slices(images, image)
+    parts = [_clusters(boxes[rows], scores[rows], groups[rows], iou_threshold) for (rows,) in slices]
+    if len(parts) == 1:
+        return parts[0]
+    before = accumulate((part.num_clusters for part in parts), initial=0)
+    cluster = torch.cat([part.cluster + number for part, number in zip(parts, before)])
+    keep = torch.cat([part.keep + rows.start for part, (rows,) in zip(parts, slices)])
+    order = torch.argsort(scores[keep], descending=True, stable=True)  # over the images
+    return Clusters(torch.argsort(order)[cluster], keep[order])
+
+
+def _clusters(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Clusters:
+    """``cluster_nms`` of all boxes at once."""
+    if len(boxes) == 0:
         empty = torch.zeros(0, dtype=torch.int64, device=boxes.device)
         return Clusters(empty, empty)
-    if lacks_float64(boxes.device):
-        found = cluster_nms(boxes.cpu(), scores.cpu(), groups.cpu(), iou_threshold)
-        return Clusters(found.cluster.to(boxes.device), found.keep.to(boxes.device))
     order = torch.argsort(scores, descending=True, stable=True)
     boxes, groups = spread_groups(boxes, groups)[order], groups[order]
     position = torch.arange(len(order), device=order.device)

@@ -10,19 +10,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import paired_iou, row_blocks
+from dtg_core.boxes import image_slices, paired_iou, row_blocks
 from dtg_core.protocol import Stage
 from dtg_core.structures import Assignment, Members, Predictions
 
 
-def consensus(boxes: Tensor, cluster: Tensor, members: Members) -> Tensor:
-    """[P] score-weighted mean IoU of boxes [P, 4] with all members of their clusters [P]."""
-    return _mean_iou(boxes, cluster, members, with_itself=True)
+def consensus(boxes: Tensor, image: Tensor, cluster: Tensor, members: Members) -> Tensor:
+    """[P] score-weighted mean IoU of boxes [P, 4] with all members of their clusters [P]; ``image`` [P] is ascending."""
+    return _mean_iou(boxes, image, cluster, members, with_itself=True)
 
 
 def peer_consensus(members: Members) -> Tensor:
     """[M] score-weighted mean IoU of each member with the others of its cluster; 0 for one that is alone."""
-    return _mean_iou(members.box, members.cluster, members, with_itself=False)
+    return _mean_iou(members.box, members.image, members.cluster, members, with_itself=False)
 
 
 def cluster_trust(members: Members, num_clusters: int) -> Tensor:
@@ -45,19 +45,21 @@ def consensus_quality(stage: Stage, predictions: Predictions, assignment: Assign
     assert dense is not None
     assert dense.members is not None
     boxes = stage.decode(predictions, assignment.rows)
-    return replace(assignment, dense=replace(dense, quality=consensus(boxes, dense.cluster, dense.members)))
+    return replace(assignment, dense=replace(dense, quality=consensus(boxes, assignment.image, dense.cluster, dense.members)))
 
 
-def _mean_iou(boxes: Tensor, cluster: Tensor, members: Members, with_itself: bool) -> Tensor:
+def _mean_iou(boxes: Tensor, image: Tensor, cluster: Tensor, members: Members, with_itself: bool) -> Tensor:
     """[P] score-weighted mean IoU of boxes [P, 4] with the members of their clusters [P]; 0 where there is none.
 
     ``with_itself`` False: the boxes are the members, and none counts for itself. Memory: a few [P, M] matrices, in blocks.
     """
     parts = []
-    for rows in row_blocks(len(boxes), len(members.box)):
-        weight = members.score * (cluster[rows].unsqueeze(1) == members.cluster)
-        if not with_itself:
-            weight.diagonal(rows.start).zero_()
-        overlap = paired_iou(boxes[rows].unsqueeze(1), members.box)
-        parts.append((weight * overlap).sum(1) / weight.sum(1).clamp(min=1e-6))
+    for own, theirs in image_slices(members.images, image, members.image):
+        box, score = members.box[theirs], members.score[theirs]
+        for rows in row_blocks(len(boxes[own]), len(box)):
+            weight = score * (cluster[own][rows].unsqueeze(1) == members.cluster[theirs])
+            if not with_itself:
+                weight.diagonal(rows.start).zero_()
+            overlap = paired_iou(boxes[own][rows].unsqueeze(1), box)
+            parts.append((weight * overlap).sum(1) / weight.sum(1).clamp(min=1e-6))
     return torch.cat(parts)

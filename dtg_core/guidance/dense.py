@@ -53,7 +53,7 @@ def dense_labels(
     """
     candidates = select_candidates(stage, predictions, pair.teacher.sizes, rule, threshold)
     groups = stage.groups(predictions.samples, candidates.rows)
-    clusters = cluster_nms(candidates.box, candidates.logit, groups, rule.nms_iou)
+    clusters = cluster_nms(candidates.box, candidates.logit, groups, candidates.image, len(pair.teacher.sizes), rule.nms_iou)
     samples, partner = correspond(predictions.samples, grid, pair, rule.min_iou)
     assignment = inverse_nms(candidates, clusters, partner, samples, pair, rule.member_iou, rule.collisions)
     return DenseLabels(candidates, clusters, samples, partner, assignment)
@@ -98,7 +98,7 @@ def _with_options(labels: DenseLabels, predictions: Predictions, pair: PairBatch
     """The class targets (A27) that the rule asks for, and its options that are not in the paper."""
     dense, candidates, clusters = labels.assignment.dense, labels.candidates, labels.clusters
     assert dense is not None
-    members = Members(candidates.box, candidates.logit.sigmoid(), clusters.cluster)
+    members = Members(candidates.image, candidates.box, candidates.logit.sigmoid(), clusters.cluster, len(pair.teacher.sizes))
     if rule.quality == "one":
         dense = replace(dense, quality=torch.ones_like(dense.teacher_logit))
     elif rule.quality == "teacher":
@@ -106,7 +106,7 @@ def _with_options(labels: DenseLabels, predictions: Predictions, pair: PairBatch
     elif rule.quality == "consensus":  # the student's boxes decide, see ``consensus_quality``
         dense = replace(dense, members=replace(members, box=to_student(members.box, candidates.image, pair)))
     if rule.consensus_rank is not None:
-        agreed = consensus(members.box, members.cluster, members)
+        agreed = consensus(members.box, members.image, members.cluster, members)
         dense = replace(dense, rank_target=agreed[dense.candidate] / rule.consensus_rank)
     if rule.cluster_trust:
         dense = replace(dense, trust=cluster_trust(members, clusters.num_clusters))

@@ -14,6 +14,7 @@ from dtg_core.boxes import (
     giou_loss,
     grouped_nms,
     image_nms,
+    image_slices,
     lacks_float64,
     ordered_nms,
     paired_iou,
@@ -22,7 +23,7 @@ from dtg_core.boxes import (
     row_blocks,
     shortest_side,
 )
-from dtg_core.guidance import cluster_nms
+from dtg_core.guidance.clustering import cluster_nms
 
 
 def rotation(degrees: float, x: float = 0, y: float = 0) -> torch.Tensor:
@@ -128,6 +129,20 @@ def test_nms_image_by_image_keeps_what_one_call_keeps(monkeypatch, limit):
     assert ordered_nms(boxes[:0], scores[:0], groups[:0], image[:0], 3, 0.4).shape == (0,)
 
 
+@pytest.mark.parametrize(("by_image", "limit", "cut"), [({"cpu"}, 4, True), ({"cpu"}, 5, False), (set(), 4, False)])
+def test_slices_of_images(monkeypatch, by_image, limit, cut):
+    """Of two lists, the longer one decides. On devices that the host waits for, only a table too large for NMS is cut."""
+    monkeypatch.setattr("dtg_core.boxes.NMS_BY_IMAGE", by_image)
+    monkeypatch.setattr("dtg_core.boxes.CPU_BLOCK", limit)
+    few, many = torch.tensor([1, 3]), torch.tensor([0, 1, 1, 3, 3])
+    expected = [([], [0]), ([1], [1, 1]), ([], []), ([3], [3, 3]), ([], [])] if cut else [([1, 3], [0, 1, 1, 3, 3])]
+    assert [(few[a].tolist(), many[b].tolist()) for a, b in image_slices(5, few, many)] == expected
+    assert image_slices(1, few) == [(slice(0, None),)]
+    monkeypatch.setattr("dtg_core.boxes.NMS_BLOCK", 4)
+    monkeypatch.setattr("dtg_core.boxes.CPU_BLOCK", 4)
+    assert len(image_slices(5, few, many)) == 5
+
+
 def test_grouped_nms_of_nothing():
     assert grouped_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5).shape == (0,)
 
@@ -159,15 +174,18 @@ def test_image_nms_of_nothing():
 def test_without_float64_nms_is_done_on_the_cpu(monkeypatch):
     """For Apple's GPUs. Here both are the CPU, so the first answer stands for the device and the second for the CPU."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [30, 30, 40, 40]])
-    scores, groups = torch.tensor([0.5, 0.9, 0.2]), torch.zeros(3, dtype=torch.int64)
-    for function, module in ((grouped_nms, "dtg_core.boxes"), (cluster_nms, "dtg_core.guidance.clustering")):
-        expected = function(boxes, scores, groups, 0.5)
+    scores, groups, image = torch.tensor([0.5, 0.9, 0.2]), torch.zeros(3).long(), torch.zeros(3).long()
+    for function, module, given in (
+        (grouped_nms, "dtg_core.boxes", (boxes, scores, groups)),
+        (cluster_nms, "dtg_core.guidance.clustering", (boxes, scores, groups, image, 1)),
+    ):
+        expected = function(*given, 0.5)
         answers, moved = iter((True, False)), []
         with monkeypatch.context() as patch:
             patch.setattr(f"{module}.lacks_float64", lambda device, answers=answers: next(answers))
             patch.setattr(Tensor, "cpu", lambda self, moved=moved: moved.append(self) or self)
-            found = function(boxes, scores, groups, 0.5)
-        assert [id(tensor) for tensor in moved] == [id(boxes), id(scores), id(groups)]
+            found = function(*given, 0.5)
+        assert [id(tensor) for tensor in moved] == [id(tensor) for tensor in given if isinstance(tensor, Tensor)]
         assert all(torch.equal(a, b) for a, b in zip(parts(found), parts(expected)))
     assert lacks_float64(torch.device("mps"))
     assert not lacks_float64(torch.device("cuda", 0))

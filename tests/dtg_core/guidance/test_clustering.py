@@ -11,9 +11,13 @@ from oracles import LargestTensor, greedy_nms
 from torchvision.ops import batched_nms
 
 from dtg_core.config import StageRule
-from dtg_core.guidance import cluster_nms
-from dtg_core.guidance.clustering import select_candidates
-from dtg_core.structures import Predictions, Proposals
+from dtg_core.engine.waits import device_work
+from dtg_core.guidance.clustering import cluster_nms, select_candidates
+from dtg_core.structures import Clusters, Predictions, Proposals
+
+
+def one_image(boxes: torch.Tensor, scores: torch.Tensor, groups: torch.Tensor, threshold: float) -> Clusters:
+    return cluster_nms(boxes, scores, groups, torch.zeros_like(groups), 1, threshold)
 
 
 def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
@@ -37,20 +41,67 @@ def random_case(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, fl
 def test_equals_the_greedy_loop_and_torchvision(block):
     for seed in range(100 * block, 100 * block + 100):
         boxes, scores, groups, threshold = random_case(seed)
-        clusters = cluster_nms(boxes, scores, groups, threshold)
+        clusters = one_image(boxes, scores, groups, threshold)
         cluster, keep = greedy_nms(boxes, scores, groups, threshold)
         assert clusters.keep.tolist() == keep
         assert clusters.cluster.tolist() == cluster
         assert set(batched_nms(boxes, scores, groups, threshold).tolist()) == set(keep)
 
 
+def batch_case(seed: int, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes, scores, groups and images of a batch; scores and boxes are often equal, within an image and between images."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    corner = torch.randint(0, 6, (len(image), 2), generator=generator) * 4.0
+    boxes = torch.cat((corner, corner + torch.randint(2, 6, (len(image), 2), generator=generator) * 5.0), 1)
+    groups = image * 3 + torch.randint(0, 3, (len(image),), generator=generator)
+    return boxes, torch.randint(0, 4, (len(image),), generator=generator) / 4, groups, image
+
+
+@pytest.mark.parametrize("counts", [[40, 0, 25, 1, 60], [0, 0, 30, 0], [0, 0, 0], [5, 5]])
+def test_image_by_image_gives_the_clusters_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
+    """Also in the same order: best score first over the batch, of equal scores the lower index."""
+    monkeypatch.setattr("dtg_core.boxes.CPU_BLOCK", 0)
+    for seed in range(50):
+        boxes, scores, groups, image = batch_case(seed, counts)
+        found = cluster_nms(boxes, scores, groups, image, len(counts), 0.5)
+        whole = cluster_nms(boxes, scores, groups, image, 1, 0.5)  # as of a single image, all at once
+        assert torch.equal(found.keep, whole.keep)
+        assert torch.equal(found.cluster, whole.cluster)
+        cluster, keep = greedy_nms(boxes, scores, groups, 0.5)
+        assert (found.cluster.tolist(), found.keep.tolist()) == (cluster, keep)
+
+
+def test_overlaps_of_different_images_are_not_computed_on_a_cpu() -> None:
+    """A matrix of all boxes by all clusters is 16 times as large for 4 times as many images."""
+    largest = []
+    for images in (2, 8):
+        boxes, scores, groups, image = batch_case(0, [300] * images)
+        boxes = torch.rand(len(boxes), 2, generator=torch.Generator().manual_seed(1)).repeat(1, 2) * 900 + boxes
+        with LargestTensor() as found:
+            clusters = cluster_nms(boxes, scores, groups, image, images, 0.5)
+        assert clusters.num_clusters > 200 * images
+        largest.append(found.elements)
+    assert largest[1] < 1.2 * largest[0]
+
+
+def test_waits_for_a_device_do_not_grow_with_the_images() -> None:
+    waits = []
+    for images in (2, 8):
+        boxes, scores, groups, image = batch_case(0, [300] * images)
+        with device_work() as work:
+            cluster_nms(boxes, scores, groups, image, images, 0.5)
+        waits.append(work.waits)
+    assert waits[0] == waits[1] == {"torchvision::nms": 1}
+
+
 def test_clusters_are_found_in_blocks_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     corner = torch.rand(300, 2, generator=torch.Generator().manual_seed(0)) * 500
     boxes, scores, groups = torch.cat((corner, corner + 40), 1), torch.rand(300), torch.arange(300) % 2
-    expected = cluster_nms(boxes, scores, groups, 0.5)
+    expected = one_image(boxes, scores, groups, 0.5)
     monkeypatch.setattr("dtg_core.boxes.BLOCK", 4 * expected.num_clusters)  # 4 boxes
     with LargestTensor() as largest:
-        clusters = cluster_nms(boxes, scores, groups, 0.5)
+        clusters = one_image(boxes, scores, groups, 0.5)
     assert torch.equal(clusters.cluster, expected.cluster)
     assert torch.equal(clusters.keep, expected.keep)
     assert largest.elements <= 4 * 4 * expected.num_clusters  # boxes and corners of overlaps have 4 and 2 numbers
@@ -59,7 +110,7 @@ def test_clusters_are_found_in_blocks_of_bounded_memory(monkeypatch: pytest.Monk
 def test_pencil_case():
     # b overlaps a by 0.6 and joins it; c overlaps b by 0.6 but a by only 1/3, and b is gone, so c stays.
     boxes = torch.tensor([[0.0, 0, 100, 10], [25, 0, 125, 10], [50, 0, 150, 10]])
-    clusters = cluster_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
+    clusters = one_image(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
     assert clusters.cluster.tolist() == [0, 0, 1]
     assert clusters.keep.tolist() == [0, 2]
 
@@ -67,7 +118,7 @@ def test_pencil_case():
 def test_many_groups_far_from_the_origin_do_not_change_overlaps():
     boxes = torch.tensor([[1000.0, 1000, 1010, 1010], [1000, 1004.9, 1010, 1010]])  # IoU 0.51
     groups = torch.arange(400).repeat_interleave(2)
-    clusters = cluster_nms(boxes.repeat(400, 1), torch.tensor([0.9, 0.8]).repeat(400), groups, 0.505)
+    clusters = one_image(boxes.repeat(400, 1), torch.tensor([0.9, 0.8]).repeat(400), groups, 0.505)
     assert clusters.num_clusters == 400
     assert torch.equal(clusters.keep[clusters.cluster], torch.arange(400).repeat_interleave(2) * 2)
 
@@ -76,13 +127,13 @@ def test_order_of_the_candidates_does_not_matter():
     boxes, scores, groups, threshold = random_case(4)
     scores = torch.rand(len(scores), generator=torch.Generator().manual_seed(9))
     shuffle = torch.randperm(len(boxes), generator=torch.Generator().manual_seed(1))
-    clusters = cluster_nms(boxes, scores, groups, threshold)
-    shuffled = cluster_nms(boxes[shuffle], scores[shuffle], groups[shuffle], threshold)
+    clusters = one_image(boxes, scores, groups, threshold)
+    shuffled = one_image(boxes[shuffle], scores[shuffle], groups[shuffle], threshold)
     assert torch.equal(shuffled.cluster, clusters.cluster[shuffle])
 
 
 def test_nothing():
-    clusters = cluster_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5)
+    clusters = one_image(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.5)
     assert clusters.num_clusters == 0
     assert clusters.cluster.shape == (0,)
 
@@ -90,7 +141,7 @@ def test_nothing():
 def test_two_thousand_alike_are_one_cluster_of_the_first():
     """Fault 67: all candidates in one cluster, with equal scores."""
     boxes = torch.tensor([[5.0, 5, 60, 70]]).repeat(2000, 1)
-    clusters = cluster_nms(boxes, torch.full((2000,), 0.7), torch.zeros(2000).long(), 0.5)
+    clusters = one_image(boxes, torch.full((2000,), 0.7), torch.zeros(2000).long(), 0.5)
     assert clusters.keep.tolist() == [0]
     assert clusters.cluster.tolist() == [0] * 2000
 
@@ -190,6 +241,6 @@ def test_each_class_has_its_own_threshold():
 def test_an_overlap_of_exactly_the_threshold_suppresses_nothing():
     """The last box has an IoU of 0.5 with the first and of 0.8 with the second, which alone suppresses it."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 5], [0, 0, 10, 5]])
-    clusters = cluster_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
+    clusters = one_image(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
     assert clusters.keep.tolist() == [0, 1]
     assert clusters.cluster.tolist() == [0, 1, 1]

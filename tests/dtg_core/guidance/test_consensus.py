@@ -21,9 +21,11 @@ CURES = {"consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, 
 MATRIX = torch.tensor([[-1.0, 0, 96], [0, 1, 3], [0, 0, 1]])
 # A whole square, its upper and its left half (IoU 1/2 with the square and 1/3 with each other), and a box that is alone.
 FOUR = Members(
+    torch.zeros(4).long(),
     torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 5, 10], [0, 0, 10, 10]]),
     torch.tensor([0.5, 0.25, 0.25, 0.9]),
     torch.tensor([1, 1, 1, 0]),
+    1,
 )
 
 
@@ -31,7 +33,8 @@ def random_members(seed: int, count: int = 30, clusters: int = 6) -> Members:
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator) * 20
     box = torch.cat((corner, corner + 10 + torch.rand(count, 2, generator=generator) * 20), 1)
-    return Members(box, torch.rand(count, generator=generator), torch.randint(0, clusters, (count,), generator=generator))
+    score, cluster = torch.rand(count, generator=generator), torch.randint(0, clusters, (count,), generator=generator)
+    return Members(torch.zeros(count).long(), box, score, cluster, 1)
 
 
 def test_pencil_case():
@@ -39,19 +42,19 @@ def test_pencil_case():
     assert peer_consensus(FOUR).tolist() == pytest.approx(peers)
     assert cluster_trust(FOUR, 3).tolist() == pytest.approx([0, sum(peers) / 3, 0])
     square = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
-    found = consensus(square, torch.tensor([1, 0, 1]), FOUR)
+    found = consensus(square, torch.zeros(3).long(), torch.tensor([1, 0, 1]), FOUR)
     assert found.tolist() == pytest.approx([0.5 + 0.25 / 2 + 0.25 / 2, 1, 0])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_equals_a_loop(seed):
     members, other = random_members(seed), random_members(seed + 100)
-    boxes, cluster = other.box, other.cluster
+    boxes, image, cluster = other.box, other.image, other.cluster
     for p in range(len(boxes)):
         same = [m for m in range(30) if members.cluster[m] == cluster[p]]
         total = sum(float(members.score[m]) for m in same)
         expected = sum(float(members.score[m]) * iou(boxes[p], members.box[m]) for m in same) / max(total, 1e-6)
-        assert consensus(boxes, cluster, members)[p].item() == pytest.approx(expected, abs=1e-5)
+        assert consensus(boxes, image, cluster, members)[p].item() == pytest.approx(expected, abs=1e-5)
         peers = [m for m in range(30) if members.cluster[m] == members.cluster[p] and m != p]
         total = sum(float(members.score[m]) for m in peers)
         expected = sum(float(members.score[m]) * iou(members.box[p], members.box[m]) for m in peers) / max(total, 1e-6)
@@ -60,17 +63,33 @@ def test_equals_a_loop(seed):
 
 def test_blocks_of_rows_change_nothing(monkeypatch):
     members, other = random_members(1), random_members(2)
-    whole = peer_consensus(members), consensus(other.box, other.cluster, members)
+    whole = peer_consensus(members), consensus(other.box, other.image, other.cluster, members)
     monkeypatch.setattr("dtg_core.boxes.BLOCK", 70)  # two rows of 30 at once
-    for mine, theirs in zip(whole, (peer_consensus(members), consensus(other.box, other.cluster, members)), strict=True):
+    blocks = peer_consensus(members), consensus(other.box, other.image, other.cluster, members)
+    for mine, theirs in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_image_by_image_changes_nothing(monkeypatch):
+    """Three clusters in each of four images, of which one has no member and another one no box."""
+    members, other = random_members(1), random_members(2)
+    image = torch.tensor([0] * 12 + [1] * 8 + [3] * 10)
+    members = replace(members, image=image, cluster=members.cluster % 3 + 3 * image, images=4)
+    boxes, image = other.box[12:], torch.tensor([1] * 6 + [3] * 12)
+    cluster = other.cluster[12:] % 3 + 3 * image
+    whole = peer_consensus(members), consensus(boxes, image, cluster, members)
+    monkeypatch.setattr("dtg_core.boxes.CPU_BLOCK", 0)
+    parts = peer_consensus(members), consensus(boxes, image, cluster, members)
+    for mine, theirs in zip(whole, parts, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_nothing_and_boxes_without_area():
-    nothing = Members(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
-    assert peer_consensus(nothing).shape == consensus(nothing.box, nothing.cluster, nothing).shape == (0,)
+    none = torch.zeros(0).long()
+    nothing = Members(none, torch.zeros(0, 4), torch.zeros(0), none, 2)
+    assert peer_consensus(nothing).shape == consensus(nothing.box, none, none, nothing).shape == (0,)
     assert cluster_trust(nothing, 0).shape == (0,)
-    flat = Members(torch.zeros(2, 4), torch.ones(2), torch.zeros(2).long())
+    flat = Members(torch.zeros(2).long(), torch.zeros(2, 4), torch.ones(2), torch.zeros(2).long(), 1)
     assert peer_consensus(flat).tolist() == [0, 0]
 
 
@@ -171,8 +190,8 @@ def test_options_against_loops(name, stage):
     moved = torch.stack((96 - boxes[:, 2], boxes[:, 1] + 3, 96 - boxes[:, 0], (boxes[:, 3] + 3).clamp(max=64)), 1)
     torch.testing.assert_close(members.box, moved, atol=1e-3, rtol=1e-4)
 
-    in_teacher = Members(boxes, members.score, members.cluster)
-    peers, agreed = peer_consensus(in_teacher), consensus(boxes, members.cluster, in_teacher)
+    in_teacher = Members(image, boxes, members.score, members.cluster, 2)
+    peers, agreed = peer_consensus(in_teacher), consensus(boxes, image, members.cluster, in_teacher)
     torch.testing.assert_close(dense.rank_target, agreed[dense.candidate] / 0.1, atol=1e-3, rtol=1e-3)
     for j in range(dense.num_clusters) if stage != "rpn" else ():
         every = predictions.logits[image, sample].sigmoid()[members.cluster == j].mean(0)
@@ -187,7 +206,7 @@ def test_options_against_loops(name, stage):
     views = pair.student
     out, learnt = learn(student, views, {stage: cured})[stage]
     own = student.stages[stage].decode(out, learnt.rows)
-    expected = consensus(own.detach(), dense.cluster, members)
+    expected = consensus(own.detach(), learnt.image, dense.cluster, members)
     torch.testing.assert_close(learnt.quality, expected)
     assert not learnt.quality.requires_grad
     assert 0 < expected.max() <= 1

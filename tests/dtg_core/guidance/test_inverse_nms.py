@@ -9,7 +9,8 @@ from conftest import make_pair
 from oracles import cluster_losses, greedy_nms
 
 from dtg_core.config import Collisions, StageRule
-from dtg_core.guidance import cluster_nms, inverse_nms
+from dtg_core.guidance.clustering import cluster_nms
+from dtg_core.guidance.inverse_nms import inverse_nms
 from dtg_core.losses import dense_terms, weigh
 from dtg_core.structures import Assignment, Candidates, LossName, Proposals, Unreduced
 
@@ -29,7 +30,8 @@ def make_candidates(
 
 
 def clustered(candidates: Candidates, threshold: float = 0.5):
-    return cluster_nms(candidates.box, candidates.logit, candidates.image * 10 + candidates.label, threshold)
+    groups = candidates.image * 10 + candidates.label
+    return cluster_nms(candidates.box, candidates.logit, groups, candidates.image, len(candidates.foreground), threshold)
 
 
 def assign(
