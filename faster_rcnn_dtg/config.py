@@ -39,7 +39,7 @@ class RCNNConfig:
     class_agnostic: bool = False  # one box per proposal instead of one per class
     delta_stds: tuple[Positive, Positive, Positive, Positive] = (0.1, 0.1, 0.2, 0.2)
     nms_iou: PositiveShare = 0.5  # of the final boxes, per class
-    max_candidates: Count = 5000  # best (proposal, class) pairs of an image that enter the final NMS; a safety limit
+    pre_nms: Count = 5000  # best (proposal, class) pairs of an image that enter the final NMS; a safety limit
     detections_per_image: Count = 100
 
 

@@ -65,7 +65,7 @@ class FasterRCNN(Detector):
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes in the views' pixels: R-CNN scores above the threshold, class-wise NMS, the best of each image."""
         config, stage, predictions = self.config.rcnn, self.stages["rcnn"], outputs["rcnn"]
-        rows, scores = best_pairs(predictions, views.sizes, config.max_candidates, score_threshold)
+        rows, scores = best_pairs(predictions, views.sizes, config.pre_nms, score_threshold)
         return final_boxes(stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)
 
 

@@ -216,7 +216,7 @@ def test_the_second_stage_starts_at_the_prior(focal: str) -> None:
 
 
 def test_only_the_best_pairs_of_an_image_enter_the_final_nms() -> None:
-    config = replace(SMALL, rcnn=replace(SMALL.rcnn, max_candidates=4, nms_iou=1.0))
+    config = replace(SMALL, rcnn=replace(SMALL.rcnn, pre_nms=4, nms_iou=1.0))
     detector, views = detector_of(config), views_of()
     predictions = detector.run(views)["rcnn"]
     proposals = predictions.samples
@@ -239,7 +239,7 @@ def test_defaults_are_mmdetections() -> None:
         rcnn=RCNNConfig(
             focal="sigmoid", focal_weight=10.0, iou=0.5, samples=512, positive_share=0.25, add_truth=True, pool_size=7,
             sampling_ratio=0, hidden=1024, class_agnostic=False, delta_stds=(0.1, 0.1, 0.2, 0.2), nms_iou=0.5,
-            max_candidates=5000, detections_per_image=100,
+            pre_nms=5000, detections_per_image=100,
         ),
     )  # fmt: skip
 
