@@ -17,10 +17,10 @@ from dtg_core.structures import Assignment, DenseGuidance, Losses, LossKind, Los
 
 def ordinary_terms(unreduced: Unreduced) -> dict[LossKind, LossTerm]:
     """The detector's own reduction, for ground truth and for sparse pseudo boxes."""
-    count = unreduced.classification_count
+    weight, count = unreduced.classification_weight, unreduced.classification_count
     return {
-        "cls": LossTerm(unreduced.classification.sum(), count),
-        "background": LossTerm(unreduced.background.sum(), count),
+        "cls": LossTerm(weight * unreduced.classification.sum(), count),
+        "background": LossTerm(weight * unreduced.background.sum(), count),
         "box": LossTerm((unreduced.box * unreduced.box_weight).sum(), unreduced.box_count),
     }
 

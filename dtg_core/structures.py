@@ -30,6 +30,7 @@ class Movable:
     """Gives a frozen dataclass of tensors ``to`` and ``pin_memory``; nested ones are moved too, other values are kept."""
 
     def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
+        """A copy on ``device``; tensors that are there already are shared. ``non_blocking`` as in ``Tensor.to``."""
         return _mapped(self, lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: T) -> T:
@@ -294,9 +295,8 @@ class Supervision:
 class Unreduced:
     """A stage's losses, and the divisors of its ordinary (labelled) reduction.
 
-    Relative weights within a loss (GFL's GIoU against DFL) are already applied. ``classification_count`` may be less than the
-    number of samples: an R-CNN with focal loss multiplies its mean by 10, which is written as a tenth of the divisor, so that
-    means over clusters do not include it.
+    Relative weights within a loss (GFL's GIoU against DFL) are already applied. ``classification_weight`` is not, so that means
+    over clusters do not include it.
     """
 
     classification: Tensor  # [P]
@@ -305,6 +305,7 @@ class Unreduced:
     box_weight: Tensor  # [P] weight of the box loss in the ordinary reduction, detached
     classification_count: Tensor  # [] divisor of the classification and background losses
     box_count: Tensor  # [] divisor of the weighted box loss
+    classification_weight: float = 1.0  # of the classification and background losses in the ordinary reduction
 
 
 #: A stage's losses: of classes, of background, of boxes, and rank matching.

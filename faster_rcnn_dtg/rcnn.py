@@ -148,7 +148,7 @@ class RCNNStage:
     def losses(self, predictions: Predictions, assignment: Assignment) -> Unreduced:
         """Focal loss summed over the classes and L1 of the assigned class's deltas, both divided by the sampled proposals.
 
-        The losses carry no weight; ``config.focal_weight`` of the ordinary reduction is in ``classification_count``.
+        The losses carry no weight; ``config.focal_weight`` of the ordinary reduction is their ``classification_weight``.
         """
         rows = assignment.rows
         quality = torch.ones_like(rows.label, dtype=torch.float32) if assignment.quality is None else assignment.quality
@@ -163,7 +163,7 @@ class RCNNStage:
         count = (assignment.background.sum() + len(rows.image)).float()
         weight = 1.0 if self.config.focal == "softmax" else self.config.focal_weight
         background = torch.where(assignment.background, background, 0.0)
-        return Unreduced(classification, box, background, torch.ones_like(box), count / weight, count)
+        return Unreduced(classification, box, background, torch.ones_like(box), count, count, weight)
 
     def _sigmoid_losses(self, predictions: Predictions, rows: Rows, target: Tensor) -> tuple[Tensor, Tensor]:
         """[P] of the rows, whose target scores are [P, C], and [N, A] of every sample as background."""

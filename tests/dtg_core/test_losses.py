@@ -21,6 +21,10 @@ def test_the_ordinary_reduction_weighs_boxes_and_has_two_divisors():
     assert {name: (float(term.total), float(term.count)) for name, term in terms.items()} == {
         "cls": (3.0, 3.0), "background": (48.0, 3.0), "box": (4.0, 0.75)
     }  # fmt: skip
+    weighted = ordinary_terms(replace(unreduced, classification_weight=10.0))
+    assert {name: (float(term.total), float(term.count)) for name, term in weighted.items()} == {
+        "cls": (30.0, 3.0), "background": (480.0, 3.0), "box": (4.0, 0.75)
+    }  # fmt: skip
 
 
 def test_the_total_weighs_the_unlabelled_branch_and_the_ranks():

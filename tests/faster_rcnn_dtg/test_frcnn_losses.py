@@ -13,6 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 from dtg_core.anchors import anchor_grid
 from dtg_core.deltas import encode
 from dtg_core.focal import sigmoid_focal
+from dtg_core.losses import ordinary_terms
 from dtg_core.structures import Assignment, DenseGuidance, Predictions, Proposals, Targets, Unreduced
 from faster_rcnn_dtg.config import RCNNConfig, RPNConfig
 from faster_rcnn_dtg.losses import log_odds, softmax_focal
@@ -98,8 +99,9 @@ def test_sigmoid_stage() -> None:
     dense = sigmoid_focal_loss(outputs, torch.zeros_like(outputs)).sum(-1)
     torch.testing.assert_close(losses.background, torch.where(assignment.background, dense, 0.0))
     assert losses.box_count == 3 + 5
-    # PseCo: 10 * sum / samples
-    assert losses.classification_count == pytest.approx((3 + 5) / 10)
+    # PseCo: 10 * sum / samples, also of fewer than 10 samples, for which a tenth of the divisor would be less than 1
+    term = ordinary_terms(losses)["cls"]
+    assert term.total.item() / max(term.count.item(), 1) == pytest.approx(10 * expected.sum().item() / (3 + 5))
 
 
 def test_softmax_stage_is_unbiased_teachers() -> None:
@@ -113,6 +115,7 @@ def test_softmax_stage_is_unbiased_teachers() -> None:
     torch.testing.assert_close(losses.background, expected)
     torch.testing.assert_close(predictions.logits.sigmoid(), outputs.softmax(-1)[..., :3])
     assert losses.classification_count == 8
+    assert losses.classification_weight == 1
 
 
 def test_softmax_losses_stay_finite_for_certain_outputs() -> None:
