@@ -60,6 +60,7 @@ class Pyramid(nn.Module):
         return (views.pixels - self.mean) / self.std * (rows & columns)
 
     def forward(self, views: ViewBatch) -> list[Tensor]:
+        """L maps [N, ``channels``, h, w], one for each of ``strides``, finest first."""
         pixels = self.normalized(views)
         # Take the weights' memory layout from one whose two layouts differ.
         weight = next(weight for weight in self.fpn.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1)
@@ -127,8 +128,8 @@ def build_pyramid(
     Args:
         config: the model, its weights, and which layers are frozen.
         channels: of every level.
-        strides: of the levels, finest first, at most 32, each twice the one before.
-        extra: how levels coarser than 32 are made: strided convolutions (GFL) or one max-pool (Faster R-CNN).
+        strides: of the levels, finest first, each twice the one before; the first is at most 32.
+        extra: how levels coarser than 32 are made: strided convolutions (GFL) or max-pools (Faster R-CNN).
 
     Raises:
         UserError: unknown model; strides that do not double, start above 32 or are missing in the model; weights that are
