@@ -17,6 +17,7 @@ BLOCK = 2**22  # elements of a block of rows; pairwise overlaps need about 40 by
 NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows with their square, 200 MB at this size
 CPU_BLOCK = 500  # most boxes of several images that a CPU compares at once; its time grows with their square
 NMS_BY_IMAGE = frozenset({"cpu"})  # device types whose results take no wait, so that images may be dealt with one by one
+SMALLEST_SIDE = 1.0  # px; an object or a proposal with a side below this after a move has left the view (A21)
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; larger than any view
 
 

@@ -11,8 +11,9 @@ from conftest import DETECTORS, make_pair, make_views, tiny_detector
 
 from dtg_core.boxes import shortest_side
 from dtg_core.config import StageRule, paper_stages
-from dtg_core.guidance import inverse_nms, teach
 from dtg_core.guidance.dense import dense_labels, teacher_scores
+from dtg_core.guidance.inverse_nms import inverse_nms
+from dtg_core.guidance.paradigms import teach
 from dtg_core.losses import weigh
 from dtg_core.models.student import StudentModule, learn
 from dtg_core.models.teacher import make_teacher

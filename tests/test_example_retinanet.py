@@ -21,7 +21,7 @@ from retinanet import RetinaNet, RetinaNetStage  # noqa: E402
 
 from dtg_core.config import BackboneConfig, Config, StageRule, cross_check  # noqa: E402
 from dtg_core.engine.waits import device_work  # noqa: E402
-from dtg_core.guidance import teach  # noqa: E402
+from dtg_core.guidance.paradigms import teach  # noqa: E402
 from dtg_core.losses import weigh  # noqa: E402
 from dtg_core.models.backbone import build_pyramid  # noqa: E402
 from dtg_core.models.student import StudentModule  # noqa: E402

@@ -18,7 +18,7 @@ from torch import Tensor
 from dtg_core.boxes import paired_iou, project
 from dtg_core.config import StageRule
 from dtg_core.deltas import encode
-from dtg_core.guidance import teach
+from dtg_core.guidance.paradigms import teach
 from dtg_core.structures import Assignment, Predictions, Proposals
 from faster_rcnn_dtg import FasterRCNNConfig
 from faster_rcnn_dtg.config import RPNConfig

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dtg_core.boxes import clip, project, shortest_side
+from dtg_core.boxes import SMALLEST_SIDE, clip, project, shortest_side
 from dtg_core.config import Hull, ViewsConfig
 from dtg_core.data.geometry import FILL, Matrix, fitted, flip, random_move, scale, warp
 from dtg_core.data.index import CocoIndex
@@ -26,7 +26,6 @@ from dtg_core.structures import PairBatch, Targets, ViewBatch
 
 CANVAS_MULTIPLE = 32  # stride of the coarsest map of a usual backbone
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)  # of an unlabelled image
-SMALLEST_SIDE = 1.0  # px of the view; smaller objects are left out
 HARD_SIDE = 8.0  # px of the view: a cell of the finest feature map of usual detectors
 HARD_SHARE = 0.2  # of all boxes, above which those below HARD_SIDE are reported
 HARD_CLASS = 0.5  # of a class' boxes, above which it is reported

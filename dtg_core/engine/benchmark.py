@@ -32,7 +32,7 @@ from dtg_core.data.sources import Sources
 from dtg_core.engine import loop
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.waits import device_work
-from dtg_core.guidance import teach
+from dtg_core.guidance.paradigms import teach
 from dtg_core.protocol import Detector
 from dtg_core.structures import PairBatch, Proposals, StepBatch, Supervision, ViewBatch
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from dtg_core.boxes import clip, paired_iou, project, shortest_side, to_float64
+from dtg_core.boxes import SMALLEST_SIDE, clip, paired_iou, project, shortest_side, to_float64
 from dtg_core.config import Hull, StageRule
 from dtg_core.data.index import CocoIndex
-from dtg_core.guidance.correspondence import MIN_SIDE
 from dtg_core.guidance.dense import dense_labels, teacher_scores
-from dtg_core.guidance.inverse_nms import best_scores
+from dtg_core.guidance.inverse_nms import hit
 from dtg_core.guidance.sparse import pseudo_labels
 from dtg_core.protocol import Detector
 from dtg_core.structures import (
@@ -138,7 +137,7 @@ def explain(
     return Explained(
         labels.candidates, labels.clusters, detections, moved, dense, sparse, pseudo, logits,
         teacher_scores(predictions, labels, pair),
-        best_scores(labels.candidates.foreground.float(), labels.partner, moved.num_samples) > 0,
+        hit(labels.partner, labels.candidates.foreground, moved.num_samples),
         stage.num_classes, rule, threshold,
     )  # fmt: skip
 
@@ -211,7 +210,7 @@ def objects_in(views: ViewBatch, truth: CocoIndex, hull: Hull) -> Targets:
     for number, name in enumerate(views.image_ids):
         stored, classes = truth.objects(row[name])
         moved = clip(project(torch.from_numpy(stored), views.view_from_image[number].cpu(), hull), views.sizes[number].cpu())
-        inside = shortest_side(moved) >= MIN_SIDE
+        inside = shortest_side(moved) >= SMALLEST_SIDE
         boxes.append(moved[inside])
         labels.append(torch.from_numpy(classes)[inside])
         image.append(torch.full((len(boxes[-1]),), number))

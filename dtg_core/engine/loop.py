@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtg_core.config import Config, OptimConfig
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
-from dtg_core.guidance import teach
+from dtg_core.guidance.paradigms import teach
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.losses import weigh
 from dtg_core.models.backbone import compile_backbones
@@ -280,6 +280,7 @@ class Window:
         return dict(zip(sums, cast(Tensor, mean).tolist()))
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each figure's mean over the steps that gave it and over the processes."""
         return {name: value / self.counts[name] for name, value in self.floats(accelerator).items()}
 
     def clear(self) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from dtg_core.boxes import SMALLEST_SIDE
 from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import fitted
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.views import SMALLEST_SIDE, canvas, largest_sides
+from dtg_core.data.views import canvas, largest_sides
 from dtg_core.errors import counted
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets

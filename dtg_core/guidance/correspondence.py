@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import area, clip, paired_iou, project, shortest_side
+from dtg_core.boxes import SMALLEST_SIDE, area, clip, paired_iou, project, shortest_side
 from dtg_core.structures import AnchorGrid, PairBatch, Proposals, Samples
-
-#: A proposal or target with a side below this (pixels) after the move has left the view (A21).
-MIN_SIDE = 1.0
 
 
 def to_student(boxes: Tensor, image: Tensor, pair: PairBatch) -> Tensor:
@@ -85,7 +82,7 @@ def correspond(
     sizes = pair.student.sizes[:, None]
     if isinstance(samples, Proposals):
         boxes = clip(project(samples.boxes, matrix, pair.hull), sizes)
-        valid = samples.valid & (shortest_side(boxes) >= MIN_SIDE)
+        valid = samples.valid & (shortest_side(boxes) >= SMALLEST_SIDE)
         index = torch.arange(samples.num_samples, device=boxes.device)
         return Proposals(boxes, valid), torch.where(valid, index, -1)
     boxes = project(samples.anchors, matrix, pair.hull)  # [N, A, 4]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import paired_iou, shortest_side
+from dtg_core.boxes import SMALLEST_SIDE, paired_iou, shortest_side
 from dtg_core.config import Collisions
-from dtg_core.guidance.correspondence import MIN_SIDE, to_student
+from dtg_core.guidance.correspondence import to_student
 from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch, Samples
 
 
@@ -36,7 +36,7 @@ def inverse_nms(
     """
     image, keep, num_samples = candidates.image, clusters.keep, samples.num_samples
     target = to_student(candidates.box[keep], image[keep], pair)  # [J, 4]
-    in_view = shortest_side(target) >= MIN_SIDE
+    in_view = shortest_side(target) >= SMALLEST_SIDE
 
     sample = partner[image, candidates.sample]  # the student's
     alive = (sample >= 0) & in_view[clusters.cluster]
@@ -56,9 +56,9 @@ def inverse_nms(
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
     )
-    background = _hit(partner, candidates.background, num_samples)
+    background = hit(partner, candidates.background, num_samples)
     if collisions == "best":  # "clear background" only reaches student samples that no candidate points to
-        background &= ~_hit(partner, candidates.foreground, num_samples)
+        background &= ~hit(partner, candidates.foreground, num_samples)
     return Assignment(image[chosen], sample[chosen], candidates.label[chosen], target[cluster], background, dense)
 
 
@@ -73,6 +73,13 @@ def best_scores(scores: Tensor, partner: Tensor, num_samples: int) -> Tensor:
     return best.scatter_reduce(1, torch.where(partner >= 0, partner, num_samples), scores, "amax")[:, :num_samples]
 
 
+def hit(partner: Tensor, source: Tensor, num_samples: int) -> Tensor:
+    """[N, S] bool: the student samples that the teacher samples of the mask ``source`` [N, A] correspond to."""
+    target = torch.where(source & (partner >= 0), partner, num_samples)
+    hit = torch.zeros(partner.shape[0], num_samples + 1, dtype=torch.bool, device=partner.device)
+    return hit.scatter_(1, target, True)[:, :num_samples]
+
+
 def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:
     """[M] bool: the row has the highest logit of all rows that are alive at its place (ties: lower index)."""
     order = torch.argsort(logit, descending=True, stable=True)
@@ -81,10 +88,3 @@ def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Te
     place = torch.where(alive, place, num_places)  # an extra place collects the others
     first = ranks.new_full((num_places + 1,), len(order)).scatter_reduce(0, place, rank, "amin")
     return first[place] == rank
-
-
-def _hit(partner: Tensor, source: Tensor, num_samples: int) -> Tensor:
-    """[N, S] bool: the student samples that the teacher samples of the mask ``source`` [N, A] correspond to."""
-    target = torch.where(source & (partner >= 0), partner, num_samples)
-    hit = torch.zeros(partner.shape[0], num_samples + 1, dtype=torch.bool, device=partner.device)
-    return hit.scatter_(1, target, True)[:, :num_samples]

@@ -4,9 +4,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtg_core.boxes import shortest_side
+from dtg_core.boxes import SMALLEST_SIDE, shortest_side
 from dtg_core.config import StageRule
-from dtg_core.guidance.correspondence import MIN_SIDE, correspond, to_student
+from dtg_core.guidance.correspondence import correspond, to_student
 from dtg_core.guidance.thresholds import count_classes
 from dtg_core.structures import AnchorGrid, Detections, Figures, PairBatch, Proposals, Samples, Supervision, Targets
 
@@ -40,7 +40,7 @@ def pseudo_labels(detections: Detections, score: float | Tensor, pair: PairBatch
     """
     boxes = to_student(detections.boxes, detections.image, pair)
     threshold = score[detections.labels] if isinstance(score, Tensor) else score
-    good = (detections.scores > threshold) & (shortest_side(boxes) >= MIN_SIDE)
+    good = (detections.scores > threshold) & (shortest_side(boxes) >= SMALLEST_SIDE)
     rows = good.nonzero().squeeze(1)  # sync: the number of pseudo boxes.
     return Targets(boxes[rows], detections.labels[rows], detections.image[rows])
 

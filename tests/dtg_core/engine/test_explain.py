@@ -17,7 +17,7 @@ from dtg_core.engine import pictures
 from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Explained, Tally, explain, objects_in, spearman, tally
 from dtg_core.engine.pictures import draw_found, guidance_sheet, views_sheet
 from dtg_core.engine.predict import ImageDetections
-from dtg_core.guidance import teach
+from dtg_core.guidance.paradigms import teach
 from dtg_core.structures import Targets
 
 STAGES = [("gfl", "head"), ("faster_rcnn", "rpn"), ("faster_rcnn", "rcnn")]
@@ -116,7 +116,7 @@ def test_members_far_from_their_box_are_told(name, stage):
 
 def test_best_teacher_score_of_a_student_sample():
     """By a loop over the teacher's samples."""
-    from dtg_core.guidance import correspond
+    from dtg_core.guidance.correspondence import correspond
 
     teacher, _, pair, rule, explained = case("gfl", "head")
     with torch.no_grad():

@@ -9,9 +9,9 @@ from conftest import make_pair, make_views, tiny_detector
 from oracles import iou
 
 from dtg_core.config import StageRule
-from dtg_core.guidance import teach
 from dtg_core.guidance.consensus import class_shares, cluster_trust, consensus, peer_consensus
 from dtg_core.guidance.inverse_nms import best_scores
+from dtg_core.guidance.paradigms import teach
 from dtg_core.losses import dense_terms
 from dtg_core.models.student import StudentModule, learn
 from dtg_core.structures import Assignment, DenseGuidance, Members, Rows, Unreduced

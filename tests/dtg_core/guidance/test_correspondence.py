@@ -10,8 +10,7 @@ from oracles import best_anchor_by_force
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.boxes import paired_iou
-from dtg_core.guidance import anchor_level, best_anchor, correspond
-from dtg_core.guidance.correspondence import to_student
+from dtg_core.guidance.correspondence import anchor_level, best_anchor, correspond, to_student
 from dtg_core.structures import AnchorGrid, Proposals
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dtg_core.config import StageRule
-from dtg_core.guidance import rank_matching
+from dtg_core.guidance.rank_matching import rank_matching
 from dtg_core.losses import dense_terms
 from dtg_core.structures import Assignment, DenseGuidance, Unreduced
 

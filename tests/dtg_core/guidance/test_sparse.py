@@ -8,8 +8,7 @@ from conftest import make_pair
 
 from dtg_core.anchors import anchor_grid
 from dtg_core.config import StageRule
-from dtg_core.guidance import pseudo_labels
-from dtg_core.guidance.sparse import sparse_supervision
+from dtg_core.guidance.sparse import pseudo_labels, sparse_supervision
 from dtg_core.structures import Detections
 
 # Twice as large and 40 px to the left, in a view of 100 x 80 px: the third box leaves it but for a sliver of half a pixel.

@@ -10,7 +10,7 @@ import torch
 from conftest import DETECTORS, make_pair, tiny_detector
 
 from dtg_core.config import StageRule, paper_stages
-from dtg_core.guidance import teach
+from dtg_core.guidance.paradigms import teach
 from dtg_core.guidance.thresholds import FLOOD, HIGHEST, LOWEST, Thresholds, count_classes
 
 
