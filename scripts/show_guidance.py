@@ -12,7 +12,7 @@ the pseudo boxes. A weights file alone serves as teacher and student at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,10 @@ from dtg_core.errors import UserError, counted, printable
 from dtg_core.ranges import Count, Whole
 
 if TYPE_CHECKING:
-    from dtg_core.engine.explain import Tally
+    from torch import Tensor
+
+    from dtg_core.config import StageRule
+    from dtg_core.engine.explain import Tallies, Tally
     from dtg_core.engine.predict import Predictor
 
 
@@ -53,15 +56,15 @@ def main(argv: Sequence[str]) -> int:
     from dtg_core.data.inputs import require_apart
     from dtg_core.data.plan import StepData
     from dtg_core.data.sources import open_sources
-    from dtg_core.engine.explain import explain, objects_in, tally
+    from dtg_core.engine.explain import Tallies, explain, objects_in
     from dtg_core.engine.pictures import guidance_sheet
     from dtg_core.engine.predict import load_detector
 
     teacher = load_detector(arguments.weights, arguments.device)
     student = load_detector(arguments.weights, arguments.device, "student") if arguments.weights.is_dir() else teacher
-    models, settings = (teacher.detector, student.detector), teacher.settings
-    stages = stages_of(teacher, arguments.stage)
-    require_new((arguments.output / f"{name}.png" for name in stages), arguments.overwrite)
+    settings = teacher.settings
+    rules = {name: settings.guidance.stages[name] for name in stages_of(teacher, arguments.stage)}
+    require_new((arguments.output / f"{name}.png" for name in rules), arguments.overwrite)
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
     require_apart([config.unlabeled] if config.unlabeled else [], arguments.output)
     sources = open_sources(config, False)
@@ -70,42 +73,53 @@ def main(argv: Sequence[str]) -> int:
     truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
     data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.count)
 
-    pair = unlabeled(data, arguments.step).to(teacher.device)
-    for name in stages:
-        explained = explain(*models, pair, name, settings.guidance.stages[name], teacher.thresholds.get(name))
-        path = arguments.output / f"{name}.png"
-        with writing(path):
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            guidance_sheet(explained, pair, teacher.class_names, range(arguments.count)).save(path)
-        print(f"written to {path}")
-    print(f"images, from the top: {', '.join(printable(str(name)) for name in pair.teacher.image_ids)}")
-    for name in stages:
-        if name in teacher.thresholds:
-            limits = teacher.thresholds[name].tolist()
-            names = teacher.class_names if len(limits) > 1 else ("object",)
-            told = ", ".join(f"{printable(thing)} {score:.2f}" for thing, score in zip(names, limits))
-            print(f"{name}, thresholds that training has come to: {told}")
-    if truth is None:
-        return 0
-
-    most = min(arguments.measure, len(images))  # each once, or nearly so
-    steps = range(arguments.step, arguments.step + -(-most // arguments.count))
-    pairs = [unlabeled(data, step).to(teacher.device) for step in steps]
-    drawn = {name for pair in pairs for name in pair.teacher.image_ids}
-    print(f"against the hidden labels of {counted(len(drawn), 'image')}, IoU 0.5:")
-    for name in stages:
-        rule = settings.guidance.stages[name]
-        limit = teacher.thresholds.get(name)
-        parts = [(explain(*models, pair, name, rule, limit), objects_in(pair.teacher, truth, pair.hull)) for pair in pairs]
-        if limit is not None:
-            for kind, count in tally(parts, limit).items():
-                print(line(f"{name}, {kind} over their threshold", count))
-            continue
-        for score in sorted({rule.tau, rule.pseudo_score}):
-            for kind, count in tally(parts, score).items():
-                if kind != "clusters" or score >= rule.tau:  # below tau there are none
-                    print(line(f"{name}, {kind} over {score:g}", count))
+    most = min(arguments.measure, len(images)) if truth is not None else 1  # each once, or nearly so
+    counts = [(name, Tallies(score)) for name, rule in rules.items() for score in limits(rule, teacher.thresholds.get(name))]
+    seen = set()
+    for step in range(arguments.step, arguments.step + -(-most // arguments.count)):
+        pair = unlabeled(data, step).to(teacher.device)
+        explained = explain(teacher.detector, student.detector, pair, rules, teacher.thresholds)
+        if step == arguments.step:
+            for name, told in explained.items():
+                path = arguments.output / f"{name}.png"
+                with writing(path):
+                    arguments.output.mkdir(parents=True, exist_ok=True)
+                    guidance_sheet(told, pair, teacher.class_names, range(arguments.count)).save(path)
+                print(f"written to {path}")
+            print(f"images, from the top: {', '.join(printable(str(name)) for name in pair.teacher.image_ids)}")
+            tell_thresholds(teacher, rules)
+        if truth is not None:
+            seen |= set(pair.teacher.image_ids)
+            objects = objects_in(pair.teacher, truth, pair.hull)
+            for name, count in counts:
+                count.add(explained[name], objects)
+    if truth is not None:
+        print(f"against the hidden labels of {counted(len(seen), 'image')}, IoU 0.5:")
+        for name, count in counts:
+            tell_counts(name, count, rules[name].tau)
     return 0
+
+
+def limits(rule: StageRule, threshold: Tensor | None) -> Sequence[float | Tensor]:
+    """The scores from which boxes are counted."""
+    return sorted({rule.tau, rule.pseudo_score}) if threshold is None else [threshold]
+
+
+def tell_thresholds(predictor: Predictor, stages: Iterable[str]) -> None:
+    for name in stages:
+        if name in predictor.thresholds:
+            scores = predictor.thresholds[name].tolist()
+            names = predictor.class_names if len(scores) > 1 else ("object",)
+            told = ", ".join(f"{printable(thing)} {score:.2f}" for thing, score in zip(names, scores))
+            print(f"{name}, thresholds that training has come to: {told}")
+
+
+def tell_counts(name: str, found: Tallies, tau: float) -> None:
+    score, adapted = found.score, not isinstance(found.score, (int, float))
+    over = "their threshold" if adapted else f"{score:g}"
+    if adapted or score >= tau:  # below tau there are no clusters
+        print(line(f"{name}, clusters over {over}", found.clusters))
+    print(line(f"{name}, pseudo boxes over {over}", found.final))
 
 
 def stages_of(predictor: Predictor, wanted: str | None) -> list[str]:

@@ -4,8 +4,9 @@ What training does within one step is kept, so that it can be looked at. Nothing
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from dtg_core.data.index import CocoIndex
 from dtg_core.guidance.dense import dense_labels, teacher_scores
 from dtg_core.guidance.inverse_nms import hit
 from dtg_core.guidance.sparse import pseudo_labels
-from dtg_core.protocol import Detector
+from dtg_core.protocol import Detector, Outputs
 from dtg_core.structures import (
     Assignment,
     Candidates,
@@ -104,19 +105,26 @@ class Explained:
 
 @torch.no_grad()
 def explain(
-    teacher: Detector, student: Detector, pair: PairBatch, name: str, rule: StageRule, threshold: Tensor | None = None
-) -> Explained:
-    """Guide one stage both ways.
+    teacher: Detector, student: Detector, pair: PairBatch, rules: Mapping[str, StageRule],
+    thresholds: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Explained]:
+    """Guide the stages of ``rules`` both ways; the teacher runs once for all of them.
 
     Args:
         teacher, student: in evaluation mode. pair: unlabelled views on their device.
-        name, rule: the stage's; both thresholds of the rule are used.
-        threshold: [C] scores, replacing the threshold of the rule's own paradigm.
+        rules: by stage; both thresholds of a rule are used.
+        thresholds: by stage, [C] scores, replacing the threshold of the rule's own paradigm.
 
     Returns:
-        Explained, on the CPU as far as the given views are.
+        Explained by stage, on the device of the given views.
     """
     outputs = teacher.run(pair.teacher)
+    return {name: _explain(teacher, outputs, student, pair, name, rule, thresholds.get(name)) for name, rule in rules.items()}
+
+
+def _explain(
+    teacher: Detector, outputs: Outputs, student: Detector, pair: PairBatch, name: str, rule: StageRule, threshold: Tensor | None
+) -> Explained:
     stage, predictions = teacher.stages[name], outputs[name]
     grid = teacher.grid(pair.student.canvas, pair.student.pixels.device)
 
@@ -183,24 +191,26 @@ class Tally:
         self.images, self.boxes, self.objects = self.images + 1, self.boxes + len(boxes), self.objects + len(truth)
 
 
-def tally(parts: Sequence[tuple[Explained, Targets]], score: float | Tensor, min_iou: float = 0.5) -> dict[str, Tally]:
-    """Boxes with a score above ``score``, those that clusters keep and final ones, against objects in the teacher's view.
+@dataclass
+class Tallies:
+    """Boxes of a stage with a score above ``score``, counted batch by batch; a tensor holds [C] scores by class, or [1] of all."""
 
-    A tensor holds thresholds, [C] by class or [1] for all classes.
-    """
-    counts = {"clusters": Tally(), "pseudo boxes": Tally()}
-    for explained, truth in parts:
+    score: float | Tensor
+    clusters: Tally = field(default_factory=Tally)  # boxes that clusters keep
+    final: Tally = field(default_factory=Tally)
+
+    def add(self, explained: Explained, truth: Targets, min_iou: float = 0.5) -> None:
+        """One batch, against the objects in the teacher's view."""
         candidates, keep, detections = explained.candidates, explained.clusters.keep, explained.detections
         own = candidates.image[keep], candidates.box[keep], candidates.label[keep], candidates.logit[keep].sigmoid()
         final = detections.image, detections.boxes, detections.labels, detections.scores
-        for count, (image, boxes, labels, scores) in zip(counts.values(), (own, final)):
+        for count, (image, boxes, labels, scores) in ((self.clusters, own), (self.final, final)):
             known = explained.num_classes > 1  # an RPN knows objects only
             for number in range(len(explained.teacher_score)):
-                limit = score[labels] if isinstance(score, Tensor) and len(score) > 1 else score
+                limit = self.score[labels] if isinstance(self.score, Tensor) and len(self.score) > 1 else self.score
                 here, there = (image == number) & (scores > limit), truth.image == number
                 classes = truth.labels[there]
                 count.add(boxes[here], labels[here] * known, truth.boxes[there], classes * known, min_iou)
-    return counts
 
 
 def objects_in(views: ViewBatch, truth: CocoIndex, hull: Hull) -> Targets:

@@ -79,12 +79,11 @@ def save_pictures(
     pair, thresholds, was_training = pair.to(training.accelerator.device), training.thresholds.scores(), student.training
     student.eval()
     try:
-        for name in teacher.stages:
-            rule = config.guidance.stages[name]
-            if rule.paradigm != "none":
-                told = explain(teacher, student, pair, name, rule, thresholds.get(name))
-                sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
-                _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
+        rules = {name: config.guidance.stages[name] for name in teacher.stages}
+        guided = {name: rule for name, rule in rules.items() if rule.paradigm != "none"}
+        for name, told in explain(teacher, student, pair, guided, thresholds).items():
+            sheet = guidance_sheet(told, pair, sources.labeled.class_names, range(TAUGHT))
+            _save(sheet, folder / f"guidance-{name}-{step:06}.jpg")
     finally:
         student.train(was_training)
 

@@ -14,7 +14,7 @@ from dtg_core.config import StageRule, ViewsConfig
 from dtg_core.data.coco import load_coco
 from dtg_core.data.shapes import make_shapes
 from dtg_core.engine import pictures
-from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Explained, Tally, explain, objects_in, spearman, tally
+from dtg_core.engine.explain import BOTH, DENSE_ONLY, SPARSE_ONLY, Explained, Tallies, Tally, explain, objects_in, spearman
 from dtg_core.engine.pictures import draw_found, guidance_sheet, views_sheet
 from dtg_core.engine.predict import ImageDetections
 from dtg_core.guidance.paradigms import teach
@@ -39,7 +39,7 @@ def case(name: str, stage: str, tau: float | None = None):
         scores = teacher.run(pair.teacher)[stage].logits.amax(2).sigmoid()
     tau = float(scores.quantile(0.9)) if tau is None else tau
     rule = StageRule(tau=tau, nms_iou=0.5, pseudo_score=0.01)
-    return teacher, student, pair, rule, explain(teacher, student, pair, stage, rule)
+    return teacher, student, pair, rule, explain(teacher, student, pair, {stage: rule})[stage]
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
@@ -52,6 +52,20 @@ def test_it_is_what_training_does(name, stage):
         assert torch.equal(getattr(dense, field), getattr(explained.dense, field)), field
     sparse = teach(teacher, pair, others | {stage: replace(rule, paradigm="sparse")})[0][stage].targets
     assert torch.equal(sparse.boxes, explained.pseudo.boxes)
+
+
+def test_the_teacher_runs_once_for_all_stages(monkeypatch):
+    teacher, student, pair, rule, _ = case("faster_rcnn", "rpn")
+    run, ran = teacher.run, []
+    monkeypatch.setattr(teacher, "run", lambda *given: ran.append(given) or run(*given))
+    both = explain(teacher, student, pair, {"rpn": rule, "rcnn": rule})
+    assert list(both) == ["rpn", "rcnn"]
+    assert len(ran) == 1
+    for stage, told in both.items():
+        alone = explain(teacher, student, pair, {stage: rule})[stage]
+        assert torch.equal(told.student_logit, alone.student_logit)
+        assert torch.equal(told.dense.box, alone.dense.box)
+        assert torch.equal(told.pseudo.boxes, alone.pseudo.boxes)
 
 
 @pytest.mark.parametrize(("name", "stage"), STAGES)
@@ -77,7 +91,7 @@ def test_thresholds_are_for_the_paradigm_of_the_rule(name, stage, paradigm):
     classes = teacher.stages[stage].num_classes if paradigm == "dense" else 3
     scores = before.detections.scores if paradigm == "sparse" else before.candidates.logit.sigmoid()
     limit = torch.full((classes,), float(scores.median()))
-    told = explain(teacher, student, pair, stage, rule, limit)
+    told = explain(teacher, student, pair, {stage: rule}, {stage: limit})[stage]
     others = dict.fromkeys(teacher.stages, StageRule("none"))
     given = teach(teacher, pair, others | {stage: rule}, thresholds={stage: limit})[0][stage]
     if paradigm == "dense":
@@ -90,7 +104,7 @@ def test_thresholds_are_for_the_paradigm_of_the_rule(name, stage, paradigm):
         assert torch.equal(told.dense.sample, before.dense.sample)
     text = {"dense": "teacher's score is under its class' threshold", "sparse": "no pseudo box over its class' threshold there"}
     plain = {"dense": f"teacher's score is under {rule.tau:g}", "sparse": f"no pseudo box over {rule.pseudo_score:g} there"}
-    nothing = explain(teacher, student, pair, stage, rule, torch.full_like(limit, 0.9999))
+    nothing = explain(teacher, student, pair, {stage: rule}, {stage: torch.full_like(limit, 0.9999)})[stage]
     reasons = {found.reason for image in range(2) for found in nothing.differences(image)}
     assert plain[paradigm] not in reasons
     assert text[paradigm] in reasons
@@ -102,7 +116,7 @@ def test_members_far_from_their_box_are_told(name, stage):
     teacher, student, pair, rule, before = case(name, stage)
     overlap = paired_iou(before.samples.take(before.dense.image, before.dense.sample), before.dense.box)
     least = float(overlap.median())
-    after = explain(teacher, student, pair, stage, replace(rule, member_iou=least))
+    after = explain(teacher, student, pair, {stage: replace(rule, member_iou=least)})[stage]
     near = overlap >= least
     assert 0 < near.sum() < len(near)
     assert torch.equal(after.dense.image, before.dense.image[near])
@@ -157,10 +171,14 @@ def test_tally_of_perfect_labels(name, stage):
     keep = explained.clusters.keep
     candidates = explained.candidates
     truth = Targets(candidates.box[keep], candidates.label[keep], candidates.image[keep])
-    count = tally([(explained, truth)], 0.0)["clusters"]
-    assert count.boxes == len(keep) > 0
-    assert count.precision == count.recall == 1
-    assert tally([(explained, truth)], 0.9999)["clusters"].boxes == 0
+    every, best = Tallies(0.0), Tallies(0.9999)
+    for times in (1, 2):  # batches add up
+        every.add(explained, truth)
+        assert every.clusters.boxes == times * len(keep) > 0
+        assert every.clusters.images == times * 2
+        assert every.clusters.precision == every.clusters.recall == 1
+    best.add(explained, truth)
+    assert best.clusters.boxes == 0
 
 
 @pytest.fixture(scope="module")
