@@ -27,8 +27,8 @@ from dtg_core.anchors import anchor_grid
 from dtg_core.config import Config, cross_check
 from dtg_core.data.plan import items_of, micro_batches, steps_loader
 from dtg_core.data.sources import open_sources
-from dtg_core.engine.loop import Window, prepare, train_step
 from dtg_core.engine.processes import main_first
+from dtg_core.engine.train_step import Window, prepare, train_step
 from dtg_core.focal import sigmoid_focal
 from dtg_core.models.backbone import Pyramid, build_pyramid
 from dtg_core.postprocess import best_pairs, final_boxes

@@ -73,7 +73,7 @@ def _train(settings: RunSettings) -> tuple[int, float, list[float]]:
 
     from dtg_core.data.plan import step_data
     from dtg_core.data.sources import open_sources
-    from dtg_core.engine.loop import prepare, train_step
+    from dtg_core.engine.train_step import prepare, train_step
 
     sources = open_sources(settings.data, supervised=False)
     torch.manual_seed(0)

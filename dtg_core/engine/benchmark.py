@@ -29,7 +29,7 @@ from dtg_core.boxes import to_float64
 from dtg_core.config import Config, Paradigm, StageRule
 from dtg_core.data.plan import StepData
 from dtg_core.data.sources import Sources
-from dtg_core.engine import loop
+from dtg_core.engine import train_step as steps
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.waits import device_work
 from dtg_core.guidance.paradigms import teach
@@ -70,16 +70,16 @@ def benchmark(
     if batch.unlabeled is not None:
         rules = with_candidates(detector.to(device).eval(), batch.unlabeled, rules, candidates)
 
-    def training(kind: Paradigm, detector: Detector) -> loop.Training:
+    def training(kind: Paradigm, detector: Detector) -> steps.Training:
         chosen = {name: replace(rule, paradigm=kind) for name, rule in rules.items()}
         settings = replace(config, guidance=replace(guidance, stages=chosen))
-        made = loop.prepare(settings, detector, sources.labeled.objects_per_image(), accelerator)
+        made = steps.prepare(settings, detector, sources.labeled.objects_per_image(), accelerator)
         made.student.train()
         return made
 
     other = None if against is None else training(against, copy.deepcopy(detector))
     main = training(paradigm, detector)
-    step = partial(loop.train_step, main, [batch])
+    step = partial(steps.train_step, main, [batch])
     _, figures = step()
     memory = peak_memory(device)
     # AdamW keeps its step counts on the host.
@@ -87,7 +87,7 @@ def benchmark(
         step()
     timers: dict[str, Callable[[], Any]] = {"step": step, "bare_passes": bare_passes(main, batch)}
     if other is not None:
-        timers["against"] = partial(loop.train_step, other, [batch])
+        timers["against"] = partial(steps.train_step, other, [batch])
     times: dict[str, list[float]] = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
         found = {name: _seconds(action, device) for name, action in timers.items()}
@@ -147,7 +147,7 @@ def with_candidates(
     return {name: replace(rule, pseudo_score=pseudo) for name, rule in {**rules, **changed}.items()}
 
 
-def bare_passes(training: loop.Training, batch: StepBatch) -> Callable[[], None]:
+def bare_passes(training: steps.Training, batch: StepBatch) -> Callable[[], None]:
     """The networks' own passes of a step (see the module), ready to be called repeatedly."""
     config, accelerator, teacher, detector = training.config, training.accelerator, training.teacher, training.module.detector
     branches: list[tuple[ViewBatch, Mapping[str, Supervision]]] = []
@@ -218,24 +218,24 @@ class Stopwatch:
         return run
 
 
-def parts_of_step(training: loop.Training, batch: StepBatch) -> dict[str, float]:
+def parts_of_step(training: steps.Training, batch: StepBatch) -> dict[str, float]:
     """Seconds of each part of a step except its data. The host waits for the device between parts, so they may exceed a step."""
     places: Sequence[tuple[str, Any, str]] = (
         ("teacher", training.teacher, "run"),
-        ("guidance", loop, "teach"),  # without the teacher's pass
+        ("guidance", steps, "teach"),  # without the teacher's pass
         ("student", training.module.detector, "run"),  # with making its proposals
         ("losses", training.module, "forward"),  # assignment and losses: without the student's pass
         ("backward", training.accelerator, "backward"),
         ("optimizer", training.accelerator, "clip_grad_norm_"),
         ("optimizer", training.optimizer, "step"),
-        ("ema", loop, "update_teacher"),
+        ("ema", steps, "update_teacher"),
     )
     watch = Stopwatch(training.accelerator.device)
     with contextlib.ExitStack() as stack:
         for name, owner, attribute in places:
             stack.enter_context(mock.patch.object(owner, attribute, watch.timed(name, getattr(owner, attribute))))
         watch.since = watch.clock()
-        loop.train_step(training, [batch])
+        steps.train_step(training, [batch])
         watch.lap()
     return {name: watch.seconds[name] for name in PARTS if name != "data"}
 

@@ -23,12 +23,12 @@ from dtg_core.engine.checkpoint import (
     weights_step,
 )
 from dtg_core.engine.folder import RunFolder
-from dtg_core.engine.loop import Training, Window
 from dtg_core.engine.processes import on_main
 from dtg_core.engine.recorder import Recorder
 from dtg_core.engine.replay import describe
 from dtg_core.engine.resume import BEGINNING, changed_course, check_stamp, other_validation
 from dtg_core.engine.run_state import RunState
+from dtg_core.engine.train_step import Training, Window
 from dtg_core.errors import UserError
 from dtg_core.models.teacher import copy_frozen
 from dtg_core.settings_text import flatten

@@ -16,9 +16,9 @@ from dtg_core.config import Config
 from dtg_core.data.plan import step_data
 from dtg_core.data.sources import Sources
 from dtg_core.drafts import existing
-from dtg_core.engine.loop import prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import images_of_a_step
+from dtg_core.engine.train_step import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.structures import Figures, Losses

@@ -15,11 +15,11 @@ from dtg_core.engine.checkpointer import Checkpointer
 from dtg_core.engine.effective import BATCH, PRECISION
 from dtg_core.engine.evaluate import SetDetections, find, metrics_and_curves, too_many_unread, unseen
 from dtg_core.engine.folder import RunFolder
-from dtg_core.engine.loop import Training
 from dtg_core.engine.processes import greatest, on_main
 from dtg_core.engine.recorder import Recorder
 from dtg_core.engine.run_state import RunState
 from dtg_core.engine.signals import StopSignals
+from dtg_core.engine.train_step import Training
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.settings_text import to_yaml

@@ -22,7 +22,7 @@ from torchvision.ops import box_iou
 
 from dtg_core.boxes import to_float64
 from dtg_core.config import StageRule
-from dtg_core.engine.loop import add_up
+from dtg_core.engine.train_step import add_up
 from dtg_core.guidance.paradigms import teach
 from dtg_core.losses import weigh
 from dtg_core.models.backbone import Pyramid

@@ -16,11 +16,11 @@ from dtg_core.data.sources import Sources
 from dtg_core.drafts import write_text
 from dtg_core.engine.evaluate import SetDetections
 from dtg_core.engine.folder import RunFolder
-from dtg_core.engine.loop import Training
 from dtg_core.engine.metrics import Clock, MetricsWriter, Progress, Trackers, guidance_figures
 from dtg_core.engine.report import save_pictures, write_report
 from dtg_core.engine.run_state import RunState
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
+from dtg_core.engine.train_step import Training
 from dtg_core.engine.watch import Watch
 from dtg_core.settings_text import flatten, to_yaml
 from dtg_core.structures import Figures, Losses

@@ -16,7 +16,7 @@ from dtg_core.data.plan import step_data
 from dtg_core.data.sources import Sources
 from dtg_core.engine.checkpoint import load_checkpoint
 from dtg_core.engine.effective import PRECISION
-from dtg_core.engine.loop import prepare, train_step
+from dtg_core.engine.train_step import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.structures import Losses, StepBatch, ViewBatch

@@ -23,11 +23,11 @@ from dtg_core.drafts import draft_of, write_text
 from dtg_core.engine import evaluate
 from dtg_core.engine.effective import paradigm_of, stage_paradigms
 from dtg_core.engine.explain import explain
-from dtg_core.engine.loop import Training
 from dtg_core.engine.metrics import logged_warnings, read_metrics
 from dtg_core.engine.page import Line, Point, Table, chart, charts, folded, page, paragraph, picture, section, table
 from dtg_core.engine.pictures import guidance_sheet, predictions_sheet
 from dtg_core.engine.predict import ImageDetections
+from dtg_core.engine.train_step import Training
 from dtg_core.settings import plain_yaml
 from dtg_core.settings_text import dotted
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtg_core.config import Config
-from dtg_core.engine.loop import Window
+from dtg_core.engine.train_step import Window
 from dtg_core.structures import StepBatch
 
 

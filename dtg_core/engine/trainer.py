@@ -1,6 +1,6 @@
 """The training loop of a run, and the order of what is due between its steps.
 
-Each step is ``train_step`` (loop.py) on batches of data/plan.py. Besides, a run has
+Each step is ``train_step`` (train_step.py) on batches of data/plan.py. Besides, a run has
 
     Recorder        log lines, warnings, pictures and report.html (recorder.py)
     Checkpointer    checkpoints, and resuming from them (checkpointer.py)
@@ -21,7 +21,6 @@ from dtg_core.engine.checkpointer import Checkpointer
 from dtg_core.engine.evaluator import Evaluator
 from dtg_core.engine.failures import advice
 from dtg_core.engine.folder import RunFolder
-from dtg_core.engine.loop import prepare, train_step
 from dtg_core.engine.memory import keep_freed_memory
 from dtg_core.engine.metrics import Clock
 from dtg_core.engine.processes import greatest, on_main
@@ -29,6 +28,7 @@ from dtg_core.engine.recorder import Recorder
 from dtg_core.engine.resume import stamp
 from dtg_core.engine.run_state import RunState
 from dtg_core.engine.signals import StopSignals
+from dtg_core.engine.train_step import prepare, train_step
 from dtg_core.errors import UserError
 from dtg_core.protocol import Detector
 from dtg_core.structures import Figures, Losses, StepBatch

@@ -21,7 +21,7 @@ from dtg_core.config import SCHEMA, BackboneConfig, Config, DataConfig, OptimCon
 from dtg_core.drafts import require_writable
 from dtg_core.engine import dry_run as dry_run_module
 from dtg_core.engine.folder import RunFolder
-from dtg_core.engine.loop import Training
+from dtg_core.engine.train_step import Training
 from dtg_core.errors import UserError
 from dtg_core.models.backbone import build_pyramid
 from dtg_core.ranges import check_ranges

@@ -319,9 +319,9 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
     weights, its micro-batches and the thresholds that had followed the teacher until then."""
 
     def prepare() -> None:
-        from dtg_core.engine import loop
+        from dtg_core.engine import train_step as steps
 
-        forward = loop._forward
+        forward = steps._forward
 
         def spoilt(training: loop.Training, student: nn.Module, lesson: loop.Lesson) -> dict[LossName, LossTerm]:
             terms = forward(training, student, lesson)
@@ -330,7 +330,7 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
                 terms[box] = replace(terms[box], total=terms[box].total * math.nan)
             return terms
 
-        loop._forward = spoilt
+        steps._forward = spoilt
 
     output = tmp_path / "run"
     settings = ["guidance.stages.rpn.tau_rate=0.2", "optim.accumulate=2", "run.max_skipped=3", "data.labeled_per_device=2"]
@@ -406,9 +406,9 @@ def test_weights_that_overflow_are_not_saved(data: TinyData, tmp_path: Path) -> 
     from safetensors.torch import load_file
 
     def prepare() -> None:
-        from dtg_core.engine import loop
+        from dtg_core.engine import train_step as steps
 
-        loop.learning_rate = lambda step, config: 3e38 if step == 3 else 0.001
+        steps.learning_rate = lambda step, config: 3e38 if step == 3 else 0.001
 
     output = tmp_path / "run"
     ended = run(command(data, "gfl", output, "optim.name=sgd", "run.checkpoint_every=1", steps=9), tmp_path / "logs", prepare=prepare)

@@ -5,7 +5,7 @@
 
 ``consensus`` turns on the options for weak teachers. ``lacks_float64`` trains and detects on a device that has no float64.
 
-Not a test: ``test_loop.py`` runs it in a process of its own.
+Not a test: ``test_train_step.py`` runs it in a process of its own.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import dtg_core.boxes
 import dtg_core.guidance.clustering
 from dtg_core.anchors import anchor_grid
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, paper_stages
-from dtg_core.engine.loop import Training, make_optimizer, train_step
+from dtg_core.engine.train_step import Training, make_optimizer, train_step
 from dtg_core.engine.waits import device_work
 from dtg_core.guidance.thresholds import Thresholds
 from dtg_core.models.student import StudentModule

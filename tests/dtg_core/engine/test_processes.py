@@ -193,9 +193,9 @@ def test_a_failing_evaluation_of_the_main_process_ends_all(data: TinyData, tmp_p
 
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        from dtg_core.engine import loop
+        from dtg_core.engine import train_step as steps
 
-        forward = loop._forward
+        forward = steps._forward
 
         def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
             terms = forward(training, student, lesson)
@@ -204,7 +204,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyDa
                 terms[name] = replace(terms[name], total=terms[name].total * float("nan"))
             return terms
 
-        loop._forward = spoilt
+        steps._forward = spoilt
 
     processes = start_many(command(data, "gfl", tmp_path / "run", steps=5), tmp_path / "logs", 2, prepare)
     assert [process.wait().status for process in processes] == [0, 0], processes[0].err + processes[1].err
@@ -215,9 +215,9 @@ def test_giving_up_names_the_losses_of_every_process(data: TinyData, tmp_path: P
     """One loss of the second process is not finite, and that loss alone is told, beside the means of the others."""
 
     def prepare() -> None:
-        from dtg_core.engine import loop
+        from dtg_core.engine import train_step as steps
 
-        forward = loop._forward
+        forward = steps._forward
 
         def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
             terms = forward(training, student, lesson)
@@ -226,7 +226,7 @@ def test_giving_up_names_the_losses_of_every_process(data: TinyData, tmp_path: P
                 terms[box] = replace(terms[box], total=terms[box].total * float("nan"))
             return terms
 
-        loop._forward = spoilt
+        steps._forward = spoilt
 
     arguments = command(data, "gfl", tmp_path / "run", "run.max_skipped=2", steps=5)
     processes = start_many(arguments, tmp_path / "logs", 2, prepare)

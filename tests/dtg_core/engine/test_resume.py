@@ -128,15 +128,15 @@ def test_what_the_run_watches_for_is_resumed(data: TinyData, tmp_path: Path, log
 
 def test_a_lower_limit_of_skipped_steps_is_kept(data: TinyData, tmp_path: Path) -> None:
     def prepare() -> None:
-        from dtg_core.engine import loop
+        from dtg_core.engine import train_step as steps
 
-        forward = loop._forward
+        forward = steps._forward
 
         def spoilt(*arguments: object) -> object:
             terms = forward(*arguments)
             return {name: replace(term, total=term.total * float("nan")) for name, term in terms.items()}
 
-        loop._forward = spoilt
+        steps._forward = spoilt
 
     arguments = command(data, "gfl", tmp_path / "run", "run.log_every=1", steps=14)
     ended = run([*arguments, "run.max_skipped=10", "--stop-at", "6"], tmp_path / "logs", prepare=prepare)

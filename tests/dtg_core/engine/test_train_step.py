@@ -19,7 +19,7 @@ from conftest import DETECTORS, make_pair, make_views, tiny_detector
 from torch import Tensor, nn
 
 from dtg_core.config import Config, GuidanceConfig, OptimConfig, RunConfig, StageRule, paper_stages
-from dtg_core.engine.loop import Lesson, Window, _found, heal_statistics, is_finite, make_optimizer, prepare, train_step
+from dtg_core.engine.train_step import Lesson, Window, _found, heal_statistics, is_finite, make_optimizer, prepare, train_step
 from dtg_core.guidance.paradigms import teach
 from dtg_core.models.backbone import Pyramid
 from dtg_core.models.teacher import make_teacher
