@@ -323,7 +323,7 @@ def test_a_run_that_gives_up_can_be_replayed(data: TinyData, tmp_path: Path) -> 
 
         forward = steps._forward
 
-        def spoilt(training: loop.Training, student: nn.Module, lesson: loop.Lesson) -> dict[LossName, LossTerm]:
+        def spoilt(training: steps.Training, student: nn.Module, lesson: steps.Lesson) -> dict[LossName, LossTerm]:
             terms = forward(training, student, lesson)
             if lesson.batch.step >= 3:
                 box = LossName("labeled", "rpn", "box")

@@ -46,4 +46,4 @@ def test_near_copies_differ_in_up_to_three_bits_and_are_not_plain() -> None:
     looks = [Look(None, (), bytes([number]), bits) for number, bits in enumerate((busy, plain, busy ^ 0b111, busy ^ 0b1111, plain))]
     other, own = SimpleNamespace(file_names=["busy", "plain"]), SimpleNamespace(file_names=["three", "four", "none"])
     check_shared(own, looks[2:], other, looks[:2], Path("own.json"), Path("other.json"), report)  # type: ignore[arg-type]
-    assert report.lines() == ["own.json: 1 IMAGE LOOKS LIKE ONE OF other.json (three ~ busy)"]
+    assert report.lines() == ["own.json: IMAGES LOOK LIKE ONES OF other.json (1: three ~ busy)"]

@@ -288,7 +288,7 @@ def test_crowds_are_no_boxes_of_a_class() -> None:
     report = Report()
     note_small_boxes(index, "own.json", PLAIN, report)
     (line,) = report.lines()
-    assert line.endswith("(cell)")
+    assert line.endswith("(1: cell)")
 
 
 def test_objects_that_leave_a_strong_view_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(data: TinyDa
 
         forward = steps._forward
 
-        def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
+        def spoilt(training: steps.Training, student: object, lesson: steps.Lesson) -> object:
             terms = forward(training, student, lesson)
             if lesson.batch.step == 2 and os.environ.get("RANK") == "1":
                 name = next(iter(terms))
@@ -219,7 +219,7 @@ def test_giving_up_names_the_losses_of_every_process(data: TinyData, tmp_path: P
 
         forward = steps._forward
 
-        def spoilt(training: loop.Training, student: object, lesson: loop.Lesson) -> object:
+        def spoilt(training: steps.Training, student: object, lesson: steps.Lesson) -> object:
             terms = forward(training, student, lesson)
             if os.environ.get("RANK") == "1":
                 box = LossName("labeled", "head", "box")
