@@ -20,7 +20,7 @@ Side = Annotated[int, "[16, 16384]"]  # of an image, in pixels
 Patches = Annotated[int, "[0, 100]"]
 
 #: Key names of former versions; renaming a key takes a new table at the end, which makes the next version.
-RENAMED: Renames = ()
+RENAMED: Renames = ({"faster_rcnn.rcnn.max_candidates": "faster_rcnn.rcnn.pre_nms"},)
 SCHEMA = len(RENAMED) + 1
 
 
@@ -172,7 +172,7 @@ class OptimConfig:
     gamma: PositiveShare = 0.1
     clip_norm: Positive | None = None
     accumulate: Count = 1  # micro-batches per step; more than one saves memory but costs an extra forward pass each
-    reference_batch: Count = 40  # images per step that lr is meant for, unlabelled ones included; only --scale-lr reads it
+    reference_batch: Count = 40  # images per step that lr is meant for, unlabelled ones included: for --scale-lr and a warning
     ema: PartialShare = 0.999  # the teacher keeps min(ema, 1 - 1 / (step + 1)) of itself (A29)
 
 

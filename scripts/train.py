@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
     accelerator = start_accelerator(settings.optim.accumulate)
     settings = fit_to_processes(settings, accelerator, arguments.scale_lr)
-    if not arguments.scale_lr:
+    if not arguments.scale_lr and not arguments.replay:
         remarks += batch_remarks(settings, accelerator.num_processes)
     if accelerator.is_main_process:
         warn(remarks)

@@ -99,9 +99,9 @@ def _first_guided(stamp: Mapping[str, Any]) -> float:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Changes between two stamps that are only allowed by insisting, by setting or stream of data."""
     before, now = old["config"], new["config"]
-    changes = {key: f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}"
-               for key in sorted(before.keys() | now.keys())
-               if key not in FREE and before.get(key) != now.get(key) and not of_another(key, now.get("detector"))}  # fmt: skip
+    changes = {key: f"{key}: {_short(before[key])} -> {_short(now[key])}"
+               for key in sorted(before.keys() & now.keys())  # another version of the program may have others
+               if key not in FREE and before[key] != now[key] and not of_another(key, now.get("detector"))}  # fmt: skip
     if old[PRECISION] != new[PRECISION]:
         changes[PRECISION] = f"--mixed_precision: {old[PRECISION]} -> {new[PRECISION]}"
     for stream in ("labeled", "unlabeled"):

@@ -35,11 +35,12 @@ def batch_remarks(config: Config, processes: int) -> list[str]:
         return []
     more, left = divmod(optim.reference_batch * optim.accumulate, images)
     same = "" if left or not more else f" or optim.accumulate={more}"
-    return [f"a step has {counted(images, 'image')}, and optim.lr is meant for {optim.reference_batch} - add --scale-lr{same}, or "
-            f"set optim.reference_batch={images} if it was chosen for that"]
+    return [f"a step has {counted(images, 'image')}, unlabelled ones included, and optim.lr is meant for {optim.reference_batch} - "
+            f"add --scale-lr{same}, or set optim.reference_batch={images} if it was chosen for that"]
 
 
 def scale_lr(config: Config, processes: int) -> OptimConfig:
-    """``optim`` with lr scaled linearly from the reference batch to this run's, the same in every paradigm."""
-    optim = config.optim
-    return replace(optim, lr=optim.lr * sum(images_of_a_step(config, processes)) / optim.reference_batch)
+    """``optim`` with lr scaled linearly from the reference batch to this run's, for which it is meant then; the same in every
+    paradigm."""
+    optim, images = config.optim, sum(images_of_a_step(config, processes))
+    return replace(optim, lr=optim.lr * images / optim.reference_batch, reference_batch=images)

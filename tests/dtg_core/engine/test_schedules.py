@@ -38,8 +38,9 @@ def test_a_batch_that_lr_is_not_meant_for_is_told() -> None:
     config = Config(data=DataConfig(labeled_per_device=1, unlabeled_per_device=4), optim=OptimConfig(reference_batch=40))
     assert batch_remarks(config, 8) == batch_remarks(config, 4) == batch_remarks(config, 16) == []
     assert batch_remarks(replace(config, optim=replace(config.optim, accumulate=8)), 1) == []
-    told = "a step has {} images, and optim.lr is meant for 40 - add --scale-lr{}, or set optim.reference_batch={} if it was chosen for that"
+    told = "a step has {} images, unlabelled ones included, and optim.lr is meant for 40 - add --scale-lr{}, or set optim.reference_batch={} if it was chosen for that"
     assert batch_remarks(config, 1) == [told.format(5, " or optim.accumulate=8", 5)]
     assert batch_remarks(config, 3) == [told.format(15, "", 15)]  # no whole number of parts gives 40
     assert batch_remarks(replace(config, optim=replace(config.optim, accumulate=2)), 1) == [told.format(10, " or optim.accumulate=8", 10)]
     assert batch_remarks(config, 17) == [told.format(85, "", 85)]
+    assert batch_remarks(replace(config, optim=scale_lr(config, 1)), 1) == []  # scaled once, and not again from its config.yaml
