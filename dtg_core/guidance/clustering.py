@@ -39,7 +39,7 @@ def select_candidates(
         background &= best <= logit(rule.background_tau)
     chosen = foreground.nonzero()  # sync: the number of candidates.
     if len(chosen) > rule.max_candidates:  # only then can an image have too many; sync: once more
-        chosen = (foreground & _first(best, rule.max_candidates)).nonzero()
+        chosen = (foreground & _first(best.where(foreground, -torch.inf), rule.max_candidates)).nonzero()
     image, sample = chosen.unbind(1)
     rows = Rows(image, sample, label[image, sample])
     box = clip(stage.decode(predictions, rows), sizes[image])

@@ -171,6 +171,14 @@ def test_the_limit_of_candidates_is_per_image(limit: float, kept: float) -> None
     assert len(found.image) == int(kept * number)
 
 
+def test_only_candidates_count_for_their_limit():
+    """With a threshold for each class, better samples may be no candidates."""
+    stage, predictions = constant_case([[2.0, -9.0], [2.0, -9.0], [-9.0, 1.0], [-9.0, 0.5], [-9.0, 0.8]], [[1.0, 1, 9, 9]] * 5)
+    rule = StageRule(max_candidates=2)
+    found = select_candidates(stage, predictions, torch.tensor([[40, 60]]), rule, torch.tensor([0.95, 0.5]))
+    assert found.sample.tolist() == [2, 4]
+
+
 @pytest.mark.parametrize("threshold", [None, torch.tensor([0.4, 0.5, 0.6])])
 def test_a_score_that_is_not_a_number_is_neither_candidate_nor_background(threshold: torch.Tensor | None) -> None:
     detector, views = tiny_detector("gfl").eval(), make_views(1, 64, 64)
