@@ -130,6 +130,16 @@ def test_members_whose_sample_is_far_from_the_target_are_ignored():
     assert len(none.sample) == 0
 
 
+def test_a_member_that_may_not_teach_leaves_its_sample_to_another():
+    """Both reach student sample 0, which lies on the second one's box; the first has the higher score and is far away."""
+    candidates = make_candidates([(0, 0, 2, 2.0, [60.0, 60, 90, 90]), (0, 1, 5, 1.0, [10.0, 10, 30, 30])], 1, 2)
+    samples = Proposals(torch.tensor([[[10.0, 10, 30, 30], [0, 0, 5, 5]]]), torch.ones(1, 2, dtype=torch.bool))
+    partner, pair = torch.tensor([[0, 0]]), make_pair(1, 100, 100)
+    for least, label in ((0.0, 2), (0.5, 5)):
+        result = inverse_nms(candidates, clustered(candidates), partner, samples, pair, member_iou=least)
+        assert (result.sample.tolist(), result.label.tolist()) == ([0], [label])
+
+
 def test_no_candidates():
     result = assign(make_candidates([], 2, 3), torch.arange(3).repeat(2, 1), 3)
     assert result.box.shape == (0, 4)
