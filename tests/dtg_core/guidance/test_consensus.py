@@ -2,19 +2,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_pair, make_views, tiny_detector
 from oracles import iou
 
+from dtg_core.anchors import anchor_grid
 from dtg_core.config import StageRule
 from dtg_core.guidance.consensus import class_shares, cluster_trust, consensus, peer_consensus
+from dtg_core.guidance.dense import teacher_scores
 from dtg_core.guidance.inverse_nms import best_scores
 from dtg_core.guidance.paradigms import teach
 from dtg_core.losses import dense_terms
 from dtg_core.models.student import StudentModule, learn
-from dtg_core.structures import Assignment, DenseGuidance, Members, Rows, Unreduced
+from dtg_core.structures import Assignment, DenseGuidance, Members, Predictions, Rows, Unreduced
 
 STAGES = [("gfl", "head"), ("faster_rcnn", "rpn"), ("faster_rcnn", "rcnn")]
 CURES = {"consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "quality": "consensus", "share_classes": True}
@@ -106,6 +109,16 @@ def test_best_scores():
     row = torch.tensor([[0, 0, 2, 1], [-1, -1, 1, 1]])
     expected = torch.tensor([[0.7, -1, 0.1], [-1, 0.5, -1]])
     torch.testing.assert_close(best_scores(scores, row, 3), expected)
+
+
+def test_the_teachers_padding_has_no_score():
+    """All eight anchors lead to the first one of the student; the right half of the canvas is padding, which looks like objects."""
+    grid = anchor_grid((32, 64), (16,), 2.0, (1.0,), torch.device("cpu"))
+    logits = torch.tensor([-2.0, -1, 3, 3, -3, -2, 3, 3]).view(1, 8, 1)
+    labels = SimpleNamespace(partner=torch.zeros(1, 8, dtype=torch.int64), samples=grid)
+    pair = SimpleNamespace(teacher=SimpleNamespace(sizes=torch.tensor([[32.0, 32.0]])))
+    scores = teacher_scores(Predictions(grid, logits, logits), labels, pair)
+    assert scores[0].tolist() == pytest.approx([torch.tensor(-1.0).sigmoid().item(), *[-1] * 7])
 
 
 def test_trust_and_background_weigh_the_losses_but_not_the_divisors():
