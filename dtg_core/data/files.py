@@ -28,11 +28,13 @@ HEIC = "files are skipped, as HEIC instead of JPEG"
 JUNK = "files are skipped, as hidden or as no image"
 
 
-def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[str]:
+def list_images(
+    folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_SUFFIXES, expected: tuple[str, ...] = ()
+) -> list[str]:
     """Image files under a folder, or those of other lower-case ``suffixes``, relative to it and sorted; links are followed.
 
     Hidden and known junk files are skipped, and so are subfolders that hold a run, a study or a prediction: their pictures have
-    boxes drawn on them.
+    boxes drawn on them. Junk with an ``expected`` suffix is not reported.
     """
     names: list[str] = []
     skipped: dict[str, list[str]] = {OWN: [], VIDEO: [], HEIC: [], JUNK: []}
@@ -62,6 +64,7 @@ def list_images(folder: Path, report: Report, suffixes: frozenset[str] = IMAGE_S
                 skipped[VIDEO if suffix in VIDEO_SUFFIXES else HEIC if suffix in HEIC_SUFFIXES else JUNK].append(name)
             else:
                 names.append(name)
+    skipped[JUNK] = [name for name in skipped[JUNK] if not name.lower().endswith(expected)]
     for kind, items in skipped.items():  # what may be images after all before hidden files
         items.sort(key=lambda name: (_is_hidden(os.path.basename(name)), name))
         report.add(folder, kind, items)

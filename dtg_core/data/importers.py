@@ -138,9 +138,7 @@ def _sized(
     """Name, upright (height, width), and label file if there is one, of each readable image that is wanted."""
     if not folder.is_dir():
         raise UserError(f"{folder}: {no_folder(folder)} - give the folder of the images")
-    names = list_images(folder, listed := Report())
-    for (_, kind), finding in listed.findings.items():  # the labels themselves may lie among the images
-        report.add(folder, kind, (name for name in finding.items if kind != JUNK or not name.lower().endswith((suffix, *YAML))))
+    names = list_images(folder, report, expected=(suffix, *YAML))  # the labels themselves may lie among the images
     parts = sorted({first for name in names if (first := Path(name).parts[0]).lower() in PARTS and first != name})
     report.add(folder, APART, parts if len(parts) > 1 else ())
     stems = Counter(os.path.splitext(name)[0] for name in names)

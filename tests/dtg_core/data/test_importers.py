@@ -294,6 +294,17 @@ def test_labels_among_images_are_not_told_as_skipped(folder: Path, capsys: pytes
     assert "files are skipped, as hidden or as no image (1: a/photo.jp2)" in capsys.readouterr().err
 
 
+def test_files_are_counted_beyond_those_that_a_report_keeps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dtg_core.data.report.KEPT", 3)
+    for number in range(4):
+        (folder / f"images/a/{number}.jp2").write_bytes(b"no image")
+    (folder / "labels/a/1.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    run(folder, "yolo")
+    assert "files are skipped, as hidden or as no image (4: a/0.jp2, a/1.jp2, a/2.jp2, ...)" in capsys.readouterr().err
+
+
 def test_xml_of_another_kind_is_named(folder: Path) -> None:
     (folder / "labels/a/1.xml").write_text('<annotations><image id="0" name="1.png"><box label="a" xtl="1"/></image></annotations>')
     with pytest.raises(UserError, match=r"1\.xml: its first element is <annotations>, not Pascal VOC's <annotation> - export it as"):
