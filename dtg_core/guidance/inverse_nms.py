@@ -76,8 +76,8 @@ def best_scores(scores: Tensor, partner: Tensor, num_samples: int) -> Tensor:
 def hit(partner: Tensor, source: Tensor, num_samples: int) -> Tensor:
     """[N, S] bool: the student samples that the teacher samples of the mask ``source`` [N, A] correspond to."""
     target = torch.where(source & (partner >= 0), partner, num_samples)
-    hit = torch.zeros(partner.shape[0], num_samples + 1, dtype=torch.bool, device=partner.device)
-    return hit.scatter_(1, target, True)[:, :num_samples]
+    found = torch.zeros(partner.shape[0], num_samples + 1, dtype=torch.bool, device=partner.device)
+    return found.scatter_(1, target, True)[:, :num_samples]
 
 
 def _is_best(place: Tensor, alive: Tensor, logit: Tensor, num_places: int) -> Tensor:
