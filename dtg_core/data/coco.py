@@ -110,9 +110,8 @@ def parse_coco(json_path: Path, rules: DataRules | None = None, report: Report |
         {key: value for key, value in annotation.items() if key not in (FROM_POLYGON, FROM_MASK)}
         for annotation, row, label in zip(content["annotations"], rows.tolist(), labels.tolist()) if row >= 0 and label >= 0
     ]
-    image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     counts = np.zeros((len(index), len(index.class_names)), np.int64)
-    np.add.at(counts, (image[~index.crowd], index.labels[~index.crowd]), 1)
+    np.add.at(counts, (index.image_of_box[~index.crowd], index.labels[~index.crowd]), 1)
     return content | {"annotations": known}, counts[:, [index.class_names.index(c["name"]) for c in content["categories"]]]
 
 

@@ -45,6 +45,11 @@ class CocoIndex:
         """Where an image is."""
         return self.root / self.file_names[row]
 
+    @property
+    def image_of_box(self) -> np.ndarray:
+        """[B] int64, the row of each box's image."""
+        return np.repeat(np.arange(len(self)), np.diff(self.box_start))
+
     def objects(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes [G, 4] and labels [G] of an image without its crowds."""
         here = slice(self.box_start[row], self.box_start[row + 1])

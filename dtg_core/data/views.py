@@ -102,9 +102,8 @@ def largest_sides(index: CocoIndex, config: ViewsConfig) -> np.ndarray:
     is not known."""
     sizes = np.maximum(index.sizes, 1).astype(np.float64)
     factor = np.minimum(config.short_edge[1] / sizes.min(1), config.long_edge / sizes.max(1))
-    image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
-    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * factor[image]
-    return np.where(index.crowd | (index.sizes.min(1) == 0)[image], np.inf, sides)
+    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * factor[index.image_of_box]
+    return np.where(index.crowd | (index.sizes.min(1) == 0)[index.image_of_box], np.inf, sides)
 
 
 def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: Report) -> None:
@@ -125,8 +124,7 @@ def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: R
 
 def _places(index: CocoIndex, boxes: np.ndarray) -> Iterator[str]:
     """Where the boxes of a mask [B] are."""
-    rows = np.searchsorted(index.box_start, np.flatnonzero(boxes), side="right") - 1
-    return (f"in {index.file_names[row]}" for row in rows)
+    return (f"in {index.file_names[row]}" for row in index.image_of_box[boxes])
 
 
 def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

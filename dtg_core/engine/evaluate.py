@@ -260,10 +260,7 @@ def _entries(boxes: NDArray[Any], image: NDArray[Any], label: NDArray[Any], crow
 
 
 def _truth(index: CocoIndex) -> dict[str, Any]:
-    starts = np.asarray(index.box_start, np.int64)
-    image = np.repeat(np.arange(len(index.image_ids)), np.diff(starts))
-    boxes, labels, crowd = (np.asarray(part) for part in (index.boxes, index.labels, index.crowd))
-    annotations = _entries(boxes.reshape(-1, 4), image, labels, crowd)
+    annotations = _entries(index.boxes, index.image_of_box, index.labels, index.crowd)
     for annotation, area in zip(annotations, [] if index.areas is None else index.areas.tolist()):
         annotation["area"] = area
     return {**_header(index), "annotations": annotations}

@@ -39,9 +39,8 @@ def classes_out_of_reach(detector: Detector, index: CocoIndex, config: ViewsConf
     finest = grid.strides[0]
     small: list[str] = []
     finer = f"put {finest // 2} in front of strides, or " if finest > FINEST else ""
-    image = np.repeat(np.arange(len(index)), np.diff(index.box_start))
     tries = max(TRIED // len(index.class_names), LEAST)
-    largest = largest_sides(index, config)
+    largest, image = largest_sides(index, config), index.image_of_box
     usable = np.isfinite(largest) & (largest >= SMALLEST_SIDE)  # others are reported by ``note_small_boxes``
     frequent = np.argsort(-np.bincount(index.labels, minlength=len(index.class_names)), kind="stable")[: TRIED // LEAST]
     for label in sorted(frequent):
