@@ -54,11 +54,10 @@ def main(argv: Sequence[str]) -> int:
 
     from dtg_core.data.report import Report
     from dtg_core.data.sources import open_sources
-    from dtg_core.data.views import note_small_boxes
     from dtg_core.engine.dry_run import dry_run
     from dtg_core.engine.folder import RunFolder
     from dtg_core.engine.processes import main_first, on_main
-    from dtg_core.engine.reach import classes_out_of_reach
+    from dtg_core.engine.reach import classes_out_of_reach, note_small_boxes
     from dtg_core.engine.trainer import Trainer
 
     folder = RunFolder(default_folder(settings) if settings.run.output is None else Path(settings.run.output))

@@ -7,7 +7,7 @@ Images stay 8-bit PIL images until the end. A view knows the matrix that moved i
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,11 @@ from torch import Tensor
 from dtg_core.boxes import SMALLEST_SIDE, clip, project, shortest_side
 from dtg_core.config import Hull, ViewsConfig
 from dtg_core.data.geometry import FILL, Matrix, fitted, flip, random_move, scale, warp
-from dtg_core.data.index import CocoIndex
 from dtg_core.data.photometric import random_color
-from dtg_core.data.report import Report
 from dtg_core.structures import PairBatch, Targets, ViewBatch
 
 CANVAS_MULTIPLE = 32  # stride of the coarsest map of a usual backbone
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)  # of an unlabelled image
-HARD_SIDE = 8.0  # px of the view: a cell of the finest feature map of usual detectors
-HARD_SHARE = 0.2  # of all boxes, above which those below HARD_SIDE are reported
-HARD_CLASS = 0.5  # of a class' boxes, above which it is reported
 
 
 @dataclass(frozen=True)
@@ -95,36 +90,6 @@ def test_canvas(height: int, width: int, config: ViewsConfig) -> tuple[int, int]
     normalisation and at the borders.
     """
     return canvas([fitted(height, width, config.test_short_edge, config.long_edge)])
-
-
-def largest_sides(index: CocoIndex, config: ViewsConfig) -> np.ndarray:
-    """[B] float64, shorter sides of the boxes in the largest training view, in px; infinite for crowds and where an image's size
-    is not known."""
-    sizes = np.maximum(index.sizes, 1).astype(np.float64)
-    factor = np.minimum(config.short_edge[1] / sizes.min(1), config.long_edge / sizes.max(1))
-    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * factor[index.image_of_box]
-    return np.where(index.crowd | (index.sizes.min(1) == 0)[index.image_of_box], np.inf, sides)
-
-
-def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: Report) -> None:
-    """Report boxes that the training views lose, and those that they make hard to find, if there are many."""
-    sides = largest_sides(index, config)
-    lost, hard = sides < SMALLEST_SIDE, sides < HARD_SIDE
-    report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there (views.short_edge, "
-                     "views.long_edge)", _places(index, lost))  # fmt: skip
-    if hard.sum() > HARD_SHARE * len(hard):
-        report.add(file, f"boxes, of {len(hard)} in all, are under {HARD_SIDE:g} px in every training view and hard to find - "
-                         "larger views.short_edge, views.long_edge and views.test_short_edge may help",
-                   _places(index, hard))  # fmt: skip
-    total, small = (np.bincount(index.labels[rows], minlength=len(index.class_names)) for rows in (~index.crowd, hard))
-    report.add(file, f"classes have most of their boxes under {HARD_SIDE:g} px in every training view - larger views.short_edge, "
-                     "views.long_edge and views.test_short_edge may help",
-               (index.class_names[label] for label in np.flatnonzero(small > HARD_CLASS * total)))  # fmt: skip
-
-
-def _places(index: CocoIndex, boxes: np.ndarray) -> Iterator[str]:
-    """Where the boxes of a mask [B] are."""
-    return (f"in {index.file_names[row]}" for row in index.image_of_box[boxes])
 
 
 def canvas(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which classes are out of a detector's reach, found before training begins.
+"""Which boxes and classes are out of reach, found before training begins: of the views, and of a detector.
 
 An object without any sample is background to the detector, and a class most of whose objects are background is never learnt,
 whatever the losses say. Objects of hardly a cell of the finest level get samples, but are seen badly.
@@ -14,7 +14,8 @@ from dtg_core.boxes import SMALLEST_SIDE
 from dtg_core.config import ViewsConfig
 from dtg_core.data.geometry import fitted
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.views import canvas, largest_sides
+from dtg_core.data.report import Report
+from dtg_core.data.views import canvas
 from dtg_core.errors import counted
 from dtg_core.protocol import Detector
 from dtg_core.structures import Targets
@@ -23,6 +24,39 @@ TRIED, LEAST = 200, 3  # objects that are tried in total, and at least per class
 MOST = 0.5  # share of them without a sample above which a class is reported
 CELLS = 2  # of the finest level; a class whose median side is below is reported (platelets of 1.6 gain much by half of the stride)
 FINEST = 4  # stride of the finest maps that backbones have with some meaning
+HARD_SIDE = 8.0  # px of the view: a cell of the finest feature map of usual detectors
+HARD_SHARE = 0.2  # of all boxes, above which those below HARD_SIDE are reported
+HARD_CLASS = 0.5  # of a class' boxes, above which it is reported
+
+
+def largest_sides(index: CocoIndex, config: ViewsConfig) -> np.ndarray:
+    """[B] float64, shorter sides of the boxes in the largest training view, in px; infinite for crowds and where an image's size
+    is not known."""
+    sizes = np.maximum(index.sizes, 1).astype(np.float64)
+    factor = np.minimum(config.short_edge[1] / sizes.min(1), config.long_edge / sizes.max(1))
+    sides = (index.boxes[:, 2:] - index.boxes[:, :2]).min(1) * factor[index.image_of_box]
+    return np.where(index.crowd | (index.sizes.min(1) == 0)[index.image_of_box], np.inf, sides)
+
+
+def note_small_boxes(index: CocoIndex, file: str, config: ViewsConfig, report: Report) -> None:
+    """Report boxes that the training views lose, and those that they make hard to find, if there are many."""
+    sides = largest_sides(index, config)
+    lost, hard = sides < SMALLEST_SIDE, sides < HARD_SIDE
+    report.add(file, f"boxes are under {SMALLEST_SIDE:g} px in every training view and left out there (views.short_edge, "
+                     "views.long_edge)", _places(index, lost))  # fmt: skip
+    if hard.sum() > HARD_SHARE * len(hard):
+        report.add(file, f"boxes, of {len(hard)} in all, are under {HARD_SIDE:g} px in every training view and hard to find - "
+                         "larger views.short_edge, views.long_edge and views.test_short_edge may help",
+                   _places(index, hard))  # fmt: skip
+    total, small = (np.bincount(index.labels[rows], minlength=len(index.class_names)) for rows in (~index.crowd, hard))
+    report.add(file, f"classes have most of their boxes under {HARD_SIDE:g} px in every training view - larger views.short_edge, "
+                     "views.long_edge and views.test_short_edge may help",
+               (index.class_names[label] for label in np.flatnonzero(small > HARD_CLASS * total)))  # fmt: skip
+
+
+def _places(index: CocoIndex, boxes: np.ndarray) -> Iterator[str]:
+    """Where the boxes of a mask [B] are."""
+    return (f"in {index.file_names[row]}" for row in index.image_of_box[boxes])
 
 
 @torch.no_grad()

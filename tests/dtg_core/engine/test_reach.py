@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_detector
+from PIL import Image
 
 from dtg_core.config import ViewsConfig
 from dtg_core.data.index import CocoIndex
+from dtg_core.data.report import Report
+from dtg_core.data.views import labeled_view
 from dtg_core.engine import reach
-from dtg_core.engine.reach import classes_out_of_reach
+from dtg_core.engine.reach import classes_out_of_reach, largest_sides, note_small_boxes
 
 VIEWS = ViewsConfig(short_edge=(96, 160), long_edge=200)  # 128 px in the middle
+PLAIN = ViewsConfig(short_edge=(160, 160), test_short_edge=160, flip=0.0, color=False, geometric=0.0, erase_patches=(0, 0))
 
 
 def index_of(sides: dict[str, list[int]], size: int = 256) -> CocoIndex:
@@ -75,3 +79,57 @@ def test_of_many_classes_the_most_frequent_are_tried(monkeypatch: pytest.MonkeyP
     assert len(tried) <= reach.TRIED
     assert sum(side == 32 for side in tried) == 30  # a half-size view of 64 px: all ten frequent classes, three boxes of each
     assert sum("often" in line for line in lines) == 10
+
+
+def test_lost_boxes_are_those_that_no_view_shows() -> None:
+    boxes = np.array(((100, 100, 109, 400), (100, 100, 110, 400), (5, 5, 7, 7), (0, 0, 900, 9)), np.float32)
+    index = CocoIndex(
+        Path(), ["a", "b", "c"], ["big.png", "small.png", "unknown.png"], np.array(((1600, 1600), (100, 100), (0, 0)), np.int32),
+        np.concatenate((boxes[:2], boxes[2:3], boxes[3:])), np.zeros(4, np.int64), np.array((0, 2, 3, 4)), np.zeros(4, bool),
+        ("thing",), [1],
+    )  # fmt: skip
+    np.testing.assert_allclose(largest_sides(index, PLAIN), (0.9, 1, 3.2, np.inf), rtol=1e-6)
+    note_small_boxes(index, "own.json", PLAIN, report := Report())
+    assert "own.json: boxes are under 1 px in every training view" in report.lines()[0]
+    assert report.lines()[0].endswith("(1: in big.png)")
+    shown = labeled_view(Image.new("RGB", (1600, 1600)), *index.objects(0), PLAIN, np.random.default_rng(0)).boxes
+    assert len(shown) == 1
+    larger = replace(PLAIN, short_edge=(160, 320), long_edge=320)
+    np.testing.assert_allclose(largest_sides(index, larger), (1.8, 2, 6.4, np.inf), rtol=1e-6)
+    assert np.isinf(largest_sides(replace(index, crowd=np.ones(4, bool)), PLAIN)).all()
+
+
+@pytest.mark.parametrize(("height", "told"), [(79, ["own.json: boxes, of 7 in all, are under 8 px in every training view"]), (80, [])])
+def test_many_small_boxes_are_told_of(height: int, told: list[str]) -> None:
+    """Up to a fifth of all may be small; the views are a tenth of the image."""
+    boxes = np.array([(0, 0, 300, 70), (0, 0, 300, height)] + [(0, 0, 300, 300)] * 5, np.float32)
+    zeros, starts = np.zeros(7, np.int64), np.array((0, 7))
+    index = CocoIndex(Path(), ["a"], ["a.png"], np.array(((1600, 1600),), np.int32), boxes, zeros, starts, zeros > 0, ("x",), [1])
+    report = Report()
+    note_small_boxes(index, "own.json", PLAIN, report)
+    assert [line.split(" and ")[0] for line in report.lines()] == told
+    assert all(line.endswith(" (2: in a.png, in a.png)") for line in report.lines())
+
+
+def test_a_class_of_small_boxes_is_told_of() -> None:
+    """Though they are few among all; classes without a box, and with just half of them small, are not."""
+    boxes = np.array([(0, 0, 300, 70), (0, 0, 300, 90)] + [(0, 0, 70, 300)] * 2 + [(0, 0, 300, 300)] * 30, np.float32)
+    labels = np.array([0, 0, 1, 1] + [2] * 30)
+    index = CocoIndex(Path(), ["a"], ["a.png"], np.array(((1600, 1600),), np.int32), boxes, labels, np.array((0, 34)), labels < 0,
+                      ("cell", "mote", "car", "none"), [1, 2, 3, 4])  # fmt: skip
+    report = Report()
+    note_small_boxes(index, "own.json", PLAIN, report)
+    (line,) = report.lines()
+    assert line.startswith("own.json: classes have most of their boxes under 8 px in every training view")
+    assert line.endswith("(1: mote)")
+
+
+def test_crowds_are_no_boxes_of_a_class() -> None:
+    """The only cell is small, though two crowds of cells are not."""
+    boxes, labels = np.array([(0, 0, 300, 70)] + [(0, 0, 300, 300)] * 12, np.float32), np.array([0] * 3 + [1] * 10)
+    crowd, starts = np.isin(np.arange(13), (1, 2)), np.array((0, 13))
+    index = CocoIndex(Path(), ["a"], ["a.png"], np.array(((1600, 1600),), np.int32), boxes, labels, starts, crowd, ("cell", "car"), [1, 2])
+    report = Report()
+    note_small_boxes(index, "own.json", PLAIN, report)
+    (line,) = report.lines()
+    assert line.endswith("(1: cell)")
