@@ -13,7 +13,12 @@ __all__ = ["FasterRCNNConfig", "build"]
 
 
 def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:
-    """The detector; see ``faster_rcnn_dtg.detector.build``."""
-    from faster_rcnn_dtg import detector  # heavy, and the command line imports this package to read settings
+    """The detector with a timm backbone and a feature pyramid whose levels above the backbone's are max-pools.
 
-    return detector.build(config, backbone, num_classes)
+    Raises UserError when the backbone does not fit or its weights are missing.
+    """
+    # Heavy, and the command line imports this package to read settings.
+    from dtg_core.models.backbone import build_pyramid
+    from faster_rcnn_dtg.detector import FasterRCNN
+
+    return FasterRCNN(build_pyramid(backbone, config.channels, config.strides, "pool"), config, num_classes)

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.config import BackboneConfig
-from dtg_core.models.backbone import build_pyramid
 from dtg_core.postprocess import best_pairs, final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.structures import AnchorGrid, Detections, Predictions, Supervision, ViewBatch
@@ -67,8 +65,3 @@ class FasterRCNN(Detector):
         config, stage, predictions = self.config.rcnn, self.stages["rcnn"], outputs["rcnn"]
         rows, scores = best_pairs(predictions, views.sizes, config.pre_nms, score_threshold)
         return final_boxes(stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)
-
-
-def build(config: FasterRCNNConfig, backbone: BackboneConfig, num_classes: int) -> FasterRCNN:
-    """The detector on a timm backbone. Raises UserError when the backbone does not fit or its weights are missing."""
-    return FasterRCNN(build_pyramid(backbone, config.channels, config.strides, extra="pool"), config, num_classes)

@@ -13,7 +13,12 @@ __all__ = ["GFLConfig", "build"]
 
 
 def build(config: GFLConfig, backbone: BackboneConfig, num_classes: int) -> GFL:
-    """The detector; see ``gfl_dtg.detector.build``."""
-    from gfl_dtg import detector  # heavy, and the command line imports this package to read settings
+    """The detector with a timm backbone and a feature pyramid whose levels above the backbone's are convolutions.
 
-    return detector.build(config, backbone, num_classes)
+    Raises UserError when the backbone does not fit or its weights are missing.
+    """
+    # Heavy, and the command line imports this package to read settings.
+    from dtg_core.models.backbone import build_pyramid
+    from gfl_dtg.detector import GFL
+
+    return GFL(build_pyramid(backbone, config.channels, config.strides, "conv"), config, num_classes)

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from dtg_core.anchors import anchor_grid
-from dtg_core.config import BackboneConfig
-from dtg_core.models.backbone import build_pyramid
 from dtg_core.postprocess import best_pairs, final_boxes
 from dtg_core.protocol import Detector, Outputs, Stage
 from dtg_core.structures import AnchorGrid, Detections, Predictions, Supervision, ViewBatch
@@ -53,8 +51,3 @@ class GFL(Detector):
         assert isinstance(samples, AnchorGrid)
         rows, scores = best_pairs(predictions, views.sizes, config.pre_nms, score_threshold, samples.level_sizes)
         return final_boxes(self.stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)
-
-
-def build(config: GFLConfig, backbone: BackboneConfig, num_classes: int) -> GFL:
-    """The detector with a timm backbone and a feature pyramid whose levels above the backbone's are convolutions."""
-    return GFL(build_pyramid(backbone, config.channels, config.strides, "conv"), config, num_classes)

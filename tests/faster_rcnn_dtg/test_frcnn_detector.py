@@ -12,8 +12,9 @@ from dtg_core.config import BackboneConfig
 from dtg_core.losses import ordinary_terms
 from dtg_core.protocol import Detector, Outputs
 from dtg_core.structures import Assignment, Predictions, Proposals, Rows, Supervision, Targets, ViewBatch
+from faster_rcnn_dtg import build
 from faster_rcnn_dtg.config import FasterRCNNConfig, RCNNConfig, RPNConfig
-from faster_rcnn_dtg.detector import FasterRCNN, build
+from faster_rcnn_dtg.detector import FasterRCNN
 from faster_rcnn_dtg.rcnn import RCNN
 from faster_rcnn_dtg.rpn import propose
 
