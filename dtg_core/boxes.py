@@ -18,6 +18,7 @@ NMS_BLOCK = 40_000  # most boxes per NMS call; a GPU's table of overlaps grows w
 CPU_BLOCK = 500  # most boxes of several images that a CPU compares at once; its time grows with their square
 NMS_BY_IMAGE = frozenset({"cpu"})  # device types whose results take no wait, so that images may be dealt with one by one
 SMALLEST_SIDE = 1.0  # px; an object or a proposal with a side below this after a move has left the view (A21)
+TINY = 1e-6  # px^2, the least area that is divided by
 GROUP_SPAN = 2**16  # px between the origins of two groups in NMS; larger than any view
 
 
@@ -64,25 +65,25 @@ def shortest_side(boxes: Tensor) -> Tensor:
     return torch.minimum(boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1])
 
 
-def paired_iou(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
-    """IoU of boxes [..., 4] with boxes [..., 4], broadcast against each other; the union is at least ``eps`` px^2."""
+def paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU of boxes [..., 4] with boxes [..., 4], broadcast against each other; the union is at least ``TINY`` px^2."""
     top_left = torch.maximum(first[..., :2], second[..., :2])
     bottom_right = torch.minimum(first[..., 2:], second[..., 2:])
     sides = (bottom_right - top_left).clamp(min=0)
     overlap = sides[..., 0] * sides[..., 1]
-    return overlap / (area(first) + area(second) - overlap).clamp(min=eps)
+    return overlap / (area(first) + area(second) - overlap).clamp(min=TINY)
 
 
-def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
-    """[P] 1 - GIoU (Rezatofighi et al. 2019) of boxes [P, 4] with targets [P, 4]; union and enclosing area are at least ``eps``.
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """[P] 1 - GIoU (Rezatofighi et al. 2019) of boxes [P, 4] with targets [P, 4]; union and enclosing area are at least ``TINY``.
 
     torchvision's ``generalized_box_iou_loss`` indexes by a mask, which makes the host wait for the device.
     """
     sides = torch.minimum(boxes[:, 2:], targets[:, 2:]) - torch.maximum(boxes[:, :2], targets[:, :2])
     overlap = sides.clamp(min=0).prod(1)
-    union = (area(boxes) + area(targets) - overlap).clamp(min=eps)
+    union = (area(boxes) + area(targets) - overlap).clamp(min=TINY)
     hull = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
-    enclosing = hull.clamp(min=0).prod(1).clamp(min=eps)
+    enclosing = hull.clamp(min=0).prod(1).clamp(min=TINY)
     return 1 - overlap / union + (enclosing - union) / enclosing
 
 

@@ -61,9 +61,9 @@ class Scene:
 Outline = tuple[np.ndarray, np.ndarray | None]
 
 
-def _circle(radius: float = 1.0, x: float = 0.0, points: int = 48) -> np.ndarray:
-    angles = np.arange(points) * (2 * math.pi / points)
-    return np.stack((x + radius * np.cos(angles), radius * np.sin(angles)), 1)
+def _circle(radius: float) -> np.ndarray:
+    angles = np.arange(48) * (2 * math.pi / 48)
+    return np.stack((radius * np.cos(angles), radius * np.sin(angles)), 1)
 
 
 def _rays(radii: tuple[float, ...], count: int) -> np.ndarray:
@@ -84,12 +84,12 @@ _CROSS = ((-_BAR, -1), (_BAR, -1), (_BAR, -_BAR), (1, -_BAR), (1, _BAR), (_BAR, 
           (_BAR, 1), (-_BAR, 1), (-_BAR, _BAR), (-1, _BAR), (-1, -_BAR), (-_BAR, -_BAR))  # fmt: skip
 
 OUTLINES: dict[str, Outline] = {
-    "ellipse": (_circle(), None),
+    "ellipse": (_circle(1), None),
     "rectangle": (np.array(((-1, -1), (1, -1), (1, 1), (-1, 1)), np.float64) * 0.88, None),
     "triangle": (_rays((1.1,), 3), None),
     "star": (_rays((1.1, 0.45), 10), None),
     "cross": (np.array(_CROSS, np.float64), None),
-    "ring": (_circle(), _circle(0.52)),
+    "ring": (_circle(1), _circle(0.52)),
     "heart": (_heart(), None),
 }
 CLASS_NAMES = tuple(OUTLINES)

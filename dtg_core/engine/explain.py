@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -106,7 +105,7 @@ class Explained:
 @torch.no_grad()
 def explain(
     teacher: Detector, student: Detector, pair: PairBatch, rules: Mapping[str, StageRule],
-    thresholds: Mapping[str, Tensor] = MappingProxyType({}),
+    thresholds: Mapping[str, Tensor] = {},
 ) -> dict[str, Explained]:
     """Guide the stages of ``rules`` both ways; the teacher runs once for all of them.
 

@@ -160,11 +160,11 @@ class _Board:
             took = tqdm.format_interval(int(time.monotonic() - one.began))
             if status == 0:
                 self.ended += 1
-                self.tell(f"done {job.name} in {took}{_before(job.result(), ': ')}")
+                self.tell(f"done {job.name} in {took}{_after_colon(job.result())}")
             elif self.stopping:
                 self.tell(f"stopped {job.name}")
             else:
-                self.fail(job, f"status {status}{_before(last_line(job.log), ': ')} (log: {job.log})")
+                self.fail(job, f"status {status}{_after_colon(last_line(job.log))} (log: {job.log})")
 
     def tell(self, event: str) -> None:
         names = ", ".join(one.job.name for one in self.running) or "none"
@@ -200,5 +200,5 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("$ ")), "")
 
 
-def _before(text: str, mark: str) -> str:
-    return f"{mark}{text}" if text else ""
+def _after_colon(text: str) -> str:
+    return f": {text}" if text else ""

@@ -145,11 +145,9 @@ class Progress:
         self.stream = stream or sys.stderr
         self.began = time.monotonic()
         self.bar: Any = None  # tqdm's, on a terminal
-        try:
+        with contextlib.suppress(OSError, ValueError):
             if self.stream.isatty():
                 self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=self.stream)
-        except (OSError, ValueError):
-            self.bar = None
 
     def advance(self) -> None:
         """One step is done."""
@@ -161,7 +159,7 @@ class Progress:
         """Show figures of the last step."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.bar is not None:
-            _never_fail(lambda: self.bar.set_postfix_str(shown) if self.bar is not None else None)
+            _never_fail(lambda: self.bar.set_postfix_str(shown))
             return
         pace = (time.monotonic() - self.began) / max(self.done - self.start, 1)
         left = tqdm.format_interval(int(pace * (self.total - self.done)))
@@ -223,7 +221,7 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
-def _never_fail(action: Any) -> None:
+def _never_fail(action: Callable[[], Any]) -> None:
     with contextlib.suppress(OSError, ValueError):  # a closed pipe or a vanished terminal
         action()
 

@@ -89,7 +89,7 @@ def chart(
     values = [(0.0, 0.0), *(point for _, points in shown for point in points)]
     right = right or max(x for x, _ in values) or 1.0
     low, high = min(y for _, y in values), top or max(y for _, y in values)
-    steps = _ticks(low, high if high > low else 1.0, 5)
+    steps = _ticks(low, high if high > low else 1.0)
     bottom, top = min(steps[0], low), top or steps[-1]
 
     def place(x: float, y: float) -> str:
@@ -101,7 +101,7 @@ def chart(
         _, down = place(0, y).split(",")
         parts.append(f'<path class="grid" d="M{LEFT} {down}H{width - RIGHT}"/><text x="{LEFT - 6}" '
                      f'y="{float(down) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    for x in _ticks(0, right, 5):
+    for x in _ticks(0, right):
         if x <= right:
             across, _ = place(x, bottom).split(",")
             parts.append(f'<text x="{across}" y="{height - BOTTOM + 15}" text-anchor="middle">{_number(x)}</text>')
@@ -143,9 +143,9 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     return [*means, points[-1]]
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from ``low`` or below to ``high`` or above, about ``about`` of them."""
-    rough = (high - low) / about
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from ``low`` or below to ``high`` or above, about five of them."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

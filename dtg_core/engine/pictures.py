@@ -32,6 +32,7 @@ PAPER, INK, PALE = (255, 255, 255), (30, 30, 30), (130, 130, 130)
 LEAST_SIDE = 480  # px; smaller images are enlarged for their predictions
 TILE = 300  # px, the longer side of an image on a sheet
 GAP = 10
+COLUMNS = 4  # of images with predictions on a sheet
 MANY = 10  # boxes in a view above which not all are named
 LONGEST_LIST = 14  # members of a cluster in the picture of ranks
 
@@ -92,10 +93,10 @@ class Canvas:
         bright = 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2] > 140
         self.pen.text((x + 3 - left, y + 2 - top), text, font=font(self.text_size), fill=INK if bright else PAPER)
 
-    def outline(self, corners: np.ndarray, color: Color, width: int = 1) -> None:
+    def outline(self, corners: np.ndarray, color: Color) -> None:
         """A closed line through corners [K, 2]."""
         points = [tuple(point) for point in (corners * self.scale).tolist()]
-        self.pen.line([*points, points[0]], fill=color, width=width)
+        self.pen.line([*points, points[0]], fill=color)
 
     def dot(self, x: float, y: float, radius: float, color: Color) -> None:
         """A disk with a dark rim; ``radius`` in pixels of the canvas."""
@@ -122,7 +123,7 @@ def draw_found(image: Image.Image, found: ImageDetections, class_names: Sequence
 
 
 def predictions_sheet(
-    index: CocoIndex, rows: Sequence[int], found: Sequence[ImageDetections], class_names: Sequence[str], columns: int = 4
+    index: CocoIndex, rows: Sequence[int], found: Sequence[ImageDetections], class_names: Sequence[str]
 ) -> Image.Image:
     """Images of a data set, each with what was ``found`` in it in colours over its own labels in white; unreadable ones are left
     out."""
@@ -137,7 +138,7 @@ def predictions_sheet(
             canvas.box(box, PAPER, 3)
         _draw_boxes(canvas, boxes, class_names, 2)
         tiles.append(canvas.image)
-    return sheet([tiles[start : start + columns] for start in range(0, len(tiles), columns)])
+    return sheet([tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)])
 
 
 def _draw_boxes(canvas: Canvas, found: ImageDetections, class_names: Sequence[str], width: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,22 +18,19 @@ from dtg_core.guidance.thresholds import LOWEST
 from dtg_core.protocol import Detector
 from dtg_core.structures import Figures, PairBatch, Supervision
 
-#: All stages use their fixed tau and pseudo_score.
-NO_THRESHOLDS: Mapping[str, Tensor] = MappingProxyType({})
-
 
 @torch.no_grad()
 def teach(
     teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    thresholds: Mapping[str, Tensor] = NO_THRESHOLDS,
+    thresholds: Mapping[str, Tensor] = {},
 ) -> tuple[dict[str, Supervision], Figures]:
     """The teacher's pass over its weak views, and what each stage of the student learns from it.
 
     Args:
         teacher: detector in evaluation mode. pair: weak and strong views. rules: how each stage is guided, by stage name.
         autocast: makes a context with the networks' precision; guidance is float32.
-        thresholds: per-class scores [C] of the stages that have them, see ``Thresholds``.
+        thresholds: per-class scores [C] of the stages that have them, see ``Thresholds``; the others use tau or pseudo_score.
 
     Returns:
         (supervision of the guided stages, in the student's view; figures ``guidance/<stage>/<name>``).

@@ -55,7 +55,7 @@ def test_long_lines_are_thinned_to_their_means():
     (0, 10, [0, 2, 4, 6, 8, 10]), (0, 0.07, [0, 0.02, 0.04, 0.06, 0.08]), (0, 26.4, [0, 10, 20, 30]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
 ])  # fmt: skip
 def test_ticks_are_round(low, high, wanted):
-    assert page._ticks(low, high, 5) == pytest.approx(wanted)
+    assert page._ticks(low, high) == pytest.approx(wanted)
 
 
 def test_texts_are_escaped_and_elements_closed():
