@@ -120,6 +120,9 @@ class DataRules:
     max_pixels: Count = 89_478_485  # of an image; larger ones are not decoded
 
 
+DEFAULT_RULES = DataRules()
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images. No ``labeled`` means the built-in synthetic data set of shapes; then no other file may be named."""

@@ -6,7 +6,6 @@ its meaning in doubt are UserErrors; others are fixed or left out, and counted i
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import unicodedata
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dtg_core.config import DataRules
+from dtg_core.config import DEFAULT_RULES, DataRules
 from dtg_core.data.files import (
     instead_of,
     is_own,
@@ -35,8 +34,6 @@ from dtg_core.data.report import Report
 from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
 
-log = logging.getLogger(__name__)
-
 #: Labelling tools list every image of a job, also those that nobody has come to yet.
 EMPTY = "images have no annotation and are used as background - if not labelled yet, take them out of the file"
 LEFT_OUT = "are left out"
@@ -51,7 +48,7 @@ FROM_POLYGON, FROM_MASK = "box from polygon", "box from mask"  # marks of annota
 
 
 def load_coco(
-    json_path: Path, images: Path | None = None, need_labels: bool = True, rules: DataRules | None = None,
+    json_path: Path, images: Path | None = None, need_labels: bool = True, rules: DataRules = DEFAULT_RULES,
     report: Report | None = None,
 ) -> CocoIndex:
     """Read and check a COCO detection JSON.
@@ -61,7 +58,7 @@ def load_coco(
         images: folder that its file names are relative to. If the first images are not in it, or for None, it is the
             JSON's own folder, or ``images`` next to the JSON or next to its folder.
         need_labels: False reads the list of images only, as for unlabelled data, and needs no other key.
-        rules: what is tolerated; None: the defaults.
+        rules: what is tolerated.
         report: collects what was fixed or left out; None: it is logged as warnings.
 
     Returns:
@@ -71,7 +68,7 @@ def load_coco(
         UserError: the file, a key or too many images are missing, ids clash, names lead out of the folder, too many
             annotations cannot be used, or boxes look like another format's.
     """
-    json_path, rules, notes = Path(json_path), rules or DataRules(), Report() if report is None else report
+    notes = Report() if report is None else report
     content, ids, names = _listed(json_path, rules, notes)
     root = _image_folder(json_path, names, images, notes)
     missing = missing_files(root, names, json_path, rules)
@@ -87,12 +84,11 @@ def load_coco(
     if missing:
         index = subset(index, np.delete(np.arange(len(names)), missing))
     if report is None:
-        for line in notes.lines():
-            log.warning("%s", line)
+        notes.log()
     return index
 
 
-def parse_coco(json_path: Path, rules: DataRules | None = None, report: Report | None = None) -> tuple[dict[str, Any], np.ndarray]:
+def parse_coco(json_path: Path, rules: DataRules, report: Report) -> tuple[dict[str, Any], np.ndarray]:
     """The records of a COCO JSON, checked by ``rules`` as in ``load_coco`` but without looking at the image files; ``report``
     collects what is odd.
 
@@ -100,10 +96,9 @@ def parse_coco(json_path: Path, rules: DataRules | None = None, report: Report |
         The file's content without polygons and without annotations of unknown images and categories; and [images, C] int64,
         the numbers of usable boxes that are not crowds, with classes in the order of "categories".
     """
-    rules, notes = rules or DataRules(), Report() if report is None else report
-    content, ids, names = _listed(json_path, rules, notes)
+    content, ids, names = _listed(json_path, rules, report)
     bare = unlabeled_index(json_path.parent, names, ids, rules)
-    index = _with_objects(bare, content, np.ones(len(names), bool), json_path, notes)
+    index = _with_objects(bare, content, np.ones(len(names), bool), json_path, report)
     rows = _matched(content["annotations"], "image_id", ids, json_path)
     labels = _matched(content["annotations"], "category_id", index.category_ids, json_path)
     known = [
@@ -531,16 +526,16 @@ def _image_folder(json_path: Path, names: Sequence[str], images: Path | None, re
     So one ``data.images`` serves a run whose sets are in different folders. If several have an image of that name, only the
     user knows which is meant.
     """
-    if images is not None and not Path(images).is_dir():
-        raise UserError(f"{images}: {no_folder(Path(images))} - {GIVE_IMAGES}")
+    if images is not None and not images.is_dir():
+        raise UserError(f"{images}: {no_folder(images)} - {GIVE_IMAGES}")
     own = json_path.parent
-    folders = ([Path(images)] if images is not None else []) + [own, own / "images", own.parent / "images"]
+    folders = ([images] if images is not None else []) + [own, own / "images", own.parent / "images"]
     first = next((name for name in names[:SAMPLE] if any(os.path.isfile(folder / name) for folder in folders)), names[0])
     found = [folder for folder in folders if os.path.isfile(folder / first)]
     if any(not os.path.samefile(found[0] / first, folder / first) for folder in found[1:]):
         report.add(json_path, f"folders have different images called {first!r}, and {found[0]} is used - if that is wrong, leave "
                               "--images out, or write the folder into the JSON's file names", found)
-    elif images is not None and found and found[0] != Path(images):
+    elif images is not None and found and found[0] != images:
         report.add(json_path, f"images are not in {images}, and {found[0]} is used instead - if that is wrong, correct --images",
                    [first])
     return (found or folders)[0]
@@ -549,13 +544,13 @@ def _image_folder(json_path: Path, names: Sequence[str], images: Path | None, re
 # Folders ---------------------------------------------------------------------------------------------------------------
 
 
-def list_folder(folder: Path, rules: DataRules | None = None, report: Report | None = None) -> CocoIndex:
+def list_folder(folder: Path, rules: DataRules = DEFAULT_RULES, report: Report | None = None) -> CocoIndex:
     """All images under a folder, sorted by path, without boxes, classes or known sizes; hidden files are skipped.
 
     Raises:
         UserError: it is not a folder, or has no images; names the kinds of files that it has instead.
     """
-    folder, notes = Path(folder), Report() if report is None else report
+    notes = Report() if report is None else report
     if not folder.is_dir():
         kinds = {folder.suffix.lower()} if folder.exists() else set[str]()
         raise UserError(f"{folder}: {no_folder(folder)} - {instead_of(kinds, 'give a folder of images')}")
@@ -566,4 +561,4 @@ def list_folder(folder: Path, rules: DataRules | None = None, report: Report | N
         kinds, told = passed_over(notes, folder)
         remedy = instead_of(kinds, "give a folder of images, or use --paradigm supervised")
         raise UserError(f"{folder}: it has no images{told} - {remedy}")
-    return unlabeled_index(folder, names, names, rules or DataRules())
+    return unlabeled_index(folder, names, names, rules)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from dtg_core.config import DataRules
+from dtg_core.config import DEFAULT_RULES, DataRules
 from dtg_core.errors import NeedsSetting, UserError, printable
 
 EXIF_ORIENTATION = 0x0112
@@ -45,16 +45,13 @@ class Decoded:
     size: tuple[int, int]
 
 
-def read_image(
-    path: Path, size: tuple[int, int] | None = None, rules: DataRules | None = None, odd: set[str] | None = None,
-    as_stored: bool = False,
-) -> Image.Image:
+def read_image(path: Path, size: tuple[int, int] | None = None, rules: DataRules = DEFAULT_RULES) -> Image.Image:
     """Decode an image in full size. Arguments and errors as those of ``decode``."""
-    return decode(path, size, rules, odd, as_stored).image
+    return decode(path, size, rules).image
 
 
 def decode(
-    path: Path, size: tuple[int, int] | None = None, rules: DataRules | None = None, odd: set[str] | None = None,
+    path: Path, size: tuple[int, int] | None = None, rules: DataRules = DEFAULT_RULES, odd: set[str] | None = None,
     as_stored: bool = False, wanted: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> Decoded:
     """Decode an image, reduced if it is a JPEG far larger than what is wanted of it.
@@ -63,7 +60,7 @@ def decode(
         path: the file.
         size: (height, width) that annotations were made for, 0 where unknown. If the file has that size only without its
             EXIF orientation, it is not turned, because then the boxes were drawn on the stored pixels.
-        rules: how truncated, float and huge files are handled; None: the defaults.
+        rules: how truncated, float and huge files are handled.
         odd: collects what is odd about the image.
         as_stored: never turn it, since the boxes of its data set were drawn on stored pixels.
         wanted: gives the (height, width) to which an image of a (height, width) will be resized at most. A JPEG of ``2 * GAP``
@@ -74,7 +71,7 @@ def decode(
         UserError: the file is missing or not a readable image; NeedsSetting if it is float or 32 bits deep and the rules
             give no range, or if it is cut off and they treat that as an error.
     """
-    rules, told, odd = rules or DataRules(), odd is not None, set() if odd is None else odd
+    told, odd = odd is not None, set() if odd is None else odd
     with _opened(path, rules) as image:
         stored = image.height, image.width
         if wanted is not None and image.mode in ("RGB", "L"):
@@ -109,17 +106,17 @@ def _say_once(kind: str, path: Path) -> None:
         log.warning("%s: %s", printable(str(path)), kind)
 
 
-def image_size(path: Path, rules: DataRules | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
+def image_size(path: Path, rules: DataRules = DEFAULT_RULES) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) as stored and as turned upright, from the file's header. Raises UserError as ``read_image``
     does."""
-    with _opened(path, rules or DataRules()) as image:
+    with _opened(path, rules) as image:
         stored = image.height, image.width
         return stored, stored[::-1] if _orientation(image, set()) >= 5 else stored
 
 
-def is_turned(path: Path, rules: DataRules | None = None) -> bool:
+def is_turned(path: Path, rules: DataRules) -> bool:
     """Whether EXIF turns or mirrors the image, from the file's header. Raises UserError as ``read_image`` does."""
-    with _opened(path, rules or DataRules()) as image:
+    with _opened(path, rules) as image:
         return _orientation(image, set()) > 1
 
 

@@ -1,11 +1,14 @@
 """What is odd in the user's data but does not stop the work: counted, with the first few items named."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dtg_core.errors import printable
+
+log = logging.getLogger(__name__)
 
 SHOWN = 3  # items named in a line
 KEPT = 10_000  # items kept per finding, for check.json
@@ -47,6 +50,11 @@ class Report:
     def lines(self) -> list[str]:
         """One line for each finding, safe for a terminal."""
         return [str(finding) for finding in self.findings.values()]
+
+    def log(self) -> None:
+        """Log the lines as warnings."""
+        for line in self.lines():
+            log.warning("%s", line)
 
     def as_json(self) -> list[dict[str, Any]]:
         """For check.json."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dtg_core.config import DataConfig
-from dtg_core.data.coco import list_folder, load_coco, log
+from dtg_core.data.coco import list_folder, load_coco
 from dtg_core.data.index import CocoIndex, with_classes, without
 from dtg_core.data.report import Report
 from dtg_core.data.shapes import ShapesPaths, make_shapes
@@ -49,8 +49,7 @@ def open_sources(config: DataConfig, supervised: bool, report: Report | None = N
     val = _val(config, labeled, images, notes) if config.val is not None else None
     unlabeled = None if supervised else _unlabeled(config, labeled, val, images, notes)
     if report is None:
-        for line in notes.lines():
-            log.warning("%s", line)
+        notes.log()
     return Sources(labeled, unlabeled, val)
 
 

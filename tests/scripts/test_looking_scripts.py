@@ -351,7 +351,7 @@ def test_predict_passes_over_earlier_predictions(run, photos, tmp_path, capsys):
     for which in ("detections.json", "detections.csv"):  # it did not end
         (photos / "trip" / "out" / which).rename(photos / "trip" / "out" / f"{which}.tmp")
     report = Report()
-    assert len(list_folder(photos, None, report)) == 3
+    assert len(list_folder(photos, report=report)) == 3
     assert report.lines() == [told, f"{photos}: files are skipped, as hidden or as no image (1: trip/notes.txt)"]
 
 

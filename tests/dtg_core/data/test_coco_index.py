@@ -13,7 +13,7 @@ from PIL import Image
 
 from dtg_core.config import DataRules
 from dtg_core.data.coco import list_folder, load_coco
-from dtg_core.data.images import EXIF_ORIENTATION, read_image
+from dtg_core.data.images import EXIF_ORIENTATION, decode, read_image
 from dtg_core.data.index import subset, without
 from dtg_core.errors import UserError
 
@@ -261,7 +261,7 @@ def test_dark_images_are_told_of_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("dtg_core.data.images._said", set())
     for name in ("a.png", "b.png"):
         Image.fromarray(np.full((2, 2), 2048, np.uint16)).save(tmp_path / name)
-        read_image(tmp_path / name, odd=set())  # as for a report
+        decode(tmp_path / name, odd=set())  # as for a report
     assert not caplog.messages
     for name in ("b.png", "a.png"):
         read_image(tmp_path / name)
@@ -281,9 +281,9 @@ def test_pixel_formats(tmp_path: Path) -> None:
     assert pixel(Image.fromarray(np.full((2, 2), 200 * 257, np.uint16))) == (200, 200, 200)
     odd: set[str] = set()
     Image.fromarray(np.full((2, 2), 2048, np.uint16)).save(tmp_path / "deep.png")  # 12 bits
-    assert np.asarray(read_image(tmp_path / "deep.png", odd=odd)).max() == 8
+    assert np.asarray(decode(tmp_path / "deep.png", odd=odd).image).max() == 8
     assert any("nearly black" in kind for kind in odd)
-    wide = read_image(tmp_path / "deep.png", rules=DataRules(float_range=(0, 4095)), odd=(odd := set()))
+    wide = decode(tmp_path / "deep.png", rules=DataRules(float_range=(0, 4095)), odd=(odd := set())).image
     assert np.asarray(wide).max() == 128
     assert not any("nearly black" in kind for kind in odd)
     assert pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 0))) == (255, 255, 255)

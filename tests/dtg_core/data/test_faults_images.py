@@ -294,7 +294,7 @@ def test_fault_47_junk_and_links_in_folders(tmp_path: Path) -> None:
     (tmp_path / "b" / "circle").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     report = Report()
-    assert list_folder(tmp_path, None, report).file_names == ["a.jpg", "b/2.png"]
+    assert list_folder(tmp_path, report=report).file_names == ["a.jpg", "b/2.png"]
     assert list(counts(report).values()) == [6]
 
 
