@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.format == "yolo":
         content = import_yolo(arguments.images, arguments.labels, arguments.names, report, arguments.only_labeled, rules)
     else:
-        content = import_voc(arguments.images, arguments.labels, report, arguments.zero_based, arguments.names,
-                             arguments.only_labeled, rules)  # fmt: skip
+        content = import_voc(arguments.images, arguments.labels, arguments.names, report, arguments.only_labeled, rules,
+                             arguments.zero_based)  # fmt: skip
     print(write_checked(content, arguments.images, arguments.output, rules, report))
     return 0
 

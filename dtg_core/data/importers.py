@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dtg_core.config import DataRules
+from dtg_core.config import DEFAULT_RULES, DataRules
 from dtg_core.data.files import JUNK, OWN, VIDEO, list_images, no_folder
 from dtg_core.data.images import image_size, is_turned
 from dtg_core.data.report import Report
@@ -39,7 +39,7 @@ TURNED = ("images have an EXIF orientation, and their labels count as drawn on t
 
 
 def import_yolo(
-    images: Path, labels: Path, names: Path, report: Report, only_labeled: bool = False, rules: DataRules | None = None
+    images: Path, labels: Path, names: Path, report: Report, only_labeled: bool = False, rules: DataRules = DEFAULT_RULES
 ) -> Record:
     """COCO records of YOLO labels.
 
@@ -51,9 +51,9 @@ def import_yolo(
             that lines have keypoints, which are left out.
         report: collects what was left out.
         only_labeled: leave out images without a label file; otherwise they count as showing no object, as in YOLO.
-        rules: which images can be used; None: the defaults.
+        rules: which images can be used.
     """
-    class_names, keypoints, rules = _class_names(names), _keypoints(names), rules or DataRules()
+    class_names, keypoints = _class_names(names), _keypoints(names)
     records: list[Record] = []
     annotations: list[Record] = []
     kinds: dict[tuple[int, bool], list[str]] = {}  # of lines: columns and whether they can be a pose, with the places of long ones
@@ -85,25 +85,23 @@ def import_yolo(
 
 
 def import_voc(
-    images: Path, annotations: Path, report: Report, zero_based: bool = False, names: Path | None = None,
-    only_labeled: bool = False, rules: DataRules | None = None,
+    images: Path, labels: Path, names: Path | None, report: Report, only_labeled: bool = False, rules: DataRules = DEFAULT_RULES,
+    zero_based: bool = False,
 ) -> Record:
     """COCO records of Pascal VOC's XML files.
 
     Args:
-        images: folder. annotations: folder with an ``.xml`` for each image, see ``_label_file``.
-        report: collects what was left out.
-        zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
+        images: folder. labels: folder with an ``.xml`` for each image, see ``_label_file``.
         names: the classes, as in ``import_yolo``, for files that share them; None: those that occur, in alphabetical order.
-        only_labeled, rules: as in ``import_yolo``.
+        report, only_labeled, rules: as in ``import_yolo``.
+        zero_based: coordinates count from 0, as some programs write them; VOC's own count pixels from 1.
     """
-    rules = rules or DataRules()
     records: list[Record] = []
     objects: list[Record] = []
     given = None if names is None else _class_names(names)
     class_names = list(given or ())
     first = 0 if zero_based else 1
-    for name, (height, width), path in _sized(images, annotations, ".xml", report, rules, only_labeled):
+    for name, (height, width), path in _sized(images, labels, ".xml", report, rules, only_labeled):
         record = {"id": len(records) + 1, "file_name": name, "width": width, "height": height}
         records.append(record)
         if path is None:
@@ -112,7 +110,7 @@ def import_voc(
         record |= _voc_size(root)
         for number, (label, corners, difficult) in enumerate(_voc_objects(root)):
             if label is None or corners is None:
-                report.add(annotations, ODD_OBJECT, [f"{path} object {number + 1}"])
+                report.add(labels, ODD_OBJECT, [f"{path} object {number + 1}"])
                 continue
             if label not in class_names:
                 if given is not None:
@@ -122,14 +120,14 @@ def import_voc(
             x1, y1, x2, y2 = corners
             box = [x1 - first, y1 - first, x2 - x1 + first, y2 - y1 + first]
             if box[2] <= 0 or box[3] <= 0:
-                report.add(annotations, THIN, [f"{path} object {number + 1}"])
+                report.add(labels, THIN, [f"{path} object {number + 1}"])
                 continue
             entry = _annotation(len(objects), len(records), class_names.index(label) + 1, box)
             objects.append(entry | {"ignore": int(difficult)})
     order = given or sorted(class_names)
     for entry in objects:
         entry["category_id"] = order.index(class_names[entry["category_id"] - 1]) + 1
-    return _coco(records, objects, order, annotations, report, rules)
+    return _coco(records, objects, order, labels, report, rules)
 
 
 def _sized(

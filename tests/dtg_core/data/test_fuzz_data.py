@@ -197,4 +197,4 @@ def test_yolo_and_voc(folder: Path) -> None:
         (labels / "1.txt").write_bytes(damaged(b"0 0.5 0.5 0.2 0.4\n1 0.25 0.75 0.1 0.1\n" * 3, generator))
         survives(lambda: json.dumps(import_yolo(folder, labels, folder / "names.txt", Report())))
         (labels / "1.xml").write_bytes(damaged(xml.encode(), generator))
-        survives(lambda: json.dumps(import_voc(folder, labels, Report())))
+        survives(lambda: json.dumps(import_voc(folder, labels, None, Report())))
