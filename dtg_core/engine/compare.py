@@ -141,8 +141,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: not finished (evaluated at step {step} of {settings.get('run.steps')}) - "
                         "let it end, or continue it with --resume auto")
     curve, seconds, waiting, before = [], 0.0, 0.0, 0
-    file = path / "metrics.jsonl"
-    lines = list(read_metrics(file)) if file.is_file() else []
+    lines = list(read_metrics(path / "metrics.jsonl"))
     for line in lines:
         if line.get("step_seconds"):
             seconds += (line["step"] - before) * line["step_seconds"]

@@ -29,18 +29,16 @@ class MetricsWriter:
 
     Args:
         path: the file; its folder is created if missing.
-        resume_step: lines of later steps and torn lines are dropped from an existing file. None: it starts empty.
+        resume_step: lines of later steps and torn lines are dropped from an existing file.
         drop: key of lines of ``resume_step`` itself that are dropped as well, because they will be written again.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None, drop: str | None = None) -> None:
+    def __init__(self, path: Path, resume_step: int = 0, drop: str | None = None) -> None:
         self.path = path
         self._torn = self._warned = False
         try:
-            kept = []
-            if resume_step is not None and path.exists():
-                kept = [line for line in read_metrics(path) if line.get("step", 0) <= resume_step]
-                kept = [line for line in kept if line.get("step") != resume_step or drop not in line]
+            kept = [line for line in read_metrics(path) if line.get("step", 0) <= resume_step]
+            kept = [line for line in kept if line.get("step") != resume_step or drop not in line]
             write_text(path, "".join(map(_line, kept)))
         except OSError as error:
             self._give_up(error)
@@ -69,8 +67,11 @@ def logged_warnings(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, without torn ones."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """The lines of a metrics file, without torn ones; none if there is no such file."""
+    text = ""
+    with contextlib.suppress(FileNotFoundError):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         try:
             values = json.loads(line)
         except ValueError:

@@ -149,10 +149,9 @@ class PlannedRun:
 
     def told(self) -> str:
         """The teacher's AP as text; empty if there is none."""
-        try:
-            return f"AP {json.loads((self.folder / 'results.json').read_text(encoding='utf-8'))['teacher']['AP']:.2f}"
-        except (OSError, ValueError, KeyError, TypeError):  # not written, or no object in the validation set
-            return ""
+        results = RunFolder(self.folder).results()
+        ap = results["teacher"]["AP"] if results else None  # None, too, without an object in the validation set
+        return "" if ap is None else f"AP {ap:.2f}"
 
     def command(self) -> list[str]:
         """Arguments of train.py, to continue from what exists. A run that starts from a phase takes over its log lines and
@@ -363,8 +362,7 @@ def acting_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def steps_done(folder: Path) -> int:
     """The last step in a run folder's log."""
-    file = folder / "metrics.jsonl"
-    return max((line.get("step", 0) for line in read_metrics(file)), default=0) if file.is_file() else 0
+    return max((line.get("step", 0) for line in read_metrics(folder / "metrics.jsonl")), default=0)
 
 
 def _refuse_other_settings(run: PlannedRun) -> None:
