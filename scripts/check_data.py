@@ -80,11 +80,11 @@ def _check(data: DataConfig, workers: int, report: Report) -> list[str]:
         (sources.labeled, data.labeled), (sources.val, data.val), (sources.unlabeled, data.unlabeled)
     ]  # fmt: skip
     named = [(index, Path(name)) for index, name in sets if index is not None and name is not None]
-    seen = [(index, check_images(index, name, report, workers, progress), name) for index, name in named]
-    for (other, others, other_name), (one, ones, name) in combinations(seen, 2):
-        check_shared(one, ones, other, others, name, other_name, report)
-    for index, looks, name in seen:
-        require_images(index, looks, name)
+    checked = [check_images(index, name, report, workers, progress) for index, name in named]
+    for other, one in combinations(checked, 2):
+        check_shared(one, other, report)
+    for one in checked:
+        require_images(one)
     return [_summary(index, name) for index, name in named]
 
 

@@ -35,10 +35,19 @@ class Look:
     signature: int  # 64 bits of brightness differences (dHash); near copies have nearly the same
 
 
+@dataclass(frozen=True)
+class LookedAt:
+    """A data set whose images have been decoded."""
+
+    index: CocoIndex
+    name: Path  # in messages
+    looks: list[Look]  # one for each image
+
+
 def check_images(
     index: CocoIndex, name: Path, report: Report, workers: int = 0,
     shown: Callable[[Iterable[Look], int], Iterable[Look]] | None = None,
-) -> list[Look]:
+) -> LookedAt:
     """Decode every image.
 
     Args:
@@ -46,9 +55,6 @@ def check_images(
         report: collects what is odd, and each image that cannot be used.
         workers: processes; 0: this one.
         shown: passes the looks on as they are made, and shows progress towards the given number.
-
-    Returns:
-        One Look for each image.
     """
     rows = range(len(index))
     with ProcessPoolExecutor(workers, initializer=_keep, initargs=(index,)) if workers else contextlib.nullcontext() as pool:
@@ -59,33 +65,33 @@ def check_images(
             report.add(name, "images cannot be used", [f"{file}: {look.problem}"])
         for kind in look.odd:
             report.add(name, kind, [file])
-    return looks
+    return LookedAt(index, name, looks)
 
 
-def require_images(index: CocoIndex, looks: list[Look], name: Path) -> None:
-    """UserError if more images cannot be used than the rules of ``index`` allow."""
-    bad = [f"{file}: {look.problem}" for file, look in zip(index.file_names, looks) if look.problem]
+def require_images(checked: LookedAt) -> None:
+    """UserError if more images cannot be used than the data set's rules allow."""
+    index = checked.index
+    bad = [f"{file}: {look.problem}" for file, look in zip(index.file_names, checked.looks) if look.problem]
     if len(bad) > index.rules.max_bad_images * len(index):
-        raise UserError(f"{name}: {len(bad)} of {len(index)} images cannot be used (first {bad[0]}) - fix them, take them "
+        raise UserError(f"{checked.name}: {len(bad)} of {len(index)} images cannot be used (first {bad[0]}) - fix them, take them "
                         "out, or raise data.rules.max_bad_images")
 
 
-def check_shared(
-    one: CocoIndex, ones: list[Look], other: CocoIndex, others: list[Look], name: Path, other_name: Path, report: Report
-) -> None:
-    """Report images of ``one`` whose file, or nearly the same picture, is also in ``other``, given the looks at both."""
-    file_of = {look.digest: file for file, look in zip(other.file_names, others) if look.digest}
-    same = [file_of.get(look.digest) for look in ones]
-    report.add(name, f"IMAGES ARE ALSO IN {other_name}, BYTE FOR BYTE",
-               (f"{file} = {copy}" for file, copy in zip(one.file_names, same) if copy))  # fmt: skip
-    theirs = np.array([look.signature for look in others], np.uint64)
+def check_shared(one: LookedAt, other: LookedAt, report: Report) -> None:
+    """Report images of ``one`` whose file, or nearly the same picture, is also in ``other``."""
+    files, others = one.index.file_names, other.index.file_names
+    file_of = {look.digest: file for file, look in zip(others, other.looks) if look.digest}
+    same = [file_of.get(look.digest) for look in one.looks]
+    report.add(one.name, f"IMAGES ARE ALSO IN {other.name}, BYTE FOR BYTE",
+               (f"{file} = {copy}" for file, copy in zip(files, same) if copy))  # fmt: skip
+    theirs = np.array([look.signature for look in other.looks], np.uint64)
     near = []
-    for file, look, copy in zip(one.file_names, ones, same):
+    for file, look, copy in zip(files, one.looks, same):
         if copy is None and PLAIN_BITS <= look.signature.bit_count() <= 64 - PLAIN_BITS:
             distance = np.bitwise_count(theirs ^ np.uint64(look.signature))
             if distance.min() <= NEAR:
-                near.append(f"{file} ~ {other.file_names[int(distance.argmin())]}")
-    report.add(name, f"IMAGES LOOK LIKE ONES OF {other_name}", near)
+                near.append(f"{file} ~ {others[int(distance.argmin())]}")
+    report.add(one.name, f"IMAGES LOOK LIKE ONES OF {other.name}", near)
 
 
 _kept: CocoIndex  # a worker process's, sent once: COCO's takes longer to send than an image to decode

@@ -15,7 +15,7 @@ import psutil
 from conftest import ROOT
 from PIL import Image
 
-from dtg_core.data.check import Look, check_shared
+from dtg_core.data.check import Look, LookedAt, check_shared
 from dtg_core.data.report import Report
 
 WORKERS = 8  # most of them idle, as images are dealt in chunks
@@ -45,5 +45,5 @@ def test_near_copies_differ_in_up_to_three_bits_and_are_not_plain() -> None:
     busy, plain, report = 0xFF00FF00FF00FF00, 0b1111111, Report()
     looks = [Look(None, (), bytes([number]), bits) for number, bits in enumerate((busy, plain, busy ^ 0b111, busy ^ 0b1111, plain))]
     other, own = SimpleNamespace(file_names=["busy", "plain"]), SimpleNamespace(file_names=["three", "four", "none"])
-    check_shared(own, looks[2:], other, looks[:2], Path("own.json"), Path("other.json"), report)  # type: ignore[arg-type]
+    check_shared(LookedAt(own, Path("own.json"), looks[2:]), LookedAt(other, Path("other.json"), looks[:2]), report)  # type: ignore[arg-type]
     assert report.lines() == ["own.json: IMAGES LOOK LIKE ONES OF other.json (1: three ~ busy)"]

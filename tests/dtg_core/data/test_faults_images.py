@@ -47,7 +47,7 @@ def find(folder: Path, **rules: Any) -> tuple[Report, list[str | None]]:
     """Check all images of a folder."""
     report = Report()
     index = list_folder(folder, DataRules(**rules), report)
-    return report, [look.problem for look in check_images(index, folder, report)]
+    return report, [look.problem for look in check_images(index, folder, report).looks]
 
 
 def counts(report: Report) -> dict[str, int]:
@@ -73,9 +73,9 @@ def test_fault_34_files_that_are_no_images(tmp_path: Path) -> None:
     assert counts(report) == {"images cannot be used": 3}
     assert problems.count(None) == 2
     index = list_folder(tmp_path)
-    looks = check_images(index, tmp_path, report)
+    checked = check_images(index, tmp_path, report)
     with pytest.raises(UserError, match="3 of 5 images cannot be used"):
-        require_images(index, looks, tmp_path)
+        require_images(checked)
 
 
 def test_fault_35_truncated_files(tmp_path: Path) -> None:
