@@ -5,19 +5,15 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from command_line import Parser, one_of
 
+from dtg_core.config import DEFAULT_RULES, Config, DataConfig, DataRules, cross_check
 from dtg_core.drafts import require_writable, write_text, writing
 from dtg_core.errors import UserError
 from dtg_core.ranges import check_ranges
 from dtg_core.settings import overridden
-
-if TYPE_CHECKING:
-    from dtg_core.config import DataConfig, DataRules
 
 RULES = "data.rules."  # the settings for reading data
 WHICH = ("teacher", "student", "best")  # the weights in a run folder
@@ -81,16 +77,12 @@ def add_rules(parser: Parser) -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
 
 
-def rules_of(arguments: argparse.Namespace, rules: DataRules | None = None) -> DataRules:
-    """``rules`` (the defaults) with the changes of ``add_rules``. UserError for other keys."""
-    from dtg_core.config import Config, DataRules, cross_check
-
+def rules_of(arguments: argparse.Namespace, rules: DataRules = DEFAULT_RULES) -> DataRules:
+    """``rules`` with the changes of ``add_rules``. UserError for other keys."""
     for text in arguments.set:
         if not text.startswith(RULES):
             raise UserError(f"--set {text}: is not used here - give {RULES}KEY=VALUE, or a flag for files")
-    plain = Config()
-    config = replace(plain, data=replace(plain.data, rules=rules or DataRules()))
-    config = overridden(config, arguments.set)
+    config = overridden(Config(data=DataConfig(rules=rules)), arguments.set)
     check_ranges(config)
     cross_check(config, {})
     return config.data.rules
