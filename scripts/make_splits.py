@@ -132,7 +132,7 @@ def _drawn(arguments: argparse.Namespace, pool: _Pool, folds: range) -> list[tup
     for share, wanted, percent in _shares(arguments, len(pool.groups)):
         for fold in folds:
             name = f"fold{fold}_{share}"
-            positions = _draw(arguments, pool.content, pool.groups, wanted, percent, fold)
+            positions = _draw(arguments, pool, wanted, percent, fold)
             if arguments.min_per_class:
                 positions = fill_classes(positions, pool.groups, pool.counts, pool.class_names, arguments.min_per_class, fold)
             _look_at_size(arguments, name, len(positions), wanted, pool.groups)
@@ -272,22 +272,21 @@ def _folds(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
-def _draw(
-    arguments: argparse.Namespace, content: dict[str, Any], groups: np.ndarray, wanted: int, percent: float, fold: int
-) -> np.ndarray:
+def _draw(arguments: argparse.Namespace, pool: _Pool, wanted: int, percent: float, fold: int) -> np.ndarray:
+    """[n] int64, positions of the labelled images of a split."""
     import numpy as np
 
     from dtg_core.data.splits import draw, draw_from_file, draw_groups
 
-    images = content["images"]
+    images = pool.content["images"]
     if arguments.protocol == "ubteacher":
         order = sorted(range(len(images)), key=lambda row: images[row]["id"])
         # The file's numbers refer to detectron2's list: images with a non-crowd annotation, however small.
-        boxed = {annotation["image_id"] for annotation in content["annotations"] if annotation.get("iscrowd", 0) == 0}
+        boxed = {annotation["image_id"] for annotation in pool.content["annotations"] if annotation.get("iscrowd", 0) == 0}
         usable = np.array([row for row in order if images[row]["id"] in boxed], np.int64)
         return draw_from_file(arguments.indices, percent, fold, usable)
     if arguments.group_by:
-        return draw_groups(groups, wanted, fold)
+        return draw_groups(pool.groups, wanted, fold)
     return draw(arguments.protocol, len(images), wanted, fold)
 
 
