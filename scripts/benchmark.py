@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import Parser, main_guard, number, one_of
-from read_settings import DETECTORS, PARADIGMS, RunSettings, build_detector, settings_from
+from read_settings import DETECTORS, PARADIGMS, RunSettings, build_detector, settings_from, stage_paradigm
 from shared_flags import add_overwrite, require_new, write_json
 
 from dtg_core.config import without_weights
@@ -111,10 +111,9 @@ def _step(arguments: argparse.Namespace, settings: RunSettings) -> tuple[dict[st
     sources = open_sources(settings.data, False)
     torch.manual_seed(settings.run.seed)
     detector = build_detector(settings, len(sources.labeled.class_names))
-    kinds: dict[str | None, Any] = {None: None, "supervised": "none", "dense": "dense", "sparse": "sparse"}
     figures = benchmark(
-        settings, detector, sources, accelerator, kinds[arguments.paradigm], arguments.repeats, arguments.candidates,
-        kinds[arguments.against],
+        settings, detector, sources, accelerator, stage_paradigm(arguments.paradigm), arguments.repeats, arguments.candidates,
+        arguments.against,
     )
     data, views = settings.data, settings.views
     about = {

@@ -136,12 +136,13 @@ def _fill_paradigms(settings: RunSettings, origins: dict[str, str], changed: boo
     for stage, rule in stages.items():
         key = f"guidance.stages.{stage}.paradigm"
         if origins[key] == DEFAULT or (changed and origins[key] != COMMAND_LINE):
-            stages[stage] = replace(rule, paradigm=_stage_paradigm(settings.paradigm))
+            stages[stage] = replace(rule, paradigm=stage_paradigm(settings.paradigm))
             origins[key] = origins["paradigm"]
     return replace(settings, guidance=replace(settings.guidance, stages=stages))
 
 
-def _stage_paradigm(paradigm: str) -> Paradigm:
+def stage_paradigm(paradigm: str) -> Paradigm:
+    """A stage's paradigm in a run of this one."""
     return "none" if paradigm == "supervised" else cast(Paradigm, paradigm)
 
 
