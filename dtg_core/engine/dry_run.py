@@ -18,8 +18,8 @@ from dtg_core.data.sources import Sources
 from dtg_core.drafts import existing
 from dtg_core.engine.memory import keep_freed_memory, peak_memory
 from dtg_core.engine.schedules import images_of_a_step
-from dtg_core.engine.train_step import prepare, train_step
-from dtg_core.errors import UserError
+from dtg_core.engine.train_step import Training, prepare, train_step
+from dtg_core.errors import UserError, counted
 from dtg_core.protocol import Detector
 from dtg_core.structures import Figures, Losses
 
@@ -41,47 +41,49 @@ def dry_run(config: Config, detector: Detector, sources: Sources, folder: Path, 
     """
     keep_freed_memory()
     made = prepare(config, detector, sources.labeled.objects_per_image(), accelerator)
-    largest = replace(config.views, short_edge=(config.views.short_edge[1],) * 2)
-    both = [step_data(replace(config, views=views), sources, accelerator.process_index, accelerator.num_processes)
-            for views in (largest, config.views)]  # fmt: skip
-    guidance = config.guidance
-    full = min(guidance.start_step + guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
-    made.student.train()
-    reading = training = 0.0
-    broken = False
     parts = min(config.optim.accumulate, 2)  # of micro-batches; with several, each passes the student twice
-    for step, data in enumerate(both, full):  # the first one shows the memory and warms up; its times are overwritten
-        began = time.perf_counter()
-        batch = data[step]
-        reading = time.perf_counter() - began
-        moved = [batch.to(accelerator.device)] * parts
-        losses, figures = train_step(made, moved)
-        broken |= _broken(losses, figures, accelerator.scaler is not None)  # sync: a step is over when its figures have arrived
-        training = time.perf_counter() - began - reading
+    training, reading, broken = _two_steps(made, sources, parts)
     training, reading, whole = forecast(training, reading, parts, config)
     size = _checkpoint_bytes(made.module, made.teacher, made.optimizer)
     free = shutil.disk_usage(existing(folder)).free
     if free < size * CHECKPOINTS:
         raise UserError(f"{folder}: the disk has {free / 1e9:.2f} GB left, and the run needs about "
-                        f"{size * CHECKPOINTS / 1e9:.2f} GB - "
-                        "make room, or give another --output")
+                        f"{size * CHECKPOINTS / 1e9:.2f} GB - make room, or give another --output")
     on_gpu = accelerator.device.type == "cuda"
-    unlabeled = "none" if sources.unlabeled is None else f"{len(sources.unlabeled)}"
-    images, processes = images_of_a_step(config, accelerator.num_processes), accelerator.num_processes
+    labeled, unlabeled = images_of_a_step(config, accelerator.num_processes)
+    pool, unlabeled = ("none", 0) if sources.unlabeled is None else (str(len(sources.unlabeled)), unlabeled)
     return [
-        f"data: {len(sources.labeled)} labelled, {unlabeled} unlabelled and {len(sources.val) if sources.val else 0} "
-        "validation images",
-        f"batch: {images[0]} labelled and {0 if sources.unlabeled is None else images[1]} unlabelled images, over "
-        f"{processes} {'process' if processes == 1 else 'processes'}",
+        f"data: {len(sources.labeled)} labelled, {pool} unlabelled and {len(sources.val) if sources.val else 0} validation images",
+        f"batch: {labeled} labelled and {unlabeled} unlabelled images, over "
+        f"{counted(accelerator.num_processes, 'process', 'processes')}",
         f"step: {training:.2f} s training, {reading:.2f} s reading with one process",
         *slow_reading(training, reading, config),
         *(["losses were not finite - lower optim.lr, or check the data"] if broken else []),
-        f"run: about {timedelta(seconds=round(whole))} for {config.run.steps} steps, evaluation "
-        "not counted",
+        f"run: about {timedelta(seconds=round(whole))} for {config.run.steps} steps, evaluation not counted",
         f"memory: {peak_memory(accelerator.device) / 1e9:.1f} GB of the {'GPU' if on_gpu else 'process'} at most",
         f"disk: {size / 1e6:.0f} MB a checkpoint, {free / 1e9:.1f} GB free",
         "dry run: nothing was written",
     ]
+
+
+def _two_steps(made: Training, sources: Sources, parts: int) -> tuple[float, float, bool]:
+    """Seconds of a step with ``parts`` micro-batches, and of reading one; and whether a step went wrong."""
+    config, accelerator = made.config, made.accelerator
+    largest = replace(config.views, short_edge=(config.views.short_edge[1],) * 2)
+    both = [step_data(replace(config, views=views), sources, accelerator.process_index, accelerator.num_processes)
+            for views in (largest, config.views)]  # fmt: skip
+    full = min(config.guidance.start_step + config.guidance.ramp_steps, config.run.steps - 1)  # unlabelled losses count in full
+    made.student.train()
+    reading = training = 0.0
+    broken = False
+    for step, data in enumerate(both, full):  # the first one shows the memory and warms up; its times are overwritten
+        began = time.perf_counter()
+        batch = data[step]
+        reading = time.perf_counter() - began
+        losses, figures = train_step(made, [batch.to(accelerator.device)] * parts)
+        broken |= _broken(losses, figures, accelerator.scaler is not None)  # sync: a step is over when its figures have arrived
+        training = time.perf_counter() - began - reading
+    return training, reading, broken
 
 
 def slow_reading(training: float, reading: float, config: Config) -> list[str]:
