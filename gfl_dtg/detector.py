@@ -29,8 +29,7 @@ class GFL(Detector):
         self.config = config
         self.pyramid = pyramid
         self.head = GFLHead(config, num_classes)
-        self.stage = GFLStage(config, num_classes)
-        self.stages: Mapping[str, Stage] = {"head": self.stage}
+        self.stages: Mapping[str, Stage] = {"head": GFLStage(config, num_classes)}
 
     def grid(self, canvas: tuple[int, int], device: torch.device) -> AnchorGrid:
         """One square anchor at each location."""
@@ -46,8 +45,8 @@ class GFL(Detector):
     @torch.no_grad()
     def detect(self, outputs: Outputs, views: ViewBatch, score_threshold: float) -> Detections:
         """Final boxes: an anchor gives one for each class above the threshold, unless its centre lies in the padding."""
-        config, predictions = self.config, outputs["head"]
+        config, stage, predictions = self.config, self.stages["head"], outputs["head"]
         samples = predictions.samples
         assert isinstance(samples, AnchorGrid)
         rows, scores = best_pairs(predictions, views.sizes, config.pre_nms, score_threshold, samples.level_sizes)
-        return final_boxes(self.stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)
+        return final_boxes(stage, predictions, rows, scores, views.sizes, config.nms_iou, config.detections_per_image)

@@ -122,7 +122,7 @@ def looped_detect(
             start += size
             for score, label, sample in sorted(pairs, reverse=True)[: config.pre_nms]:
                 row = Rows(*(torch.tensor([value]) for value in (image, sample, label)))
-                x1, y1, x2, y2 = detector.stage.decode(predictions, row)[0].tolist()
+                x1, y1, x2, y2 = detector.stages["head"].decode(predictions, row)[0].tolist()
                 box_in_view = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
                 chosen.append((score, label, box_in_view))
         kept = []
