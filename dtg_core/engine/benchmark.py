@@ -85,17 +85,7 @@ def benchmark(
     # AdamW keeps its step counts on the host.
     with device_work([state["step"] for state in main.plain_optimizer.state.values() if "step" in state]) as work:
         step()
-    timers: dict[str, Callable[[], Any]] = {"step": step, "bare_passes": bare_passes(main, batch)}
-    if other is not None:
-        timers["against"] = partial(steps.train_step, other, [batch])
-    times: dict[str, list[float]] = defaultdict(list)
-    for repeat in range(WARM_UP + repeats):
-        found = {name: _seconds(action, device) for name, action in timers.items()}
-        main.optimizer.zero_grad(set_to_none=True)
-        found["data"] = _seconds(lambda number=repeat: made[first + number], device)  # type: ignore[misc]
-        found |= parts_of_step(main, batch)
-        for name, value in found.items() if repeat >= WARM_UP else ():
-            times[name].append(value)
+    times = _times(main, other, batch, lambda repeat: made[first + repeat], repeats)
     result = summary(times)
     result |= {"host_waits": work.waits.total(), "operations": work.operations.total(), "peak_memory": memory}
     result["guidance"] = {
@@ -107,6 +97,27 @@ def benchmark(
             "ratio": _ratio(times["step"], times["against"]),
         }  # fmt: skip
     return result
+
+
+def _times(
+    main: steps.Training, other: steps.Training | None, batch: StepBatch, read: Callable[[int], StepBatch], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each counted repeat, by name: steps of ``main`` and ``other`` on ``batch``, and all else in turn with them."""
+    device = main.accelerator.device
+    timers: dict[str, Callable[[], Any]] = {
+        "step": partial(steps.train_step, main, [batch]), "bare_passes": bare_passes(main, batch)
+    }  # fmt: skip
+    if other is not None:
+        timers["against"] = partial(steps.train_step, other, [batch])
+    times: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(WARM_UP + repeats):
+        found = {name: _seconds(action, device) for name, action in timers.items()}
+        main.optimizer.zero_grad(set_to_none=True)
+        found["data"] = _seconds(partial(read, repeat), device)
+        found |= parts_of_step(main, batch)
+        for name, value in found.items() if repeat >= WARM_UP else ():
+            times[name].append(value)
+    return times
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
