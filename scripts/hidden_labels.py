@@ -39,6 +39,18 @@ def unlabeled(data: StepData, step: int) -> PairBatch:
     return pair
 
 
+def read_images(
+    path: Path | None, data: DataConfig, class_names: tuple[str, ...]
+) -> tuple[CocoIndex, CocoIndex, CocoIndex | None]:
+    """Labelled images, unlabelled ones, and the truth of these, of ``unlabeled_data``; arguments as in ``hidden_labels``."""
+    from dtg_core.data.sources import open_sources
+
+    sources = open_sources(data, False)
+    assert sources.unlabeled is not None
+    images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
+    return sources.labeled, images, hidden_labels(path, data, images, class_names)
+
+
 def hidden_labels(
     path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]
 ) -> CocoIndex | None:

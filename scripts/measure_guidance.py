@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import Parser, main_guard, number, progress
-from hidden_labels import hidden_labels, unlabeled, unlabeled_data
+from hidden_labels import read_images, unlabeled, unlabeled_data
 from shared_flags import add_overwrite, add_weights, require_new, write_json
 
 from dtg_core.errors import UserError, counted
@@ -77,7 +77,6 @@ def main(argv: Sequence[str]) -> int:
         require_new([Path(arguments.json)], arguments.overwrite, "--json", [arguments.truth, arguments.unlabeled])
 
     from dtg_core.data.plan import StepData
-    from dtg_core.data.sources import open_sources
     from dtg_core.engine.explain import objects_in
     from dtg_core.engine.fidelity import measure
     from dtg_core.engine.predict import load_detector
@@ -91,19 +90,15 @@ def main(argv: Sequence[str]) -> int:
     compared = {name: changed(settings, keys, stages) for name, keys in named(arguments.compare or DEFAULT).items()}
 
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
-    sources = open_sources(config, False)
-    assert sources.unlabeled is not None
-    images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
-    truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
+    labeled, images, truth = read_images(arguments.truth, config, teacher.class_names)
     if truth is None:
         raise UserError("--truth: missing - give a COCO JSON with the labels of the unlabelled images")
     most = min(arguments.images, len(images))  # repeated images would make batches alike and standard errors too small
     number = -(-most // arguments.batch)
     size = most // number  # the same for all batches, as they count equally in the means
-    data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, size)
+    data = StepData(labeled, images, settings.views, settings.run.seed, 1, size)
     steps = range(arguments.step, arguments.step + number)
-    seen = progress(steps, unit="batch")
-    pairs = (unlabeled(data, step).to(teacher.device) for step in seen)
+    pairs = (unlabeled(data, step).to(teacher.device) for step in progress(steps, unit="batch"))
     objects: list[int] = []  # true objects of each batch
     names: set[object] = set()  # of the images
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import Parser, main_guard, number
-from hidden_labels import hidden_labels, unlabeled, unlabeled_data
+from hidden_labels import read_images, unlabeled, unlabeled_data
 from shared_flags import add_overwrite, add_weights, require_new
 
 from dtg_core.drafts import writing
@@ -55,7 +54,6 @@ def main(argv: Sequence[str]) -> int:
 
     from dtg_core.data.inputs import require_apart
     from dtg_core.data.plan import StepData
-    from dtg_core.data.sources import open_sources
     from dtg_core.engine.explain import Tallies, explain, objects_in
     from dtg_core.engine.pictures import guidance_sheet
     from dtg_core.engine.predict import load_detector
@@ -67,11 +65,8 @@ def main(argv: Sequence[str]) -> int:
     require_new((arguments.output / f"{name}.png" for name in rules), arguments.overwrite)
     config = unlabeled_data(settings.data, arguments.unlabeled, arguments.weights)
     require_apart([config.unlabeled] if config.unlabeled else [], arguments.output)
-    sources = open_sources(config, False)
-    assert sources.unlabeled is not None
-    images = replace(sources.unlabeled, image_ids=sources.unlabeled.file_names)  # by which the truth is found
-    truth = hidden_labels(arguments.truth, config, images, teacher.class_names)
-    data = StepData(sources.labeled, images, settings.views, settings.run.seed, 1, arguments.count)
+    labeled, images, truth = read_images(arguments.truth, config, teacher.class_names)
+    data = StepData(labeled, images, settings.views, settings.run.seed, 1, arguments.count)
 
     most = min(arguments.measure, len(images)) if truth is not None else 1  # each once, or nearly so
     counts = [(name, Tallies(score)) for name, rule in rules.items() for score in limits(rule, teacher.thresholds.get(name))]
