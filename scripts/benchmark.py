@@ -55,7 +55,7 @@ def parser() -> Parser:
     add("--json", metavar="FILE|-", help="write the figures; -: to standard output, instead of the table")
     add_overwrite(result)
     add("--data", action="store_true", help="measure the speed of making views instead")
-    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
+    result.add_list("--set", "dotted.key=value", "set any value of the config")
     return result
 
 

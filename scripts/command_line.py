@@ -32,6 +32,10 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))  # a shell leaves the ~ of --flag=~/file as it is
         self.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
+    def add_list(self, flag: str, metavar: str, help: str) -> None:
+        """A flag of one value or more that may be given several times; [] without it."""
+        self.add_argument(flag, nargs="+", action="extend", default=[], metavar=metavar, help=help)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
 

@@ -20,8 +20,7 @@ def parser() -> Parser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="run folders; those that differ in seed or fold only are one row")
     add("--output", type=Path, metavar="DIR", help="where compare.md and compare.html go")
     add_overwrite(result)
-    add("--over", nargs="+", action="extend", default=[], metavar="KEY",
-        help="settings, besides seed and fold, that may differ between the runs of a row")
+    result.add_list("--over", "KEY", "settings, besides seed and fold, that may differ between the runs of a row")
     return result
 
 

@@ -56,9 +56,8 @@ def parser() -> Parser:
     result = Parser("Compare the gradients of guidance with those of hidden true labels, for several settings.")
     add = result.add_argument
     add_weights(result, which=False)
-    add("--compare", nargs="+", action="extend", default=[], metavar="'NAME: KEY=VALUE ...'",
-        help="settings to measure (default: dense and sparse)")
-    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="change the run's config first")
+    result.add_list("--compare", "'NAME: KEY=VALUE ...'", "settings to measure (default: dense and sparse)")
+    result.add_list("--set", "dotted.key=value", "change the run's config first")
     add("--truth", type=Path, metavar="JSON", help="hidden labels of the unlabelled images (built-in synthetic data set: known)")
     add("--unlabeled", type=os.path.expanduser, metavar="DIR|JSON", help="other unlabelled images than the run's")
     add("--images", type=number(Count), default=128, metavar="N",

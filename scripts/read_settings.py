@@ -67,7 +67,7 @@ def train_parser() -> Parser:
     add("--overwrite", action="store_true", help="first delete what an earlier run has written into the folder")
     add("--scale-lr", action="store_true", help="multiply lr by this run's images per step / optim.reference_batch")
     add("--replay", type=Path, metavar="FILE", help="repeat the step at which a run gave up (its nonfinite/step.json)")
-    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
+    parser.add_list("--set", "dotted.key=value", "set any value of the config")
     add("--print-config", action="store_true", help="print every setting and where it comes from, and exit")
     add("--dry-run", action="store_true", help="check everything, try two steps, estimate time and memory, and write nothing")
     return parser

@@ -74,7 +74,7 @@ def write_json(file: Path, figures: Mapping[str, object]) -> None:
 
 def add_rules(parser: Parser) -> None:
     """The flag that messages about data refer to."""
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="data.rules.key=value", help="what is tolerated")
+    parser.add_list("--set", "data.rules.key=value", "what is tolerated")
 
 
 def rules_of(arguments: argparse.Namespace, rules: DataRules = DEFAULT_RULES) -> DataRules:

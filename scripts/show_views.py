@@ -27,7 +27,7 @@ def parser() -> Parser:
     add("--labeled", metavar="ANNOTATIONS.json", help="labelled images, COCO format (data.labeled)")
     add("--images", metavar="DIR", help="folder that file names in the JSON are relative to (data.images)")
     add("--seed", type=number(Seed), metavar="N", help="seed of all random draws (run.seed)")
-    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="set any value of the config")
+    result.add_list("--set", "dotted.key=value", "set any value of the config")
     add("--count", type=number(Count), default=4, metavar="N", help="images (default: 4)")
     add("--output", type=Path, default=Path("views.png"), metavar="FILE", help="picture to write (default: views.png)")
     add_overwrite(result)

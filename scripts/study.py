@@ -46,10 +46,9 @@ def parser() -> Parser:
     add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/NAME of the study file)")
     add("--launcher", metavar="COMMAND",
         help='command that starts train.py, e.g. "accelerate launch --multi_gpu" (default: this Python)')
-    add("--rows", nargs="+", action="extend", default=[], metavar="NAME", help="only these rows of the study file (default: all)")
+    result.add_list("--rows", "NAME", "only these rows of the study file (default: all)")
     add("--dry-run", action="store_true", help="check the study, print the commands of its runs, and exit")
-    add("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value",
-        help=f"change a setting of all runs, or which runs there are ({', '.join(GRID)})")
+    result.add_list("--set", "dotted.key=value", f"change a setting of all runs, or which runs there are ({', '.join(GRID)})")
     return result
 
 

@@ -34,7 +34,7 @@ def parser() -> Parser:
     result.add_argument("--detector", type=one_of(DETECTORS), default="gfl", metavar="|".join(DETECTORS),
                         help="detector on each backbone (default: gfl)")
     result.add_argument("--steps", type=number(Count), default=20, metavar="N", help="steps for each (default: 20)")
-    result.add_argument("--set", nargs="+", action="extend", default=[], metavar="dotted.key=value", help="as of train.py")
+    result.add_list("--set", "dotted.key=value", "as of train.py")
     return result
 
 
