@@ -163,17 +163,9 @@ def build_pyramid(
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
     above = len(strides) - len(wanted)
-    top: ExtraFPNBlock | None = None
-    if above and extra == "pool":
-        top = ExtraPools(above)
-    elif above:
-        top = ExtraConvs(channels, above)
+    top = (ExtraPools(above) if extra == "pool" else ExtraConvs(channels, above)) if above else None
     widths = [maps[index].shape[1] for index in picked]
-    fpn: nn.Module
-    if plain:
-        fpn = SimplePyramid(widths[0], channels, scales, top)
-    else:
-        fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=top)
+    fpn = SimplePyramid(widths[0], channels, scales, top) if plain else FeaturePyramidNetwork(widths, channels, extra_blocks=top)
     stats: Any = body.pretrained_cfg
     return Pyramid(body, fpn, picked, strides, channels, stats["mean"], stats["std"])
 
