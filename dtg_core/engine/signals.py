@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ClassVar
 
 #: Seconds within which signals are one request: a scheduler signals every process of a job, and torchrun passes its own on.
@@ -35,7 +35,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -324,8 +324,8 @@ def plan(
     for key, members in sharing.items():
         cell, run = members[0]
         if len(members) > 1:
-            digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-            name = f"{replace(cell, paradigm='phase', row='').name}-{digest}"
+            mark = hashlib.sha256(key.encode()).hexdigest()[:8]
+            name = f"{replace(cell, paradigm='phase', row='').name}-{mark}"
             output = folder / "phases" / name
             arguments = arguments_of(study, replace(cell, paradigm="supervised"), config, folder, output, overrides)
             phases[key] = Phase(name, output, tuple(arguments), json.loads(key)["guidance.start_step"])
