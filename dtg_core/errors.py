@@ -34,6 +34,11 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
+def one_line(error: Exception) -> str:
+    """What an error of another library says, without line breaks; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """``text`` as one line without control characters or undecodable bytes, which a file name may contain."""
     return "".join(

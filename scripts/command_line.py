@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
-from dtg_core.errors import UserError, nearest, printable
+from dtg_core.errors import UserError, nearest, one_line, printable
 from dtg_core.ranges import out_of
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def main_guard(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if "--debug" in sys.argv:

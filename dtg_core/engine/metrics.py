@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeVar, cast
 from tqdm import tqdm
 
 from dtg_core.drafts import write_text
-from dtg_core.errors import nearest
+from dtg_core.errors import nearest, one_line
 from dtg_core.settings_text import yaml_scalar
 
 T = TypeVar("T")
@@ -119,8 +119,7 @@ class Trackers:
             action()
         except Exception as error:  # whatever an external service may raise
             self._live.pop(name, None)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            _print(f"warning: tracker {name}: given up ({reason}) - training goes on; metrics.jsonl holds everything")
+            _print(f"warning: tracker {name}: given up ({one_line(error)}) - training goes on; metrics.jsonl holds everything")
 
 
 @contextlib.contextmanager

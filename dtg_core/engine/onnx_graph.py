@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from dtg_core.boxes import GROUP_SPAN
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, one_line
 
 op: Any = opset18  # its annotations do not cover the Python numbers that it accepts
 LOWEST = float(np.finfo(np.float32).min)
@@ -90,9 +90,8 @@ def write(
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"ONNX Runtime {onnxruntime.__version__}: does not take the graph ({reason}) - use --opset, or a newer "
-                        "onnxruntime") from error
+        raise UserError(f"ONNX Runtime {onnxruntime.__version__}: does not take the graph ({one_line(error)[:200]}) - use --opset, "
+                        "or a newer onnxruntime") from error
 
     def run(image: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         boxes, scores, labels = session.run(None, dict(zip(names, (image.numpy(), size.numpy()))))

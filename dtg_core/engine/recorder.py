@@ -22,6 +22,7 @@ from dtg_core.engine.run_state import RunState
 from dtg_core.engine.schedules import learning_rate, unlabeled_weight
 from dtg_core.engine.train_step import Training
 from dtg_core.engine.watch import Watch
+from dtg_core.errors import one_line
 from dtg_core.settings_text import flatten, to_yaml
 from dtg_core.structures import Figures, Losses
 
@@ -129,8 +130,7 @@ class Recorder:
             action()
         except Exception as error:
             self.given_up.add(name)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self.say(f"warning: {self.folder.path / name}: given up ({reason}) - training goes on")
+            self.say(f"warning: {self.folder.path / name}: given up ({one_line(error)}) - training goes on")
 
     def _write(self, name: str, text: str) -> None:
         """Write a file of the run's folder."""

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dtg_core.drafts import reading
-from dtg_core.errors import UserError
+from dtg_core.errors import UserError, one_line
 
 SAFE = 2, 10  # before this version a hostile .pt can corrupt memory, even when only tensors are read (GHSA-63cw-57p8-fm3p)
 MOST_TENSORS = 100_000  # in a weights file; a hostile one may list millions of empty ones
@@ -42,8 +42,7 @@ def _from_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         with reading(path), open(path, "rb"):  # safetensors reports an unreadable file as missing
             pass
-        found = " ".join(str(error).split())
-        raise UserError(f"{path}: not a whole safetensors file ({found}) - copy or make it anew") from error
+        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}) - copy or make it anew") from error
 
 
 def _from_pickle(path: Path) -> dict[str, Tensor]:
