@@ -125,8 +125,7 @@ def _run(
         _say(f"error: {name}: {problem}")
     if signals.received:
         done = sum(run.finished for run in planned.runs)
-        _say(f"stopped by signal {signals.received} with {done} of {len(planned.runs)} runs finished; "
-             "the same command goes on")
+        _say(f"stopped by signal {signals.received} with {done} of {len(planned.runs)} runs finished; the same command goes on")
         return 128 + signals.received
     ended = {run.folder: run.row for run in planned.runs if run.finished}
     if ended:

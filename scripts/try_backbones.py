@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> int:
             continue
         name = settings.backbone.name  # --set may have named another
         family, end = families.get(name, name.split("_")[0]), sum(losses[-5:]) / len(losses[-5:])
-        print(f"| {family} | {name} | {parameters / 1e6:.1f} M | {seconds:.2f} s | {losses[0]:.2f} | {end:.2f} "
-              "|", flush=True)
+        print(f"| {family} | {name} | {parameters / 1e6:.1f} M | {seconds:.2f} s | {losses[0]:.2f} | {end:.2f} |", flush=True)
     return 2 if failed else 0
 
 

@@ -75,8 +75,7 @@ def load_coco(
     notes.add(json_path, "images are not in their folder and left out", (names[row] for row in missing))
     if len(missing) > rules.max_bad_images * len(names) or len(missing) == len(names):
         remedy = "restore them, take them out of the JSON, or raise data.rules.max_bad_images"
-        raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in "
-                        f"{root}{nearest_name(root, names[missing[0]])} "
+        raise UserError(f"{json_path}: the image {names[missing[0]]!r} is not in {root}{nearest_name(root, names[missing[0]])} "
                         f"({len(missing)} of {len(names)} are missing) - {GIVE_IMAGES if len(missing) == len(names) else remedy}")
     index = unlabeled_index(root, names, ids, rules)
     if need_labels:
@@ -251,8 +250,7 @@ def _matched(annotations: list[dict[str, Any]], key: str, known: Sequence[Any], 
     if found and max(found) < 0:
         kind, other = type(known[0]).__name__, type(annotations[0].get(key)).__name__
         raise UserError(f"{path}: no {key} of the annotations is among the ids that the file lists (e.g. "
-                        f"{_short(annotations[0].get(key))}"
-                        f", {other}, and {_short(known[0])}, {kind}) - write the same ids in both")
+                        f"{_short(annotations[0].get(key))}, {other}, and {_short(known[0])}, {kind}) - write the same ids in both")
     return np.array(found, np.int64)
 
 

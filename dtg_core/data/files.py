@@ -216,8 +216,7 @@ def _listed(root: Path, prefix: str, source: Path, rules: DataRules) -> dict[str
     """Kind of each entry of a folder, without subfolders."""
     where = os.path.join(root, prefix)
     if prefix and not rules.allow_outside_root and not _inside(root, prefix):
-        raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to "
-                        "allow it")
+        raise UserError(f"{source}: the folder {prefix!r} leads out of {root} - set data.rules.allow_outside_root=true to allow it")
     try:
         entries = list(os.scandir(where))
     except PermissionError as error:

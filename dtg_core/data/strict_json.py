@@ -58,8 +58,7 @@ def read_json(path: Path, convert: Callable[[dict[str, Any]], dict[str, Any]] | 
     except ValueError as error:
         long = _LONG_NUMBER.search(text)
         place = _place(text, long.start()) if long else str(error)
-        raise UserError(f"{path}: it is not a data set (a number of over 4300 digits at {place}) - export it "
-                        "again") from None
+        raise UserError(f"{path}: it is not a data set (a number of over 4300 digits at {place}) - export it again") from None
 
 
 def _text(path: Path) -> str:

@@ -179,8 +179,7 @@ def require_known(config: BackboneConfig) -> None:
         raise UserError(f"backbone.options: {odd[0]!r} is no name of an option - write '{{name: value}}', with a space after the "
                         "colon")
     if taken := sorted(RESERVED & set(config.options)):
-        raise UserError(f"backbone.options: {taken[0]!r} is set by the other keys of backbone, or has to stay as it is - "
-                        "remove it")
+        raise UserError(f"backbone.options: {taken[0]!r} is set by the other keys of backbone, or has to stay as it is - remove it")
 
 
 def require_available(config: BackboneConfig) -> None:
