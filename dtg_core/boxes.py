@@ -142,9 +142,7 @@ def image_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: floa
     ])  # fmt: skip
 
 
-def ordered_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float
-) -> Tensor:
+def ordered_nms(boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float) -> Tensor:
     """``grouped_nms`` of boxes [M, 4] in ascending order of ``image`` [M]; [J] indices, those of an image best score first.
 
     Image by image, see ``image_slices``, where one call for so many boxes would be slow or take much memory.

@@ -25,9 +25,7 @@ def ordinary_terms(unreduced: Unreduced) -> dict[LossKind, LossTerm]:
     }
 
 
-def dense_terms(
-    unreduced: Unreduced, logits: Tensor, assignment: Assignment, rule: StageRule
-) -> dict[LossKind, LossTerm]:
+def dense_terms(unreduced: Unreduced, logits: Tensor, assignment: Assignment, rule: StageRule) -> dict[LossKind, LossTerm]:
     """Dense guidance: means over clusters of the means within them (Eqs. 2, 3 and 5), and the background.
 
     The background sum is divided by the number of assigned samples. ``rule.normalization`` "stage" reduces classes, boxes and

@@ -21,9 +21,7 @@ PRIOR = 0.01  # score of every class at the start of training
 PADDING_LOGIT = -20.0  # padding is surely background
 
 
-def sample_proposals(
-    proposals: Proposals, targets: Targets, config: RCNNConfig, seeds: Tensor, add_truth: bool
-) -> Proposals:
+def sample_proposals(proposals: Proposals, targets: Targets, config: RCNNConfig, seeds: Tensor, add_truth: bool) -> Proposals:
     """The proposals of each image that are trained on: a random subset with a limited share of positives.
 
     Args:

@@ -51,9 +51,7 @@ def read_images(
     return sources.labeled, images, hidden_labels(path, data, images, class_names)
 
 
-def hidden_labels(
-    path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]
-) -> CocoIndex | None:
+def hidden_labels(path: Path | None, data: DataConfig, images: CocoIndex, class_names: tuple[str, ...]) -> CocoIndex | None:
     """The truth of the unlabelled images of ``unlabeled_data``: from a file, of the built-in data set, or None."""
     from dtg_core.data.coco import load_coco
     from dtg_core.data.index import with_classes

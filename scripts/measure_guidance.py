@@ -195,9 +195,7 @@ def full_keys(setting: str, stages: Sequence[str]) -> list[str]:
     return [f"{STAGES}{stage}.{setting}" for stage in stages]
 
 
-def as_json(
-    found: Mapping[str, Measured], texts: Sequence[str], overrides: Sequence[str], images: int
-) -> dict[str, Any]:
+def as_json(found: Mapping[str, Measured], texts: Sequence[str], overrides: Sequence[str], images: int) -> dict[str, Any]:
     settings = {
         name: {
             "setting": text.partition(":")[2].strip(),

@@ -50,9 +50,7 @@ def add_overwrite(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing files")
 
 
-def require_new(
-    files: Iterable[Path], overwrite: bool, flag: str = "--output", inputs: Iterable[str | Path | None] = ()
-) -> None:
+def require_new(files: Iterable[Path], overwrite: bool, flag: str = "--output", inputs: Iterable[str | Path | None] = ()) -> None:
     """UserError unless all ``files``, given by ``flag``, can be written without loss: none exists, or ``overwrite`` and none is one
     of the ``inputs``. To be called before long work."""
     read = {os.path.realpath(path) for path in inputs if path is not None}

@@ -127,9 +127,7 @@ def _listed(path: Path, rules: DataRules, report: Report) -> tuple[dict[str, Any
 # Boxes -----------------------------------------------------------------------------------------------------------------
 
 
-def _with_objects(
-    index: CocoIndex, content: dict[str, Any], missing: np.ndarray, path: Path, report: Report
-) -> CocoIndex:
+def _with_objects(index: CocoIndex, content: dict[str, Any], missing: np.ndarray, path: Path, report: Report) -> CocoIndex:
     """Sizes, boxes and classes from a JSON's content; ``missing`` [n] bool are images without a file."""
     annotations = _list_of(content, "annotations", path)
     class_names, category_ids = _classes(_list_of(content, "categories", path), path, report)

@@ -115,9 +115,7 @@ class StepData(Dataset[StepBatch]):
     def _seed(self, stream: int, step: int, slot: int) -> int:
         return int(self._generator(stream, step, slot, SEED).integers(2**63))
 
-    def _image(
-        self, pool: CocoIndex, stream: int, step: int, slot: int, per_device: int
-    ) -> tuple[int, Image.Image, np.ndarray]:
+    def _image(self, pool: CocoIndex, stream: int, step: int, slot: int, per_device: int) -> tuple[int, Image.Image, np.ndarray]:
         """The slot's row and image, with its size [2] (x, y) as a share of the whole one, as large ones may come reduced.
 
         An unreadable image is replaced by another of the pool, the same one in every run.

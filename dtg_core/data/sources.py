@@ -69,9 +69,7 @@ def _val(config: DataConfig, labeled: CocoIndex, images: Path | None, report: Re
     return with_classes(val, labeled.class_names)
 
 
-def _unlabeled(
-    config: DataConfig, labeled: CocoIndex, val: CocoIndex | None, images: Path | None, report: Report
-) -> CocoIndex:
+def _unlabeled(config: DataConfig, labeled: CocoIndex, val: CocoIndex | None, images: Path | None, report: Report) -> CocoIndex:
     if config.unlabeled is not None and config.unlisted == "unlabeled":
         raise UserError("data.unlisted: it takes unlabelled images from the labelled ones' folder, but data.unlabeled names "
                         "others - give one of the two")

@@ -149,9 +149,7 @@ def _resized(image: Image.Image, short_edge: int, long_edge: int) -> tuple[Image
     return image, matrix
 
 
-def _resized_and_flipped(
-    image: Image.Image, config: ViewsConfig, generator: np.random.Generator
-) -> tuple[Image.Image, Matrix]:
+def _resized_and_flipped(image: Image.Image, config: ViewsConfig, generator: np.random.Generator) -> tuple[Image.Image, Matrix]:
     low, high = config.short_edge
     image, matrix = _resized(image, int(generator.integers(low, high + 1)), config.long_edge)
     if generator.random() < config.flip:

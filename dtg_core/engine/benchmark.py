@@ -137,9 +137,7 @@ def _ratio(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def with_candidates(
-    teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], count: int
-) -> dict[str, StageRule]:
+def with_candidates(teacher: Detector, pair: PairBatch, rules: Mapping[str, StageRule], count: int) -> dict[str, StageRule]:
     """Rules whose ``tau`` is set so that about ``count`` samples per image are candidates in each stage.
 
     An untrained teacher scores all samples alike, and the thresholds of a trained one would leave none. ``pseudo_score`` of all
@@ -185,9 +183,7 @@ def bare_passes(training: steps.Training, batch: StepBatch) -> Callable[[], None
     return run
 
 
-def _same_samples(
-    detector: Detector, views: ViewBatch, supervision: Mapping[str, Supervision] | None
-) -> dict[str, Supervision]:
+def _same_samples(detector: Detector, views: ViewBatch, supervision: Mapping[str, Supervision] | None) -> dict[str, Supervision]:
     """Supervision that makes ``run`` use the proposals that it has made under ``supervision``."""
     outputs = detector.run(views, supervision)
     return {

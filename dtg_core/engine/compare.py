@@ -80,9 +80,7 @@ class Comparison:
     notes: list[str]
 
 
-def compare(
-    paths: Sequence[Path], over: Sequence[str] = (), labels: Mapping[Path, str] | None = None
-) -> Comparison:
+def compare(paths: Sequence[Path], over: Sequence[str] = (), labels: Mapping[Path, str] | None = None) -> Comparison:
     """Read runs and group them.
 
     Args:

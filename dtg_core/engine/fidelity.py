@@ -155,9 +155,7 @@ def _flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def count_labels(
-    stage: Stage, samples: Samples, assignment: Assignment, truth: Targets, views: ViewBatch
-) -> dict[str, float]:
+def count_labels(stage: Stage, samples: Samples, assignment: Assignment, truth: Targets, views: ViewBatch) -> dict[str, float]:
     """Labels of a batch against its true objects.
 
     Returns:

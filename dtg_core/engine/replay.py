@@ -40,9 +40,7 @@ def _images(views: ViewBatch) -> list[dict[str, Any]]:
     return [{"image_id": image, "seed": seed} for image, seed in zip(views.image_ids, views.seeds.tolist())]
 
 
-def replay(
-    file: Path, config: Config, detector: Detector, sources: Sources, accelerator: Accelerator
-) -> tuple[bool, list[str]]:
+def replay(file: Path, config: Config, detector: Detector, sources: Sources, accelerator: Accelerator) -> tuple[bool, list[str]]:
     """Run a captured step again, in one process with the parts of all of them as micro-batches.
 
     Returns:

@@ -53,9 +53,7 @@ CAPTIONS = {
 
 
 @torch.no_grad()
-def save_pictures(
-    folder: Path, step: int, training: Training, sources: Sources, found: evaluate.SetDetections | None
-) -> None:
+def save_pictures(folder: Path, step: int, training: Training, sources: Sources, found: evaluate.SetDetections | None) -> None:
     """Write ``guidance-<stage>-<step>.jpg`` and ``predictions-<step>.jpg``, always of the same images.
 
     Args:

@@ -251,9 +251,7 @@ def cells(study: Study) -> Iterator[Cell]:
             yield Cell(detector, paradigm, row, percent, fold, seed)
 
 
-def arguments_of(
-    study: Study, cell: Cell, config: Path | None, folder: Path, output: Path, overrides: Sequence[str]
-) -> list[str]:
+def arguments_of(study: Study, cell: Cell, config: Path | None, folder: Path, output: Path, overrides: Sequence[str]) -> list[str]:
     """Arguments of train.py for a cell, without those of resuming.
 
     Args:

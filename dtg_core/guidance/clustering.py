@@ -46,9 +46,7 @@ def select_candidates(
     return Candidates(*rows, predictions.logits[rows].float(), box, foreground, background)
 
 
-def cluster_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float
-) -> Clusters:
+def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float) -> Clusters:
     """NMS within each group, and for each suppressed box the kept one that suppresses it.
 
     A box is suppressed by a better kept box of its group when their IoU is greater than the threshold; it belongs to the first

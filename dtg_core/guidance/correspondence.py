@@ -64,9 +64,7 @@ def best_anchor(boxes: Tensor, grid: AnchorGrid, sizes: Tensor) -> tuple[Tensor,
     return row, iou
 
 
-def correspond(
-    samples: Samples, student_grid: AnchorGrid, pair: PairBatch, min_iou: float
-) -> tuple[Samples, Tensor]:
+def correspond(samples: Samples, student_grid: AnchorGrid, pair: PairBatch, min_iou: float) -> tuple[Samples, Tensor]:
     """The student's samples and the partner of each teacher sample among them.
 
     Args:

@@ -120,9 +120,7 @@ class ExtraPools(ExtraFPNBlock):
         return results, names
 
 
-def build_pyramid(
-    config: BackboneConfig, channels: int, strides: tuple[int, ...], extra: Literal["conv", "pool"]
-) -> Pyramid:
+def build_pyramid(config: BackboneConfig, channels: int, strides: tuple[int, ...], extra: Literal["conv", "pool"]) -> Pyramid:
     """Make the backbone of ``config`` with a pyramid of the given strides.
 
     Args:
