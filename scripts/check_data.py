@@ -23,8 +23,8 @@ from dtg_core.errors import UserError, counted, printable
 from dtg_core.ranges import Whole
 
 if TYPE_CHECKING:
+    from dtg_core.data.findings import Report
     from dtg_core.data.index import CocoIndex
-    from dtg_core.data.report import Report
 
 
 def parser() -> Parser:
@@ -43,7 +43,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
-    from dtg_core.data.report import Report
+    from dtg_core.data.findings import Report
 
     arguments = parser().parse(argv)
     rules = rules_of(arguments)

@@ -22,7 +22,7 @@ from dtg_core.errors import UserError, counted
 
 if TYPE_CHECKING:
     from dtg_core.config import DataRules
-    from dtg_core.data.report import Report
+    from dtg_core.data.findings import Report
 
 
 def parser() -> Parser:
@@ -45,8 +45,8 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     from dtg_core.data.files import no_folder
+    from dtg_core.data.findings import Report
     from dtg_core.data.importers import import_voc, import_yolo
-    from dtg_core.data.report import Report
 
     arguments = parser().parse(argv)
     if arguments.format == "yolo" and arguments.names is None:

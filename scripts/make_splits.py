@@ -94,7 +94,7 @@ class _Pool:
 def _read(arguments: argparse.Namespace, rules: DataRules) -> _Pool:
     """All images of the source; what is odd about them is printed."""
     from dtg_core.data.coco import parse_coco
-    from dtg_core.data.report import Report
+    from dtg_core.data.findings import Report
     from dtg_core.data.splits import group_images
 
     content, counts = parse_coco(arguments.annotations, rules, report := Report())

@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     require_new([arguments.output], arguments.overwrite, inputs=files)
 
     from dtg_core.data.coco import OF_NO_CATEGORY, OF_NO_IMAGE, parse_coco
+    from dtg_core.data.findings import Report
     from dtg_core.data.merge import merged
-    from dtg_core.data.report import Report
 
     real = [os.path.realpath(folder) for folder in (folders * len(files) if len(folders) == 1 else folders)]
     root, report = Path(os.path.commonpath(real)), Report()

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
-    from dtg_core.data.report import Report
+    from dtg_core.data.findings import Report
     from dtg_core.data.sources import open_sources
     from dtg_core.engine.dry_run import dry_run
     from dtg_core.engine.folder import RunFolder

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dtg_core.data.findings import Report
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.report import Report
 from dtg_core.errors import NeedsSetting, UserError
 
 SMALL = 32  # px; sides below are unusual

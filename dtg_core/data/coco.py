@@ -28,9 +28,9 @@ from dtg_core.data.files import (
     passed_over,
     require_plain_names,
 )
+from dtg_core.data.findings import Report
 from dtg_core.data.images import image_size
 from dtg_core.data.index import CocoIndex, starts, subset, unlabeled_index
-from dtg_core.data.report import Report
 from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError
 

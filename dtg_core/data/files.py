@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dtg_core.config import DataRules
-from dtg_core.data.report import Report
+from dtg_core.data.findings import Report
 from dtg_core.data.video import VIDEO_SUFFIXES
 from dtg_core.errors import UserError
 

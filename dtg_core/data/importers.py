@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 
 from dtg_core.config import DEFAULT_RULES, DataRules
 from dtg_core.data.files import JUNK, OWN, VIDEO, list_images, no_folder
+from dtg_core.data.findings import Report
 from dtg_core.data.images import image_size, is_turned
-from dtg_core.data.report import Report
 from dtg_core.errors import UserError, counted
 from dtg_core.settings import plain_yaml
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dtg_core.data.files import OWN, instead_of, list_images, passed_over
-from dtg_core.data.report import Report
+from dtg_core.data.findings import Report
 from dtg_core.data.strict_json import read_json
 from dtg_core.errors import UserError, counted, printable
 

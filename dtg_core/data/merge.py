@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from dtg_core.data.report import Report
+from dtg_core.data.findings import Report
 from dtg_core.errors import UserError
 
 LACKING = "classes are in other files but not in this one - if its images show them, what is seen of them is taught as background"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dtg_core.config import DataConfig
 from dtg_core.data.coco import list_folder, load_coco
+from dtg_core.data.findings import Report
 from dtg_core.data.index import CocoIndex, with_classes, without
-from dtg_core.data.report import Report
 from dtg_core.data.shapes import ShapesPaths, make_shapes
 from dtg_core.errors import UserError
 

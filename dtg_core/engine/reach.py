@@ -12,9 +12,9 @@ import torch
 
 from dtg_core.boxes import SMALLEST_SIDE
 from dtg_core.config import ViewsConfig
+from dtg_core.data.findings import Report
 from dtg_core.data.geometry import fitted
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.report import Report
 from dtg_core.data.views import canvas
 from dtg_core.errors import counted
 from dtg_core.protocol import Detector

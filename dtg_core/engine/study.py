@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from dtg_core.config import RENAMED, Config
 from dtg_core.data.files import no_folder
-from dtg_core.data.report import Report
+from dtg_core.data.findings import Report
 from dtg_core.data.sources import open_sources
 from dtg_core.engine.checkpoint import STATE, checkpoint_name
 from dtg_core.engine.effective import BATCH, INPUTS, effective, stage_paradigms

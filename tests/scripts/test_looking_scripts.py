@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from dtg_core.config import DataConfig, DataRules
 from dtg_core.data.coco import list_folder, load_coco
 from dtg_core.data.files import IMAGE_SUFFIXES
+from dtg_core.data.findings import Report
 from dtg_core.data.index import subset
 from dtg_core.data.inputs import find_images, require_apart
-from dtg_core.data.report import Report
 from dtg_core.data.video import read_frames
 from dtg_core.engine import pictures as drawing
 from dtg_core.engine.checkpoint import load_weights

@@ -16,7 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 from dtg_core.data.check import Look, LookedAt, check_shared
-from dtg_core.data.report import Report
+from dtg_core.data.findings import Report
 
 WORKERS = 8  # most of them idle, as images are dealt in chunks
 

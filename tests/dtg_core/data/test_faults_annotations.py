@@ -26,9 +26,9 @@ from command_line import main_guard  # noqa: E402
 from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
 from dtg_core.data import strict_json  # noqa: E402
 from dtg_core.data.coco import load_coco  # noqa: E402
+from dtg_core.data.findings import Report  # noqa: E402
 from dtg_core.data.index import subset  # noqa: E402
 from dtg_core.data.plan import StepData, steps_loader  # noqa: E402
-from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
 from dtg_core.engine.evaluate import SetDetections, coco_metrics, coco_results  # noqa: E402
 from dtg_core.errors import UserError  # noqa: E402

@@ -29,9 +29,9 @@ from dtg_core.config import DataConfig, DataRules, ViewsConfig  # noqa: E402
 from dtg_core.data import images as images_module  # noqa: E402
 from dtg_core.data.check import check_images, require_images  # noqa: E402
 from dtg_core.data.coco import list_folder, load_coco  # noqa: E402
+from dtg_core.data.findings import Report  # noqa: E402
 from dtg_core.data.images import image_size, read_image  # noqa: E402
 from dtg_core.data.plan import EvalData, StepData, steps_loader  # noqa: E402
-from dtg_core.data.report import Report  # noqa: E402
 from dtg_core.data.sources import open_sources  # noqa: E402
 from dtg_core.data.views import strong_view, weak_view  # noqa: E402
 from dtg_core.errors import UserError, printable  # noqa: E402

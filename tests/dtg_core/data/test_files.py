@@ -14,7 +14,7 @@ from PIL import Image
 from dtg_core.config import DataConfig
 from dtg_core.data.coco import list_folder
 from dtg_core.data.files import list_images
-from dtg_core.data.report import Report
+from dtg_core.data.findings import Report
 from dtg_core.data.sources import open_sources
 from dtg_core.engine.folder import RunFolder
 from dtg_core.engine.study import MARK

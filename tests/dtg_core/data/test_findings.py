@@ -1,7 +1,7 @@
 """What is said of odd data: one line for each kind, the same for one item and for many."""
 from __future__ import annotations
 
-from dtg_core.data.report import KEPT, Report
+from dtg_core.data.findings import KEPT, Report
 
 
 def test_lines_name_file_kind_count_and_the_first_items() -> None:

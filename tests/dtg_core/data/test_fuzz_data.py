@@ -20,9 +20,9 @@ from PIL import Image
 
 from dtg_core.config import DataRules
 from dtg_core.data.coco import load_coco
+from dtg_core.data.findings import Report
 from dtg_core.data.images import read_image
 from dtg_core.data.importers import import_voc, import_yolo
-from dtg_core.data.report import Report
 from dtg_core.engine.evaluate import SetDetections, coco_metrics
 from dtg_core.errors import UserError, printable
 

@@ -297,7 +297,7 @@ def test_labels_among_images_are_not_told_as_skipped(folder: Path, capsys: pytes
 def test_files_are_counted_beyond_those_that_a_report_keeps(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dtg_core.data.report.KEPT", 3)
+    monkeypatch.setattr("dtg_core.data.findings.KEPT", 3)
     for number in range(4):
         (folder / f"images/a/{number}.jp2").write_bytes(b"no image")
     (folder / "labels/a/1.txt").write_text("0 0.5 0.5 0.2 0.2\n")

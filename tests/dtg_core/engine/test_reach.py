@@ -9,8 +9,8 @@ from conftest import tiny_detector
 from PIL import Image
 
 from dtg_core.config import ViewsConfig
+from dtg_core.data.findings import Report
 from dtg_core.data.index import CocoIndex
-from dtg_core.data.report import Report
 from dtg_core.data.views import labeled_view
 from dtg_core.engine import reach
 from dtg_core.engine.reach import classes_out_of_reach, largest_sides, note_small_boxes
