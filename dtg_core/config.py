@@ -141,7 +141,7 @@ class DataConfig:
     shapes_unlabeled: Count = 1000
     shapes_val: Count = 300
     shapes_seed: Seed = 0
-    rules: DataRules = field(default_factory=DataRules)
+    rules: DataRules = DEFAULT_RULES
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ n images, B boxes in all, C classes. Boxes are in pixels of the image as ``dtg_c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dtg_core.config import DataRules
+from dtg_core.config import DEFAULT_RULES, DataRules
 from dtg_core.data.files import real_paths
 from dtg_core.data.images import Decoded, decode
 from dtg_core.data.packed import packed
@@ -36,7 +36,7 @@ class CocoIndex:
     areas: np.ndarray | None = None  # [B] float64, the JSON's own; None: those of the boxes
     as_stored: bool = False  # boxes were drawn on stored pixels, so EXIF turns no image
     scale: np.ndarray | None = None  # [n, 2] float64, (x, y) factors from the JSON's pixels to these; None: they are the same
-    rules: DataRules = field(default_factory=DataRules)
+    rules: DataRules = DEFAULT_RULES
 
     def __len__(self) -> int:
         return len(self.file_names)
