@@ -49,7 +49,11 @@ def main(argv: Sequence[str]) -> int:
         remarks += batch_remarks(settings, accelerator.num_processes)
     if accelerator.is_main_process:
         warn(remarks)
+    return _run(arguments, settings, accelerator)
 
+
+def _run(arguments: argparse.Namespace, settings: RunSettings, accelerator: Accelerator) -> int:
+    """Read the data and train, or do what --replay or --dry-run asks for instead. Returns the exit status."""
     import torch
 
     from dtg_core.data.findings import Report
