@@ -32,7 +32,7 @@ from dtg_core.structures import (
 )
 
 BOTH, DENSE_ONLY, SPARSE_ONLY, OTHER_CLASS = "both", "dense only", "sparse only", "other class"
-SAME_OBJECT = 0.5  # IoU of a cluster's target with a pseudo box of its class from which they mean the same object
+SAME_OBJECT = 0.5  # IoU from which two boxes of a class mean the same object
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,15 @@ class Tally:
     def recall(self) -> float:
         return self.right / max(self.objects, 1)
 
-    def add(self, boxes: Tensor, labels: Tensor, truth: Tensor, classes: Tensor, min_iou: float) -> None:
+    def add(self, boxes: Tensor, labels: Tensor, truth: Tensor, classes: Tensor) -> None:
         """One image: boxes [D, 4] of labels [D], best first, and objects [G, 4] of ``classes`` [G].
 
-        As in COCO a box takes the free object of its class with the largest IoU, if that is at least ``min_iou``.
+        As in COCO a box takes the free object of its class with the largest IoU, if that is at least ``SAME_OBJECT``.
         """
         overlap = torch.where(labels.unsqueeze(1) == classes, box_iou(boxes, truth), -1.0)
         for row in range(len(boxes)):
             best, place = overlap[row].max(0) if len(truth) else (overlap.new_tensor(-1.0), overlap.new_tensor(0))
-            if best >= min_iou:
+            if best >= SAME_OBJECT:
                 self.right += 1
                 self.overlap += float(best)
                 overlap[:, int(place)] = -1.0
@@ -198,7 +198,7 @@ class Tallies:
     clusters: Tally = field(default_factory=Tally)  # boxes that clusters keep
     final: Tally = field(default_factory=Tally)
 
-    def add(self, explained: Explained, truth: Targets, min_iou: float = 0.5) -> None:
+    def add(self, explained: Explained, truth: Targets) -> None:
         """One batch, against the objects in the teacher's view."""
         candidates, keep, detections = explained.candidates, explained.clusters.keep, explained.detections
         own = candidates.image[keep], candidates.box[keep], candidates.label[keep], candidates.logit[keep].sigmoid()
@@ -209,7 +209,7 @@ class Tallies:
                 limit = self.score[labels] if isinstance(self.score, Tensor) and len(self.score) > 1 else self.score
                 here, there = (image == number) & (scores > limit), truth.image == number
                 classes = truth.labels[there]
-                count.add(boxes[here], labels[here] * known, truth.boxes[there], classes * known, min_iou)
+                count.add(boxes[here], labels[here] * known, truth.boxes[there], classes * known)
 
 
 def objects_in(views: ViewBatch, truth: CocoIndex, hull: Hull) -> Targets:

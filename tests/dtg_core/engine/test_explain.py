@@ -155,12 +155,12 @@ def test_tally_counts_each_object_once():
     truth, classes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]]), torch.tensor([0, 1])
     boxes = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]])
     count = Tally()
-    count.add(boxes, torch.tensor([0, 0, 0, 1]), truth, classes, 0.5)  # right; taken; another class; nothing there
+    count.add(boxes, torch.tensor([0, 0, 0, 1]), truth, classes)  # right; taken; another class; nothing there
     assert (count.boxes, count.objects, count.right) == (4, 2, 1)
     assert count.overlap == pytest.approx(0.8)
     assert (count.precision, count.recall) == (0.25, 0.5)
-    count.add(boxes[:0], classes[:0], truth[:0], classes[:0], 0.5)
-    count.add(boxes, torch.tensor([0, 0, 0, 1]), truth[:0], classes[:0], 0.5)
+    count.add(boxes[:0], classes[:0], truth[:0], classes[:0])
+    count.add(boxes, torch.tensor([0, 0, 0, 1]), truth[:0], classes[:0])
     assert (count.images, count.boxes, count.objects, count.right) == (3, 8, 2, 1)
 
 
