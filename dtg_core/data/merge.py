@@ -26,7 +26,9 @@ def merged(contents: Mapping[str, Mapping[str, Any]], folders: Sequence[str], re
     Raises:
         UserError: an image is in two of the files.
     """
-    names = list(dict.fromkeys(category["name"] for content in contents.values() for category in content["categories"]))
+    # As ``load_coco`` orders them, so that ``--init`` finds the classes of a run on the first file in their old places.
+    ordered = [sorted(content["categories"], key=lambda category: category["id"]) for content in contents.values()]
+    names = list(dict.fromkeys(category["name"] for categories in ordered for category in categories))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     source: dict[str, str] = {}  # of each image file

@@ -78,6 +78,15 @@ def test_one_folder_and_classes_that_are_lacking(tmp_path: Path, capsys: pytest.
     assert {name: len(objects) for name, objects in named(tmp_path / "all.json", tmp_path / "photos").items()} == {"a.png": 1, "b.png": 1}
 
 
+def test_classes_keep_the_order_of_the_first_file(tmp_path: Path) -> None:
+    """A second round starts from the weights of the first one, whose classes are in the order of their ids."""
+    first = write(tmp_path, "own", {9: "owl", 2: "dog", 5: "cat"}, {"a.png": [(9, [1, 2, 10, 10])]})
+    second = write(tmp_path, "more", {4: "bee", 3: "owl"}, {"c.png": [(4, [5, 6, 13, 14])]})
+    assert merge(first, second, "--images", tmp_path / "own", tmp_path / "more", "--output", tmp_path / "all.json") == 0
+    assert load_coco(first, tmp_path / "own").class_names == ("dog", "cat", "owl")
+    assert load_coco(tmp_path / "all.json", tmp_path).class_names == ("dog", "cat", "owl", "bee")
+
+
 def test_mistakes(two: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = two
     output, folder = ("--output", tmp_path / "all.json"), tmp_path / "own"
