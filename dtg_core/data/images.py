@@ -93,7 +93,7 @@ def decode(
         elif orientation > 1:
             image = ImageOps.exif_transpose(image)
             whole = stored[::-1] if orientation >= 5 else stored
-        result = _to_rgb(image, path, rules, odd)
+        result = to_rgb(image, path, rules, odd)
     if DARK in odd and not told:
         _say_once(DARK, path)
     return Decoded(result, whole)
@@ -172,7 +172,8 @@ def _orientation(image: Image.Image, odd: set[str]) -> int:
     return found
 
 
-def _to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
+def to_rgb(image: Image.Image, path: Path, rules: DataRules, odd: set[str]) -> Image.Image:
+    """The same image in 8-bit RGB. Arguments as those of ``decode``; raises NeedsSetting as it does, for ``path``."""
     if image.mode == "F" or image.mode.startswith("I"):
         odd.add(DEEP)
         deep = np.asarray(image).astype(np.float64)

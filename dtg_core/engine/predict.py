@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dtg_core.boxes import clip, project
 from dtg_core.config import RENAMED, Config, without_weights
-from dtg_core.data.images import read_image
+from dtg_core.data.images import read_image, to_rgb
 from dtg_core.data.views import NO_BOXES, NO_LABELS, collate, test_canvas, test_view
 from dtg_core.detectors import KNOWN
 from dtg_core.drafts import reading
@@ -62,7 +62,8 @@ class Predictor:
         """Boxes of each image.
 
         Args:
-            images: files, or PIL images in RGB; one alone is like a list of it. batch: images at once.
+            images: files, or PIL images, which are taken as they lie in memory: an EXIF orientation does not turn them, as it does
+                files. One alone is like a list of it. batch: images at once.
             score_threshold: of boxes that are kept; None: the run's.
 
         Raises:
@@ -90,7 +91,7 @@ class Predictor:
 
     def _opened(self, image: OneImage) -> Image.Image:
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return to_rgb(image, Path("image"), self.settings.data.rules, set())
         return read_image(Path(image), rules=self.settings.data.rules)
 
     def _batch(self, images: Sequence[Image.Image], threshold: float) -> list[ImageDetections]:

@@ -133,13 +133,13 @@ def test_fault_36_noise_of_decoders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     noise().save(tmp_path / "a.png")
-    decode = images_module._to_rgb
+    decode = images_module.to_rgb
 
     def loud(*arguments: Any) -> Image.Image:
         os.write(2, b"Premature end of JPEG file\n")
         return decode(*arguments)
 
-    monkeypatch.setattr(images_module, "_to_rgb", loud)
+    monkeypatch.setattr(images_module, "to_rgb", loud)
     report, _ = find(tmp_path)
     assert counts(report) == {"images make the decoder complain": 1}
     assert capfd.readouterr().err == ""

@@ -73,6 +73,19 @@ def test_files_batches_and_empty_input(tmp_path):
         predictor.predict([tmp_path / "absent.png"])
 
 
+def test_opened_images_of_other_modes_are_like_their_files(tmp_path):
+    """Pillow itself would make 16 bits white, and show what is hidden under transparency."""
+    predictor = load_detector(write_weights(tmp_path), "cpu")
+    colors = np.asarray(noise(64, 80))
+    deep = Image.fromarray(colors[..., 0].astype(np.uint16) * 257)
+    clear = Image.fromarray(np.dstack((colors, colors[..., :1])))
+    for image in (deep, clear):
+        image.save(tmp_path / "image.png")
+        (opened,), (read,) = predictor.predict(Image.open(tmp_path / "image.png"), 0), predictor.predict(tmp_path / "image.png", 0)
+        np.testing.assert_array_equal(opened.scores, read.scores)
+        np.testing.assert_array_equal(opened.boxes, read.boxes)
+
+
 def test_what_is_found_does_not_depend_on_the_other_images(tmp_path):
     """Group normalisation would see the padding of a larger canvas."""
     predictor = load_detector(write_weights(tmp_path), "cpu")
