@@ -48,6 +48,9 @@ def start_from(
         return [f"{path}: {len(head)} of {len(own)} tensors start at random, because they depend on the classes "
                 f"({', '.join(sorted(head)[:3])}{', ...' if len(head) > 3 else ''})"]
     if misfits <= head and own.keys() == tensors.keys():
+        if theirs is not None and sorted(map(str, theirs)) == sorted(class_names):
+            raise UserError(f"{path}: made for the same classes in another order - number the categories so that their ids ascend "
+                            f"as in {list(theirs)}, or give --reset-head to train the layers that depend on them from scratch")
         found = _of_classes(theirs) if theirs is not None else f"{len(misfits)} tensors of other shapes"
         raise UserError(f"{path}: made for other classes ({found}; the data has {_of_classes(class_names)}) - give --reset-head to "
                         "train the layers that depend on them from scratch")

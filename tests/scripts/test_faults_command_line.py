@@ -369,7 +369,7 @@ def test_init_starts_teacher_and_student(data: TinyData, tmp_path: Path, name: s
 def test_fault_56_head_of_other_classes(data: TinyData, tmp_path: Path, name: str) -> None:
     assert run(command(data, name, tmp_path / "first", "data.val=null", steps=1), tmp_path / "logs").status == 0
     first = weights(tmp_path / "first")
-    for number, names in enumerate((["green", "red", "blue"], ["green", "yellow"])):
+    for number, names in enumerate((["green", "red", "blue"], ["green", "yellow"], ["red", "green"])):
         content = json.loads(data.labeled.read_text())
         content["categories"] = [{"id": id_, "name": word} for id_, word in enumerate(names, 1)]
         for image in content["images"]:
@@ -381,7 +381,8 @@ def test_fault_56_head_of_other_classes(data: TinyData, tmp_path: Path, name: st
         process = run(start(data, name, output, *flags), tmp_path / "logs")
         assert process.status == 2
         (line,) = errors(process)
-        assert "made for other classes (2: green, red; the data has " in line
+        told = "the same classes in another order - number the categories so that their ids ascend as in ['green', 'red']"
+        assert f"made for {told if number == 2 else 'other classes (2: green, red; the data has '}" in line
         assert "--reset-head" in line
         assert not output.exists()
         process = run(start(data, name, output, *flags, "--reset-head"), tmp_path / "logs")
