@@ -53,6 +53,8 @@ class StageRule:
     temperature: Annotated[float, "[1e-6, inf)"] = 1.0  # T
     # Not in the paper, for weak teachers whose scores are noise
     member_iou: PartialShare = 0.0  # least IoU of a member's student sample with the box that it learns; others are ignored
+    member_share: PartialShare = 0.0  # the same, as a share of the best such IoU in the cluster; others are background
+    member_tau: OpenShare | None = None  # a cluster needs one score above tau; further members need this one. None: tau, too
     consensus_rank: Positive | None = None  # rank by a box's mean IoU with its cluster, divided by this, not by the teacher's logit
     cluster_trust: bool = False  # weigh a cluster's losses by the mean IoU between its members; a cluster of one by 0
     share_classes: bool = False  # share a member's class target out over the classes that its cluster's members see

@@ -247,7 +247,7 @@ def test_options_of_inverse_nms_come_from_the_rule(name):
     for collisions, member_iou in (("best", 0.0), ("all", 0.0), ("best", 0.6)):
         rule = rules(tau=0.5, min_iou=0.1, collisions=collisions, member_iou=member_iou)[stage]
         labels = dense_labels(detector.stages[stage], predictions, grid, pair, rule)
-        expected = inverse_nms(labels.candidates, labels.clusters, labels.partner, labels.samples, pair, member_iou, collisions)
+        expected = inverse_nms(labels.candidates, labels.clusters, labels.partner, labels.samples, pair, rule)
         assert torch.equal(labels.assignment.sample, expected.sample)
         assert torch.equal(labels.assignment.background, expected.background)
         found[collisions, member_iou] = len(expected.sample)

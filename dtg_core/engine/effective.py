@@ -25,8 +25,8 @@ CORE = {field.name for field in fields(Config)} | {BATCH}
 #: Settings of a stage's rule that only one paradigm reads. Dense and sparse guidance may both read any other.
 DENSE_KEYS = {
     "tau", "nms_iou", "classification", "box", "max_candidates", "min_iou", "collisions", "background_tau", "background_samples",
-    "normalization", "quality", "rank", "rank_weight", "temperature", "member_iou", "consensus_rank", "cluster_trust",
-    "share_classes", "soft_background",
+    "normalization", "quality", "rank", "rank_weight", "temperature", "member_iou", "member_share", "member_tau", "consensus_rank",
+    "cluster_trust", "share_classes", "soft_background",
 }  # fmt: skip
 SPARSE_KEYS = {"pseudo_score", "proposals"}
 #: Every stage's rule has them, but proposals are moved to the student one by one and need no partner, anchors are no proposals,

@@ -57,7 +57,7 @@ class Explained:
     pseudo: Targets  # pseudo boxes in the student's view
     student_logit: Tensor  # [P] of the class that dense guidance assigns
     teacher_score: Tensor  # [N, S] best score of the teacher's samples that belong to a student's sample; -1: none does
-    foreground: Tensor  # [N, S] bool, one of these is above its threshold
+    foreground: Tensor  # [N, S] bool, one of these is a candidate
     num_classes: int
     rule: StageRule
     threshold: Tensor | None  # [C] scores instead of the tau or pseudo_score that the rule's paradigm reads
@@ -93,10 +93,14 @@ class Explained:
         if self.teacher_score[image, sample] < 0:
             return "no teacher sample lands there"
         if not self.foreground[image, sample]:
-            return f"teacher's score is under {self._limit('dense', self.rule.tau)}"
+            subject = "teacher's score" if self.rule.member_tau is None else "its cluster's best score"
+            return f"{subject} is under {self._limit('dense', self.rule.tau)}"
+        reasons = ["its cluster left the view"]
         if self.rule.member_iou > 0:
-            return f"its cluster left the view, or the sample overlaps its box by less than {self.rule.member_iou:g}"
-        return "its cluster left the view"
+            reasons.append(f"the sample overlaps its box by less than {self.rule.member_iou:g}")
+        if self.rule.member_share > 0:
+            reasons.append(f"the sample overlaps its box by less than {self.rule.member_share:g} of its cluster's best IoU")
+        return ", or ".join(reasons)
 
     def _limit(self, paradigm: str, score: float) -> str:
         return f"{score:g}" if self.threshold is None or self.rule.paradigm != paradigm else "its class' threshold"

@@ -21,8 +21,8 @@ from dtg_core.structures import Candidates, Clusters, Predictions, Rows
 def select_candidates(
     stage: Stage, predictions: Predictions, sizes: Tensor, rule: StageRule, threshold: Tensor | None = None
 ) -> Candidates:
-    """Teacher samples with a score above tau. A sample is a candidate for its best class only (A17): the sigmoids of other
-    classes would make a second cluster of the same object.
+    """Teacher samples with a score above tau, or ``member_tau``, if that is less. A sample is a candidate for its best class only
+    (A17): the sigmoids of other classes would make a second cluster of the same object.
 
     Scores are compared as logits, so no sigmoid over all samples is needed.
 
@@ -33,7 +33,9 @@ def select_candidates(
     usable = predictions.samples.usable(sizes)
     best, label = predictions.logits.max(2)  # [N, A]
     best = torch.where(usable, best, -torch.inf)
-    limit = logit(rule.tau) if threshold is None else threshold.logit()[label]
+    limit = _limit(rule, threshold, label)
+    if rule.member_tau is not None:
+        limit = limit.clamp(max=logit(rule.member_tau))
     foreground, background = best > limit, usable & (best <= limit)  # a score that is not a number is neither
     if rule.background_tau is not None:
         background &= best <= logit(rule.background_tau)
@@ -44,6 +46,29 @@ def select_candidates(
     rows = Rows(image, sample, label[image, sample])
     box = clip(stage.decode(predictions, rows), sizes[image])
     return Candidates(*rows, predictions.logits[rows].float(), box, foreground, background)
+
+
+def above_tau(
+    candidates: Candidates, clusters: Clusters, rule: StageRule, threshold: Tensor | None = None
+) -> tuple[Candidates, Clusters]:
+    """Without the clusters whose kept box has no score above tau; their samples are background. For ``member_tau``.
+
+    NMS goes by scores, so a candidate below tau takes no member away from a cluster that stays.
+
+    Args:
+        candidates, clusters: of all scores above ``member_tau``. rule, threshold: as in ``select_candidates``.
+    """
+    sure = candidates.logit[clusters.keep] > _limit(rule, threshold, candidates.label[clusters.keep])
+    member = sure[clusters.cluster]
+    clear = ~member  # background
+    if rule.background_tau is not None:
+        clear &= candidates.logit <= logit(rule.background_tau)
+    places = (candidates.image, candidates.sample)
+    foreground, background = candidates.foreground.index_put(places, member), candidates.background.index_put(places, clear)
+    rows, numbers = _trues(member, sure)
+    cluster, keep = (sure.cumsum(0) - 1)[clusters.cluster[rows]], (member.cumsum(0) - 1)[clusters.keep[numbers]]
+    left = candidates.image[rows], candidates.sample[rows], candidates.label[rows], candidates.logit[rows], candidates.box[rows]
+    return Candidates(*left, foreground, background), Clusters(cluster, keep)
 
 
 def cluster_nms(boxes: Tensor, scores: Tensor, groups: Tensor, image: Tensor, images: int, iou_threshold: float) -> Clusters:
@@ -95,6 +120,19 @@ def _clusters(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: floa
     cluster = torch.cat(parts)
     cluster[kept] = torch.arange(len(kept), device=order.device)  # the IoU of an empty box with itself is not a number
     return Clusters(torch.empty_like(cluster).scatter_(0, order, cluster), order[kept])
+
+
+def _limit(rule: StageRule, threshold: Tensor | None, label: Tensor) -> Tensor:
+    """The logit of tau, or of the ``threshold`` [C] of each ``label``; of the shape of ``label``."""
+    if threshold is None:
+        return torch.full(label.shape, logit(rule.tau), device=label.device)
+    return threshold.logit()[label]
+
+
+def _trues(*masks: Tensor) -> list[Tensor]:
+    """The indices, ascending, that are True in each 1-d mask; ``nonzero`` would wait for the device once for each."""
+    counts = torch.stack([mask.sum() for mask in masks]).cpu().tolist()  # sync: all numbers in one transfer.
+    return [torch.argsort(mask.int(), descending=True, stable=True)[:count] for mask, count in zip(masks, counts)]
 
 
 def _first(values: Tensor, count: int) -> Tensor:

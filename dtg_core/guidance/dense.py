@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dtg_core.config import StageRule
-from dtg_core.guidance.clustering import cluster_nms, select_candidates
+from dtg_core.guidance.clustering import above_tau, cluster_nms, select_candidates
 from dtg_core.guidance.consensus import class_shares, cluster_trust, consensus
 from dtg_core.guidance.correspondence import correspond, to_student
 from dtg_core.guidance.inverse_nms import best_scores, inverse_nms
@@ -54,8 +54,10 @@ def dense_labels(
     candidates = select_candidates(stage, predictions, pair.teacher.sizes, rule, threshold)
     groups = stage.groups(predictions.samples, candidates.rows)
     clusters = cluster_nms(candidates.box, candidates.logit, groups, candidates.image, len(pair.teacher.sizes), rule.nms_iou)
+    if rule.member_tau is not None:
+        candidates, clusters = above_tau(candidates, clusters, rule, threshold)
     samples, partner = correspond(predictions.samples, grid, pair, rule.min_iou)
-    assignment = inverse_nms(candidates, clusters, partner, samples, pair, rule.member_iou, rule.collisions)
+    assignment = inverse_nms(candidates, clusters, partner, samples, pair, rule)
     return DenseLabels(candidates, clusters, samples, partner, assignment)
 
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from dtg_core.boxes import SMALLEST_SIDE, paired_iou, shortest_side
-from dtg_core.config import Collisions
+from dtg_core.config import StageRule
 from dtg_core.guidance.correspondence import to_student
 from dtg_core.structures import Assignment, Candidates, Clusters, DenseGuidance, PairBatch, Samples
 
 
 def inverse_nms(
-    candidates: Candidates, clusters: Clusters, partner: Tensor, samples: Samples, pair: PairBatch, member_iou: float = 0,
-    collisions: Collisions = "best",
+    candidates: Candidates, clusters: Clusters, partner: Tensor, samples: Samples, pair: PairBatch, rule: StageRule
 ) -> Assignment:
     """Turn the teacher's clusters and the correspondence into labels, box targets and background for the student.
 
@@ -28,8 +27,9 @@ def inverse_nms(
         partner: [N, A] int64, student sample of each teacher sample, -1: none.
         samples: the student's.
         pair: both views.
-        member_iou: least IoU of a member's student sample with its target; below it the sample is ignored (not in the paper).
-        collisions: "all": a student sample learns from each teacher sample that shares it, candidate or background.
+        rule: what may teach. With ``member_iou`` and ``member_share``, which are not in the paper, a member whose student sample
+            fits its target badly does not: the sample is ignored, or background. With collisions "all" a student sample
+            learns from each teacher sample that shares it, candidate or background.
 
     Returns:
         Assignment of the student's samples; its ``dense`` part holds the clusters for Eqs. 2 to 6.
@@ -40,9 +40,15 @@ def inverse_nms(
 
     sample = partner[image, candidates.sample]  # the student's
     alive = (sample >= 0) & in_view[clusters.cluster]
-    if member_iou > 0:
-        alive &= paired_iou(samples.take(image, sample.clamp(min=0)), target[clusters.cluster]) >= member_iou
-    if collisions == "best":
+    foreground, background = candidates.foreground, candidates.background
+    if rule.member_iou > 0 or rule.member_share > 0:
+        iou = torch.where(alive, paired_iou(samples.take(image, sample.clamp(min=0)), target[clusters.cluster]), 0.0)
+        best = iou.new_zeros(clusters.num_clusters).scatter_reduce(0, clusters.cluster, iou, "amax")
+        poor = alive & (iou < rule.member_share * best[clusters.cluster])
+        places = (image, candidates.sample)
+        foreground, background = foreground.index_put(places, ~poor), background.index_put(places, poor)
+        alive = alive & ~poor & (iou >= rule.member_iou)
+    if rule.collisions == "best":
         alive &= _is_best(image * num_samples + sample, alive, candidates.logit, partner.shape[0] * num_samples)
     chosen = alive.nonzero().squeeze(1)  # sync: the number of assigned samples.
 
@@ -56,9 +62,9 @@ def inverse_nms(
         weight=1 / members[cluster],
         live_clusters=(members > 0).sum(),
     )
-    background = hit(partner, candidates.background, num_samples)
-    if collisions == "best":  # "clear background" only reaches student samples that no candidate points to
-        background &= ~hit(partner, candidates.foreground, num_samples)
+    background = hit(partner, background, num_samples)
+    if rule.collisions == "best":  # "clear background" only reaches student samples that no candidate points to
+        background &= ~hit(partner, foreground, num_samples)
     return Assignment(image[chosen], sample[chosen], candidates.label[chosen], target[cluster], background, dense)
 
 

@@ -80,7 +80,7 @@ def moved(batch):
 
 
 CONSENSUS = {"quality": "consensus", "consensus_rank": 0.1, "cluster_trust": True, "soft_background": True, "member_iou": 0.1,
-             "share_classes": True, "tau_rate": 1e-6, "collisions": "all"}  # fmt: skip
+             "member_share": 0.1, "member_tau": 0.3, "share_classes": True, "tau_rate": 1e-6, "collisions": "all"}  # fmt: skip
 OPTIONS: dict[str, Any] = CONSENSUS if "consensus" in sys.argv else {}
 
 

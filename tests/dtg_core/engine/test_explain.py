@@ -128,6 +128,30 @@ def test_members_far_from_their_box_are_told(name, stage):
     assert all("overlaps its box by less than" in reasons[place] for place in shared)
 
 
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_members_that_fit_their_cluster_badly_are_told(name, stage):
+    """They become background, unlike those of ``member_iou``."""
+    teacher, student, pair, rule, before = case(name, stage)
+    after = explain(teacher, student, pair, {stage: replace(rule, member_share=0.9)})[stage]
+    told, kept = (set(zip(part.image.tolist(), part.sample.tolist())) for part in (before.dense, after.dense))
+    assert kept < told
+    poor = sorted(told - kept)
+    assert all(after.dense.background[place] for place in poor)
+    reasons = {(image, found.sample): found.reason for image in range(2) for found in after.differences(image)}
+    assert all("less than 0.9 of its cluster's best IoU" in reasons[place] for place in poor if place in reasons)
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_clusters_that_are_not_likely_are_told(name, stage):
+    """With a tau that no sample reaches there is no cluster, however many candidates ``member_tau`` admits."""
+    teacher, student, pair, rule, before = case(name, stage)
+    after = explain(teacher, student, pair, {stage: replace(rule, tau=0.9999, member_tau=rule.tau)})[stage]
+    assert len(after.dense.sample) == after.clusters.num_clusters == 0 < before.clusters.num_clusters
+    reasons = {found.reason for image in range(2) for found in after.differences(image)}
+    assert reasons <= {"its cluster's best score is under 0.9999", "no teacher sample lands there"}
+    assert len(reasons) > 0
+
+
 def test_best_teacher_score_of_a_student_sample():
     """By a loop over the teacher's samples."""
     from dtg_core.guidance.correspondence import correspond

@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 from dtg_core.config import StageRule
 from dtg_core.engine.waits import device_work
-from dtg_core.guidance.clustering import cluster_nms, select_candidates
+from dtg_core.guidance.clustering import above_tau, cluster_nms, select_candidates
 from dtg_core.structures import Clusters, Predictions, Proposals
 
 
@@ -252,3 +252,57 @@ def test_an_overlap_of_exactly_the_threshold_suppresses_nothing():
     clusters = one_image(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3).long(), 0.5)
     assert clusters.keep.tolist() == [0, 1]
     assert clusters.cluster.tolist() == [0, 1, 1]
+
+
+def lenient(stage, predictions, rule: StageRule, threshold: torch.Tensor | None = None):
+    """Candidates and clusters of ``constant_case`` as dense guidance makes them with a ``member_tau``."""
+    candidates = select_candidates(stage, predictions, torch.tensor([[40, 60]]), rule, threshold)
+    groups = stage.groups(predictions.samples, candidates.rows)
+    clusters = cluster_nms(candidates.box, candidates.logit, groups, candidates.image, 1, rule.nms_iou)
+    return above_tau(candidates, clusters, rule, threshold)
+
+
+def test_members_need_less_than_their_cluster():
+    """Two of three objects have a score above their class' tau; a likely sample of the third is background, as are unlikely ones."""
+    one, two, three = [0.0, 0, 10, 10], [20.0, 0, 30, 10], [40.0, 0, 50, 10]
+    stage, predictions = constant_case(
+        [[-1.0, -9.0], [2.0, -9.0], [-3.0, -9.0], [-9.0, 0.5], [-9.0, 0.1], [0.5, -9.0], [0.4, -9.0]],
+        [one, one, one, two, two, three, three],
+    )
+    rule, threshold = StageRule(member_tau=0.2), torch.tensor([0.8, 0.6])
+    candidates, clusters = lenient(stage, predictions, rule, threshold)
+    assert candidates.sample.tolist() == [0, 1, 3, 4]
+    assert candidates.label.tolist() == [0, 0, 1, 1]
+    assert candidates.logit.tolist() == pytest.approx([-1.0, 2.0, 0.5, 0.1])
+    assert candidates.box.tolist() == [one, one, two, two]
+    assert (clusters.cluster.tolist(), clusters.keep.tolist()) == ([0, 0, 1, 1], [1, 2])
+    assert candidates.foreground.tolist() == [[True, True, False, True, True, False, False]]
+    assert candidates.background.tolist() == [[False, False, True, False, False, True, True]]
+    ignored = replace(rule, background_tau=0.6)  # sigmoid(0.4) = 0.599, sigmoid(0.5) = 0.622
+    assert lenient(stage, predictions, ignored, threshold)[0].background.tolist() == [[False, False, True, False, False, False, True]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_likely_clusters_lose_no_member_by_unlikely_candidates(seed):
+    """Against clusters of the likely candidates alone: the same boxes are kept, and those candidates stay where they were. And
+    as many clusters as tau says, with member_tau above tau, too."""
+    boxes, scores, groups, threshold = random_case(seed)
+    logits = torch.full((len(boxes), 4), -9.0)
+    logits[torch.arange(len(boxes)), groups] = scores.logit(1e-6)
+    stage, predictions = constant_case(logits.tolist(), (boxes % 40).sort(1).values.tolist())
+    rule = StageRule(tau=0.6, member_tau=0.1, nms_iou=threshold)
+    candidates, clusters = lenient(stage, predictions, rule)
+    few, expected = lenient(stage, predictions, replace(rule, member_tau=0.9))
+    assert candidates.sample[clusters.keep].tolist() == few.sample[expected.keep].tolist()
+    place = {sample: number for number, sample in enumerate(candidates.sample.tolist())}
+    rows = [place[sample] for sample in few.sample.tolist()]
+    assert clusters.cluster[rows].tolist() == expected.cluster.tolist()
+    assert not (candidates.foreground & candidates.background).any()
+    assert (candidates.foreground | candidates.background).all()
+
+
+def test_nothing_likely_leaves_no_cluster():
+    stage, predictions = constant_case([[-1.0], [-1.0], [-9.0]], [[1.0, 1, 9, 9]] * 3)
+    candidates, clusters = lenient(stage, predictions, StageRule(tau=0.5, member_tau=0.1))
+    assert (len(candidates.image), clusters.num_clusters) == (0, 0)
+    assert candidates.background.all()

@@ -40,7 +40,7 @@ def assign(
     pair = make_pair(row.shape[0], 100, 100, matrix)
     boxes = torch.zeros(row.shape[0], samples, 4)
     proposals = Proposals(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool))
-    return inverse_nms(candidates, clustered(candidates), row, proposals, pair, collisions=collisions)
+    return inverse_nms(candidates, clustered(candidates), row, proposals, pair, StageRule(collisions=collisions))
 
 
 THREE = [(0, 1, 2, 2.0, [10.0, 10, 30, 30]), (0, 2, 2, 1.0, [10.0, 10, 30, 28]), (0, 4, 5, 0.5, [60.0, 60, 90, 90])]
@@ -122,12 +122,41 @@ def test_members_whose_sample_is_far_from_the_target_are_ignored():
     boxes = torch.tensor([[[10.0, 10, 30, 30], [10, 10, 30, 22], [10, 10, 30, 20], [10, 10, 30, 30]]])
     samples, pair = Proposals(boxes, torch.ones(1, 4, dtype=torch.bool)), make_pair(1, 100, 100)
     for least, kept in ((0.0, [0, 1, 2]), (0.5, [0, 1, 2]), (0.51, [0, 1]), (0.61, [0])):
-        result = inverse_nms(candidates, clustered(candidates), torch.arange(4)[None], samples, pair, member_iou=least)
+        result = inverse_nms(candidates, clustered(candidates), torch.arange(4)[None], samples, pair, StageRule(member_iou=least))
         assert result.sample.tolist() == kept
         assert result.background.tolist() == [[False, False, False, True]]
         assert result.dense.weight.tolist() == pytest.approx([1 / len(kept)] * len(kept))
-    none = inverse_nms(make_candidates([], 1, 4), clustered(make_candidates([], 1, 4)), torch.arange(4)[None], samples, pair, member_iou=0.5)
-    assert len(none.sample) == 0
+
+
+def test_members_whose_sample_fits_worse_than_the_best_of_their_cluster_are_background():
+    """The student's samples overlap the first target by 0.6, 0.5 and 0.3, the second, which no sample fits well, by 0.2 and 0.1.
+    A sample that another member reaches, too, is no background."""
+    rows = [(0, sample, 2, 2.0 - sample, [10.0, 10, 30, 30]) for sample in range(3)]
+    rows += [(0, sample, 2, 2.0 - sample, [60.0, 60, 80, 80]) for sample in (3, 4)]
+    candidates = make_candidates(rows, 1, 6)
+    boxes = torch.tensor([[[10.0, 10, 30, 22], [10, 10, 30, 20], [10, 10, 30, 16], [60, 60, 80, 64], [60, 60, 80, 62], [0, 0, 1, 1]]])
+    samples, pair = Proposals(boxes, torch.ones(1, 6, dtype=torch.bool)), make_pair(1, 100, 100)
+    for share, kept, background in ((0.4, [0, 1, 2, 3, 4], [5]), (0.6, [0, 1, 3], [2, 4, 5]), (0.9, [0, 3], [1, 2, 4, 5])):
+        rule = StageRule(member_share=share)
+        result = inverse_nms(candidates, clustered(candidates), torch.arange(6)[None], samples, pair, rule)
+        assert result.sample.tolist() == kept
+        assert result.background[0].nonzero().squeeze(1).tolist() == background
+    rule, shared = StageRule(member_share=0.6), torch.tensor([[0, 1, 2, 3, 3, 5]])  # row 4 now has the sample of row 3
+    result = inverse_nms(candidates, clustered(candidates), shared, samples, pair, rule)
+    assert result.sample.tolist() == [0, 1, 3]
+    assert result.background[0].nonzero().squeeze(1).tolist() == [2, 5]
+    lost = torch.tensor([[-1, 1, 2, 3, 4, 5]])  # the best one has no sample, so the others are measured by the second
+    result = inverse_nms(candidates, clustered(candidates), lost, samples, pair, rule)
+    assert result.sample.tolist() == [1, 2, 3]
+    assert result.background[0].nonzero().squeeze(1).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("rule", [StageRule(member_iou=0.5), StageRule(member_share=0.5)])
+def test_no_members_to_choose_from(rule: StageRule) -> None:
+    samples, none = Proposals(torch.zeros(1, 4, 4), torch.ones(1, 4, dtype=torch.bool)), make_candidates([], 1, 4)
+    result = inverse_nms(none, clustered(none), torch.arange(4)[None], samples, make_pair(1, 100, 100), rule)
+    assert len(result.sample) == 0
+    assert result.background.all()
 
 
 def test_a_member_that_may_not_teach_leaves_its_sample_to_another():
@@ -136,7 +165,7 @@ def test_a_member_that_may_not_teach_leaves_its_sample_to_another():
     samples = Proposals(torch.tensor([[[10.0, 10, 30, 30], [0, 0, 5, 5]]]), torch.ones(1, 2, dtype=torch.bool))
     partner, pair = torch.tensor([[0, 0]]), make_pair(1, 100, 100)
     for least, label in ((0.0, 2), (0.5, 5)):
-        result = inverse_nms(candidates, clustered(candidates), partner, samples, pair, member_iou=least)
+        result = inverse_nms(candidates, clustered(candidates), partner, samples, pair, StageRule(member_iou=least))
         assert (result.sample.tolist(), result.label.tolist()) == ([0], [label])
 
 
