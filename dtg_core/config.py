@@ -239,9 +239,9 @@ def cross_check(config: Config, origins: Mapping[str, str]) -> list[str]:
     if levels is not None and levels[0] >= levels[1]:
         refuse("data.rules.float_range", f"the first has to be below the second (found {list(levels)})", origins)
     for name, rule in guidance.stages.items():
-        if rule.background_tau is not None and rule.background_tau > rule.tau:
-            key = f"guidance.stages.{name}.background_tau"
-            refuse(key, f"is over tau (found {rule.background_tau} and {rule.tau})", origins)
+        for key, limit in (("background_tau", rule.background_tau), ("member_tau", rule.member_tau)):
+            if limit is not None and limit > rule.tau:
+                refuse(f"guidance.stages.{name}.{key}", f"is over tau (found {limit} and {rule.tau})", origins)
         if rule.paradigm == "dense" and not (rule.classification or rule.box or (rule.rank and rule.rank_weight > 0)):
             key = f"guidance.stages.{name}"
             refuse(f"{key}.classification", "all losses of the stage are off (found false, as box and rank) - use "

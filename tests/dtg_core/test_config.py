@@ -313,6 +313,7 @@ def test_values_that_contradict_each_other() -> None:
         "optim.milestones=[2, 2]",
         "views.short_edge=[20, 19]",
         "guidance.stages.rpn.background_tau=0.95",
+        "guidance.stages.rpn.member_tau=0.95",
         *(f"data.{value}" for value in ("unlabeled=photos", "val=val.json", "images=photos", "unlisted=unlabeled")),
     ):
         config, origins = load_config(Config, None, [override])
